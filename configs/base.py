@@ -1,0 +1,125 @@
+"""Every field of a run, with its default. Experiment configs start from here and change a few.
+
+A field that is None takes its value from somewhere better: an objective's from its preset, a default that depends on another field.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def model() -> ConfigDict:
+    """The toy Mixture of Experts: 4 layers, 8 experts of which 2 run, about 450k parameters."""
+    return ConfigDict(
+        dict(
+            num_layers=4,
+            d_model=64,
+            num_heads=4,
+            num_kv_heads=2,
+            head_width=16,
+            d_ff=0,  # width of dense feed-forward layers; used where num_experts = 0
+            num_experts=8,
+            experts_per_token=2,
+            d_expert=64,
+            norm_topk_prob=True,
+            rope_theta=1e4,
+            rms_eps=1e-6,
+            qk_norm=True,
+            tie_embeddings=False,
+            dtype="float32",  # of the matmuls; router, softmax, log-probs and parameters are float32 always
+            moe_backend="blocked",  # dense | blocked | ragged
+            remat=False,
+        )
+    )
+
+
+def optimizer() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            learning_rate=1e-3,
+            schedule="constant",  # constant | linear | cosine
+            warmup_steps=0,  # in optimizer updates
+            beta1=0.9,
+            beta2=0.95,
+            eps=1e-8,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+        )
+    )
+
+
+def common() -> ConfigDict:
+    """What supervised fine-tuning and reinforcement learning share."""
+    config = ConfigDict()
+    config.seed = 0
+    config.init_from = ""  # a workdir or checkpoint folder whose parameters to start from
+    config.task = ConfigDict(
+        dict(
+            name="running_sum",  # running_sum | reasoning_gym:NAME | tfds:gsm8k | jsonl:PATH
+            train_split="train",
+            eval_split="test",
+            options=ConfigDict(dict(num_digits=12, modulus=10, error_rate=0.12)),
+        )
+    )
+    config.tokenizer = "chars:0123456789="  # bytes | chars:ALPHABET | path of a tokenizer.json or its folder
+    config.max_prompt_length = 13  # tokens
+    config.max_completion_length = 16  # tokens, the end-of-sequence token included
+    config.overlong_prompts = "error"  # error | drop
+    config.model = model()
+    config.optimizer = optimizer()
+    config.micro_batch_size = 0  # rows per forward and backward pass; 0: the whole minibatch
+    config.logp_chunk = 128  # completion columns whose logits exist at a time
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, expert=1, tensor=1))  # devices along each axis; -1: the rest
+    config.eval = ConfigDict(
+        dict(
+            every=5,  # rollouts (RL) or updates (SFT) between evaluations; 0: only at the end
+            num_prompts=128,
+            num_generations_eval=8,
+            temperature=1.0,
+        )
+    )
+    config.checkpoint = ConfigDict(dict(every=5, keep_last=2, keep_best=True))
+    config.log = ConfigDict(dict(samples_every=5, num_samples=2, tensorboard=False, wandb=False))
+    return config
+
+
+def sft() -> ConfigDict:
+    """Supervised fine-tuning on demonstrations."""
+    config = common()
+    config.num_updates = 300
+    config.batch_size = 128  # demonstrations per update
+    config.eval.every = 0
+    config.checkpoint.every = 100
+    return config
+
+
+def rl() -> ConfigDict:
+    """Reinforcement learning from verifiable rewards."""
+    config = common()
+    config.num_rollouts = 20
+    config.num_prompts = 32  # prompts per rollout
+    config.num_generations = 8  # completions per prompt
+    config.updates_per_rollout = 4  # minibatches, one optimizer update each, all against the same old policy
+    config.temperature = 1.0
+    config.top_k = 0
+    config.top_p = 1.0
+    config.min_p = 0.0
+    config.old_logps = "sampler"  # sampler | learner: whose log-probs of the rollout are the old policy's
+    config.objective = ConfigDict(
+        dict(
+            preset="gspo",
+            importance_sampling_level=placeholder(str),  # token | sequence | sequence_token | sequence_sum
+            surrogate=placeholder(str),
+            epsilon=placeholder(float),
+            epsilon_high=placeholder(float),
+            loss_agg_mode=placeholder(str),
+            beta=placeholder(float),  # weight of the KL term; 0: no reference tree is held
+            kl_loss_type=placeholder(str),  # k1 | k2 | k3
+            entropy_coef=placeholder(float),
+        )
+    )
+    config.scale_rewards = "group"  # group | batch | none
+    config.rewards = ("task",)  # "task" is the task's own; others from gspo.data.rewards
+    config.reward_weights = (1.0,)
+    config.router_replay = ConfigDict(dict(mode="disabled"))  # disabled | R2 | R3
+    config.check_tolerance = placeholder(float)  # largest |log-ratio| allowed before the first update; None: by dtype
+    return config

@@ -1,0 +1,128 @@
+"""RMSNorm, rotary positions and grouped-query attention; the key/value cache is a pytree that goes in and comes out."""
+
+import chex
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite, so that a row with nothing to attend to gives a mean and not NaN
+
+kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · scale over the last axis, computed in float32 (Zhang & Sennrich 2019)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.with_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],), jnp.float32)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale).astype(x.dtype)
+
+
+def rope_tables(positions_BT: chex.Array, head_width: int, theta: float) -> tuple[chex.Array, chex.Array]:
+    """Positions -> float32 (cos, sin), each [B, T, H/2]: angle p · θ^(-2i/H) (Su et al. 2021, "rotate half" layout of Llama)."""
+    frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    angle = positions_BT[:, :, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(x_BTNH: chex.Array, cos_BTh: chex.Array, sin_BTh: chex.Array) -> chex.Array:
+    """Rotates the pairs (x_i, x_{i+H/2}) by their angle; float32 inside, dtype of x outside."""
+    left, right = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BTh[:, :, None, :], sin_BTh[:, :, None, :]
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of all layers: k_LBSKH, v_LBSKH. Column s belongs to column s of the frame."""
+
+    k_LBSKH: chex.Array
+    v_LBSKH: chex.Array
+
+    @staticmethod
+    def zeros(layers: int, rows: int, width: int, kv_heads: int, head_width: int, dtype) -> "KVCache":
+        shape = (layers, rows, width, kv_heads, head_width)
+        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def write(self, layer: chex.Array, start: chex.Array, k_BTKH: chex.Array, v_BTKH: chex.Array) -> "KVCache":
+        """Puts one layer's new keys and values at columns start .. start + T."""
+        at = (layer, 0, start, 0, 0)
+        put = jax.lax.dynamic_update_slice
+        return KVCache(put(self.k_LBSKH, k_BTKH[None], at), put(self.v_LBSKH, v_BTKH[None], at))
+
+    def read(self, layer: chex.Array) -> tuple[chex.Array, chex.Array]:
+        """One layer's (k_BSKH, v_BSKH)."""
+        take = jax.lax.dynamic_index_in_dim
+        return take(self.k_LBSKH, layer, 0, keepdims=False), take(self.v_LBSKH, layer, 0, keepdims=False)
+
+    def fan_out(self, copies: int, width: int) -> "KVCache":
+        """Each row `copies` times, neighbours; columns grow to `width` with zeros (nothing attends to them before they are written)."""
+
+        def one(x_LBSKH):
+            x_LBSKH = jnp.repeat(x_LBSKH, copies, axis=1)
+            return jnp.pad(x_LBSKH, ((0, 0), (0, 0), (0, width - x_LBSKH.shape[2]), (0, 0), (0, 0)))
+
+        return KVCache(one(self.k_LBSKH), one(self.v_LBSKH))
+
+
+def visible(first_B: chex.Array, start: chex.Array | int, queries: int, keys: int) -> chex.Array:
+    """[B, T, S] bool: key column s is seen from query column t iff first <= s <= t. Padding before `first` sees itself only."""
+    query_T = start + jnp.arange(queries)
+    key_S = jnp.arange(keys)
+    seen_BTS = (key_S >= first_B[:, None, None]) & (key_S <= query_T[None, :, None])
+    return seen_BTS | (key_S == query_T[:, None])[None]
+
+
+def attend(q_BTNH: chex.Array, k_BSKH: chex.Array, v_BSKH: chex.Array, visible_BTS: chex.Array) -> chex.Array:
+    """softmax(q·k/√H) v with N/K query heads to each key/value head; scores and softmax in float32. Returns [B, T, N, H]."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    chex.assert_shape(visible_BTS, (B, T, k_BSKH.shape[1]))
+    q_BTKRH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
+    score_BKRTS = jnp.einsum("BTKRH,BSKH->BKRTS", q_BTKRH, k_BSKH, preferred_element_type=jnp.float32)
+    score_BKRTS = jnp.where(visible_BTS[:, None, None], score_BKRTS, MASKED)
+    weight_BKRTS = jax.nn.softmax(score_BKRTS, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("BKRTS,BSKH->BTKRH", weight_BKRTS, v_BSKH).reshape(B, T, N, H)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with optional RMSNorm on queries and keys, per head, before RoPE (Qwen3)."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    qk_norm: bool
+    rms_eps: float
+    dtype: jnp.dtype
+
+    def _project(self, name: str, x_BTD, heads: int, axis: str):
+        kernel_init_ = nn.with_partitioning(kernel_init, ("embed", axis))
+        kernel = self.param(name, kernel_init_, (x_BTD.shape[-1], heads * self.head_width), jnp.float32)
+        y = x_BTD @ kernel.astype(self.dtype)
+        return y.reshape(*x_BTD.shape[:2], heads, self.head_width)
+
+    @nn.compact
+    def __call__(self, x_BTD, rope, visible_BTS, cache: KVCache | None, layer, start):
+        """Returns (out_BTD, cache). Without a cache the keys are the T tokens themselves."""
+        q_BTNH = self._project("query", x_BTD, self.num_heads, "heads")
+        k_BTKH = self._project("key", x_BTD, self.num_kv_heads, "kv_heads")
+        v_BTKH = self._project("value", x_BTD, self.num_kv_heads, "kv_heads")
+        if self.qk_norm:
+            q_BTNH = RMSNorm(self.rms_eps, name="query_norm")(q_BTNH)
+            k_BTKH = RMSNorm(self.rms_eps, name="key_norm")(k_BTKH)
+        q_BTNH, k_BTKH = apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope)
+        if cache is None:
+            k_BSKH, v_BSKH = k_BTKH, v_BTKH
+        else:
+            cache = cache.write(layer, start, k_BTKH, v_BTKH)
+            k_BSKH, v_BSKH = cache.read(layer)
+        mixed_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, visible_BTS)
+        kernel_init_ = nn.with_partitioning(kernel_init, ("heads", "embed"))
+        kernel = self.param("out", kernel_init_, (self.num_heads * self.head_width, x_BTD.shape[-1]), jnp.float32)
+        return mixed_BTNH.reshape(*x_BTD.shape[:2], -1) @ kernel.astype(self.dtype), cache

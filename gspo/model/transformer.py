@@ -1,0 +1,181 @@
+"""The decoder: one block, scanned over layers, described by data.
+
+    (tokens, cache, routes) -> (hidden, cache, routes)
+
+One module serves dense and Mixture-of-Experts models of the Qwen3, Mixtral and Llama kind; a `ModelSpec` says which. It is called
+on whole frames (learner), on prompts with an empty cache (prefill) and on one token with a full one (decode): always with the frame
+column of the first real token, from which positions and visibility follow.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gspo.model.attention import Attention, KVCache, RMSNorm, kernel_init, rope_tables, visible
+from gspo.model.moe import BACKENDS, MoE
+from gspo.model.routing import route_dtype
+from gspo.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """Everything that fixes the shape and the arithmetic of a model. Hashable, so that jit may take it as static.
+
+    num_experts = 0 is a dense model of feed-forward width d_ff; else every layer holds experts of width d_expert.
+    dtype is that of the matmuls ("float32" or "bfloat16"); parameters, router, softmax, norms and log-probs are float32.
+    """
+
+    vocab_size: int
+    num_layers: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    d_ff: int = 0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    d_expert: int = 0
+    norm_topk_prob: bool = True
+    rope_theta: float = 1e6
+    rms_eps: float = 1e-6
+    qk_norm: bool = True
+    tie_embeddings: bool = False
+    dtype: str = "float32"
+    moe_backend: str = "blocked"
+    remat: bool = False
+
+    def __post_init__(self):
+        def need(ok, field, remedy):
+            if not ok:
+                raise UserError(f"model.{field}={getattr(self, field)!r}: {remedy}")
+
+        for field in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_width"):
+            need(getattr(self, field) > 0, field, "must be positive")
+        need(self.num_heads % self.num_kv_heads == 0, "num_heads", f"must be a multiple of num_kv_heads={self.num_kv_heads}")
+        need(self.head_width % 2 == 0, "head_width", "must be even for rotary positions")
+        need(self.dtype in ("float32", "bfloat16"), "dtype", "choose 'float32' or 'bfloat16'")
+        need(self.moe_backend in BACKENDS, "moe_backend", f"choose one of {', '.join(BACKENDS)}")
+        if self.num_experts:
+            need(0 < self.experts_per_token <= self.num_experts, "experts_per_token", f"must be in 1..{self.num_experts}")
+            need(self.d_expert > 0, "d_expert", "must be positive in a Mixture of Experts")
+        else:
+            need(self.d_ff > 0, "d_ff", "must be positive in a dense model (num_experts=0)")
+
+    @property
+    def compute_dtype(self):
+        return jnp.dtype(self.dtype)
+
+    def empty_cache(self, rows: int, width: int) -> KVCache:
+        return KVCache.zeros(self.num_layers, rows, width, self.num_kv_heads, self.head_width, self.compute_dtype)
+
+
+class Output(NamedTuple):
+    """hidden_BTD after the final norm; the cache, where one was given; and for MoE models the experts that each layer's router
+    would choose freely (routes_LBTX, also under replay) with its float32 logits (router_logits_LBTE).
+    """
+
+    hidden_BTD: chex.Array
+    cache: KVCache | None
+    routes_LBTX: chex.Array | None
+    router_logits_LBTE: chex.Array | None
+
+
+class SwiGLU(nn.Module):
+    """(silu(x W_gate) ∘ (x W_up)) W_down, the dense feed-forward layer."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        D, F = x_BTD.shape[-1], self.width
+        w_gate = self.param("gate", nn.with_partitioning(kernel_init, ("embed", "mlp")), (D, F), jnp.float32)
+        w_up = self.param("up", nn.with_partitioning(kernel_init, ("embed", "mlp")), (D, F), jnp.float32)
+        w_down = self.param("down", nn.with_partitioning(kernel_init, ("mlp", "embed")), (F, D), jnp.float32)
+        hidden = jax.nn.silu(x_BTD @ w_gate.astype(self.dtype)) * (x_BTD @ w_up.astype(self.dtype))
+        return hidden @ w_down.astype(self.dtype)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)). A scan body: (carry, layer inputs) -> (carry, layer outputs)."""
+
+    spec: ModelSpec
+
+    @nn.compact
+    def __call__(self, carry, layer, given_BTX, rope, visible_BTS, start):
+        x_BTD, cache = carry
+        s = self.spec
+        attention = Attention(s.num_heads, s.num_kv_heads, s.head_width, s.qk_norm, s.rms_eps, s.compute_dtype, name="attention")
+        normed_BTD = RMSNorm(s.rms_eps, name="attention_norm")(x_BTD)
+        mixed_BTD, cache = attention(normed_BTD, rope, visible_BTS, cache, layer, start)
+        x_BTD = x_BTD + mixed_BTD
+        h_BTD = RMSNorm(s.rms_eps, name="mlp_norm")(x_BTD)
+        if not s.num_experts:
+            return (x_BTD + SwiGLU(s.d_ff, s.compute_dtype, name="mlp")(h_BTD), cache), (None, None)
+        moe = MoE(
+            s.num_experts, s.experts_per_token, s.d_expert, s.norm_topk_prob, s.moe_backend, s.compute_dtype, name="moe"
+        )
+        y_BTD, free_BTX, logits_BTE = moe(h_BTD, given_BTX)
+        return (x_BTD + y_BTD, cache), (free_BTX.astype(route_dtype(s.num_experts)), logits_BTE)
+
+
+class Transformer(nn.Module):
+    """Embedding, L blocks, final norm; `logits` maps hidden states to the vocabulary."""
+
+    spec: ModelSpec
+
+    def setup(self):
+        s = self.spec
+        init = nn.initializers.normal(s.d_model**-0.5)
+        self.embedding = self.param("embedding", nn.with_partitioning(init, ("vocab", "embed")), (s.vocab_size, s.d_model), jnp.float32)
+        if not s.tie_embeddings:
+            self.head = self.param("head", nn.with_partitioning(kernel_init, ("embed", "vocab")), (s.d_model, s.vocab_size), jnp.float32)
+        block = nn.remat(Block, prevent_cse=False) if s.remat else Block
+        self.blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=s.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(s)
+        self.final_norm = RMSNorm(s.rms_eps)
+
+    def __call__(
+        self,
+        tokens_BT: chex.Array,
+        first_B: chex.Array,
+        routes_LBTX: chex.Array | None = None,
+        cache: KVCache | None = None,
+        start: chex.Array | int = 0,
+    ) -> Output:
+        """tokens_BT int32, columns start .. start + T of the frame. first_B int32: column of each row's first real token.
+
+        routes_LBTX: experts to use instead of the router's choice (see `gspo.model.routing`). cache: keys and values of the columns
+        before `start`; it comes back with this call's columns filled in. Without a cache `start` must be 0.
+        """
+        s = self.spec
+        B, T = tokens_BT.shape
+        chex.assert_shape(first_B, (B,))
+        x_BTD = jnp.take(self.embedding, tokens_BT, axis=0).astype(s.compute_dtype)
+        positions_BT = jnp.maximum(start + jnp.arange(T) - first_B[:, None], 0)
+        rope = rope_tables(positions_BT, s.head_width, s.rope_theta)
+        keys = T if cache is None else cache.k_LBSKH.shape[2]
+        seen_BTS = visible(first_B, start, T, keys)
+        layers = jnp.arange(s.num_layers)
+        (x_BTD, cache), (free_LBTX, logits_LBTE) = self.blocks((x_BTD, cache), layers, routes_LBTX, rope, seen_BTS, start)
+        return Output(self.final_norm(x_BTD), cache, free_LBTX, logits_LBTE)
+
+    def logits(self, hidden: chex.Array) -> chex.Array:
+        """[..., D] -> float32 [..., V]."""
+        kernel_DV = self.embedding.T if self.spec.tie_embeddings else self.head
+        return jnp.matmul(hidden, kernel_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    def init_params(self, key: chex.PRNGKey) -> Any:
+        """Parameters boxed with their logical axis names (`gspo.sharding.tree_shardings` reads them; `nn.unbox` strips them)."""
+        tokens_BT = jnp.zeros((1, 1), jnp.int32)
+        return self.init(key, tokens_BT, jnp.zeros((1,), jnp.int32))["params"]
