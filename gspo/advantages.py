@@ -32,9 +32,9 @@ def _groups(rewards_B: chex.Array, num_generations: int) -> chex.Array:
 def group_relative(rewards_B: chex.Array, num_generations: int) -> chex.Array:
     """Â_i = ( r_i − mean r ) / ( std r + 1e-6 ), mean and std over the group                 [B]
 
-    GRPO, DeepSeekMath (2402.03300) §4.1; GSPO (2507.18071) eq. 4... the papers leave std open. Here it is the sample deviation
-    (ddof 1), as in TRL (which adds 1e-4), verl, slime and tunix (1e-6). With ddof 0 all advantages would be √(G/(G−1)) times larger.
-    A group whose rewards are all equal gets exactly 0.
+    GRPO, DeepSeekMath (2402.03300) §4.1, and GSPO (2507.18071). The papers leave std open. Here it is the sample deviation
+    (ddof 1), as in TRL (which adds 1e-4), verl, slime and tunix (1e-6); with ddof 0 all advantages would be √(G/(G−1)) times
+    larger. A group whose rewards are all equal gets exactly 0.
     """
     rewards_QG = _groups(rewards_B, num_generations)
     centred_QG = rewards_QG - jnp.mean(rewards_QG, axis=1, keepdims=True)
@@ -65,18 +65,29 @@ def leave_one_out(rewards_B: chex.Array, num_generations: int) -> chex.Array:
 
     The baseline of a completion does not contain its own reward, so it is unbiased. RLOO (2402.14740) §3.3.
     """
-    return num_generations / (num_generations - 1) * unscaled(rewards_B, num_generations) if num_generations > 1 else unscaled(
-        rewards_B, num_generations
-    )
+    return unscaled(rewards_B, num_generations) * num_generations / (num_generations - 1)
 
 
 def global_whitening(rewards_B: chex.Array, num_generations: int) -> chex.Array:
+    """Â_i = ( r_i − mean_batch r ) / ( std_batch r + 1e-6 )                                  [B]
+
+    No group at all: any num_generations will do. REINFORCE++ (2501.03262).
+    """
+    chex.assert_rank(rewards_B, 1)
+    return _whiten(masked.wide(rewards_B))
+
+
+def group_baseline_whitening(rewards_B: chex.Array, num_generations: int) -> chex.Array:
     """Â_i = ( c_i − mean_batch c ) / ( std_batch c + 1e-6 ),   c_i = r_i − mean_group r       [B]
 
-    One deviation for the whole batch, after the group's baseline. REINFORCE++-baseline (2501.03262).
+    The baseline of the group, one deviation for the whole batch. REINFORCE++-baseline (2501.03262).
     """
-    centred_B = unscaled(rewards_B, num_generations)
-    return (centred_B - jnp.mean(centred_B)) / (jnp.std(centred_B, ddof=1) + EPSILON)
+    return _whiten(unscaled(rewards_B, num_generations))
+
+
+def _whiten(x_B):
+    constant = jnp.max(x_B) == jnp.min(x_B)
+    return jnp.where(constant, 0, (x_B - jnp.mean(x_B)) / (jnp.std(x_B, ddof=1) + EPSILON))
 
 
 def _unless_constant(rewards_QG, advantages_QG):
@@ -94,6 +105,7 @@ ADVANTAGES = {
     "none": unscaled,
     "rloo": leave_one_out,
     "reinforce++": global_whitening,
+    "reinforce++_baseline": group_baseline_whitening,
 }
 
 

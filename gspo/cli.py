@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -74,3 +75,30 @@ def _unknown_field(argv: list[str], config_file: str) -> str:
         near = same_leaf or difflib.get_close_matches(field, known, n=1, cutoff=0.5)
         return f"config.{field}: no such field" + (f"; did you mean config.{near[0]}?" if near else "")
     return f"{config_file}: an attribute is missing in the config file"
+
+
+class StopSignal:
+    """Context in which SIGTERM and Ctrl-C ask the loop to stop at its next safe place, instead of ending the process.
+
+    A second Ctrl-C ends it at once.
+    """
+
+    requested = False
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested, self._number = True, number
+
+    def leave(self, message: str) -> SystemExit:
+        """The exception to raise once all is saved: exit code 128 + signal, as shells have it."""
+        print(f"stopped by {signal.Signals(self._number).name}: {message}", file=sys.stderr)
+        return SystemExit(128 + self._number)

@@ -28,10 +28,12 @@ def reject(rho_BC: chex.Array, low: float, high: float) -> chex.Array:
 
 
 # name: (level of ρ, bound, low, high)
-#   tis      truncated importance sampling, Yao et al. (2025), "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"
-#   mis      its masked variant; seq_tis, seq_mis: with the product over the sequence, Liu et al. (2025), "When Speed Kills Stability"
-#   icepop   a band with two sides, Ling team (2025), "Small Leak Can Sink a Great Ship"
-#   geo_rs   whole sequences are rejected by the geometric mean of their token ratios
+#   tis               truncated importance sampling: Yao et al. (2025), "Your Efficient RL Framework Secretly Brings You
+#                     Off-Policy RL Training"
+#   mis               its masked variant: Liu et al. (2025), "When Speed Kills Stability"
+#   seq_tis, seq_mis  both, with the product over the sequence; same source
+#   icepop            a band with two sides: Ling team (2025), "Small Leak Can Sink a Great Ship"
+#   geo_rs            whole sequences are rejected by the geometric mean of their token ratios
 SAMPLER_IS = {
     "tis": (log_ratio_token, truncate, 0.0, 2.0),
     "mis": (log_ratio_token, mask, 0.0, 2.0),

@@ -8,7 +8,7 @@ one of its tokens is. With a ratio per sequence all tokens of a sequence are cli
     clip_ratio/low_mean, high_mean, region_mean           TRL's names: the share of whatever has a ratio of its own, sequences for
                                                           the levels "sequence" and "sequence_sum", tokens for the others
 
-Ratios. `ratio/*` and `ess` describe the ratios of the level, one per token or one per sequence, before any clip and capped at e²⁰.
+Ratios. `ratio/*` and `ess` describe the ratios of the level, one per token or one per sequence, before any clip, capped at e²⁰.
 `ess` is (Σ w)² / (n Σ w²) in (0, 1]: the share of the batch that an importance-weighted mean effectively uses.
 
     log_ratio/abs_max        largest |log w_it| of any token: 0 on the first minibatch after a rollout, up to rounding

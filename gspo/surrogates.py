@@ -76,8 +76,8 @@ def cispo(log_ratio_BC, logp_BC, advantages_BC, mask_BC, *, epsilon: float, epsi
     """sg[ clip(w, 1 − ε, 1 + ε_high) ] Â log π_θ
 
     The clip bounds the weight of a token and never its gradient, which flows through log π alone. CISPO, MiniMax-M1 (2506.13585)
-    §3.1, eq. 4-5; ε = 1 is their "no lower bound", and 1 + ε_high = 5 is the cap of ScaleRL (2510.13786). Every token whose weight
-    is capped counts as clipped, whatever the sign of its advantage (TRL counts those with Â > 0 only).
+    §3.1, eq. 4-5; ε = 1 is their "no lower bound", and 1 + ε_high = 5 is the cap of ScaleRL (2510.13786). Every token whose
+    weight is capped counts as clipped, whatever the sign of its advantage (TRL counts those with Â > 0 only).
     """
     log_ratio_BC, logp_BC, advantages_BC = _enter(log_ratio_BC, logp_BC, advantages_BC, mask_BC)
     ratio_BC = jax.lax.stop_gradient(ratio(log_ratio_BC))
@@ -137,3 +137,14 @@ def reinforce(log_ratio_BC, logp_BC, advantages_BC, mask_BC) -> Surrogate:
     log_ratio_BC, logp_BC, advantages_BC = _enter(log_ratio_BC, logp_BC, advantages_BC, mask_BC)
     never_BC = jnp.zeros_like(mask_BC)
     return Surrogate(advantages_BC * logp_BC, never_BC, never_BC)
+
+
+SURROGATES = {
+    "clip": clip,
+    "dual_clip": dual_clip,
+    "cispo": cispo,
+    "gmpo": gmpo,
+    "sapo": sapo,
+    "minirl": minirl,
+    "reinforce": reinforce,
+}

@@ -42,16 +42,17 @@ _MAX_EXPONENT = 400  # past the range of float64; 10**exponent would otherwise f
 
 def _value(match: re.Match[str]) -> Fraction | None:
     """The number that `_NUMBER` found; None for 1/0 and for sizes that nobody means."""
-    digits, exponent, denominator = match["digits"], match["exponent"] or "0", match["denominator"] or "1"
-    whole, point, decimals = digits.partition(".")
+    exponent, denominator = match["exponent"] or "0", match["denominator"] or "1"
+    whole, point, decimals = match["digits"].partition(".")
     pieces = whole.rstrip(",").split(",")
-    grouped = 1 <= len(pieces[0]) <= 3 and all(len(piece) == 3 for piece in pieces[1:])
-    whole = "".join(pieces) if grouped else pieces[-1]  # 1,080 is one number, 1,2,3 are three
-    sizes = (len(whole) + len(decimals), len(denominator), len(exponent) * (_MAX_DIGITS // 6))
-    if max(sizes) > _MAX_DIGITS or abs(int(exponent)) > _MAX_EXPONENT or int(denominator) == 0:
+    one_number = len(pieces) == 1 or (len(pieces[0]) <= 3 and all(len(piece) == 3 for piece in pieces[1:]))
+    whole = "".join(pieces) if one_number else pieces[-1]  # 1,080 is one number; 1,2,3 are three, and the last one counts
+    if max(len(whole) + len(decimals), len(denominator)) > _MAX_DIGITS or len(exponent) > 4 or abs(int(exponent)) > _MAX_EXPONENT:
+        return None
+    if int(denominator) == 0:
         return None
     value = Fraction(f"{whole or 0}{point}{decimals}") * Fraction(10) ** int(exponent) / int(denominator)
-    negative = match["minus"] or (grouped and match["minus_after_dollar"])
+    negative = one_number and (match["minus"] or match["minus_after_dollar"])
     return -value if negative else value
 
 

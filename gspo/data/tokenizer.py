@@ -8,7 +8,7 @@ samples ids that no encoder would write. The completion mask never comes from id
 
 import datetime
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,9 @@ from gspo.types import UserError
 
 
 class Tokenizer(Protocol):
-    """vocab_size: ids are 0..vocab_size-1. pad_id fills the frame. A completion ends at the first of eos_ids that is sampled."""
+    """vocab_size: ids are 0..vocab_size-1. pad_id: fills the frame.
+    eos_ids: sampling any of them ends a completion; demonstrations end in the first of them.
+    """
 
     vocab_size: int
     pad_id: int
@@ -29,15 +31,12 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: no beginning-of-sequence, no end-of-sequence."""
-        ...
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids. Special tokens and ids outside of the vocabulary are skipped; broken UTF-8 becomes U+FFFD."""
-        ...
 
     def format_prompt(self, text: str) -> str:
         """A user's message as the model wants to see it: through the chat template where there is one, else unchanged."""
-        ...
 
 
 class ByteTokenizer:
@@ -63,7 +62,8 @@ class CharTokenizer:
         repeated = sorted({char for char in alphabet if alphabet.count(char) > 1})
         if not alphabet or repeated:
             what = f"repeats {', '.join(map(repr, repeated))}" if repeated else "is empty"
-            raise UserError(f"the alphabet of tokenizer 'chars:{alphabet}' {what}: list each character once, as in 'chars:0123456789='")
+            raise UserError(f"the alphabet of tokenizer 'chars:{alphabet}' {what}: "
+                            "list each character once, as in 'chars:0123456789='")
         self.alphabet = alphabet
         self._ids = {char: i for i, char in enumerate(alphabet)}
         self.pad_id, self.eos_ids, self.vocab_size = len(alphabet), (len(alphabet) + 1,), len(alphabet) + 2
@@ -163,14 +163,8 @@ def make_tokenizer(spec: str) -> Tokenizer:
         return CharTokenizer(spec.removeprefix("chars:"))
     if spec and Path(spec).exists():
         return HFTokenizer(spec)
-    raise UserError(f"unknown tokenizer {spec!r}: give 'bytes', 'chars:0123456789=' (any alphabet), or the path of a tokenizer.json "
-                    "or of its folder (there is no such file or folder)")
-
-
-def completion_texts(tokenizer: Tokenizer, tokens_BT: Any, prompt_width: int, lengths_B: Any) -> list[str]:
-    """The text of each row's completion: `lengths_B` tokens from column `prompt_width` on, end-of-sequence token skipped."""
-    rows: Sequence[Sequence[int]] = [row.tolist() for row in tokens_BT]
-    return [tokenizer.decode(row[prompt_width:prompt_width + int(length)]) for row, length in zip(rows, lengths_B, strict=True)]
+    raise UserError(f"unknown tokenizer {spec!r}: give 'bytes', 'chars:0123456789=' (any alphabet), or the path of a "
+                    "tokenizer.json or of its folder (nothing is there)")
 
 
 def _first_line(error: Exception) -> str:
@@ -198,7 +192,7 @@ def _token_text(value: Any) -> str | None:
 def _chat_template(folder: Path, config: dict[str, Any]) -> jinja2.Template | None:
     """The compiled template, or None. Sandboxed: it came with a download, and may neither reach attributes nor change objects."""
     file = folder / "chat_template.jinja"
-    source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+    source = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else config.get("chat_template")
     if isinstance(source, list):  # several named templates; the one that is used unasked is called "default"
         source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
     if source is None:
@@ -216,6 +210,6 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> jinja2.Template | No
     environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.datetime.now().strftime(form))
     try:
         return environment.from_string(source)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a syntax error, or no text at all
         where = file if file.is_file() else folder / "tokenizer_config.json"
         raise UserError(f"the chat template in {where} does not compile: {_first_line(error)}") from None

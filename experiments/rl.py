@@ -1,0 +1,13 @@
+"""Reinforcement learning: python experiments/rl.py --config=configs/gspo_running_sum.py --workdir=runs/gspo --config.init_from=runs/cold"""
+
+from gspo import cli, rl
+
+
+def main() -> None:
+    flags = cli.FLAGS
+    rl.train(flags.config, flags.workdir, allow_changed_config=flags.allow_changed_config)
+
+
+if __name__ == "__main__":
+    cli.define_flags()
+    cli.run(main)

@@ -1,0 +1,13 @@
+"""Supervised fine-tuning: python experiments/sft.py --config=configs/sft_running_sum.py --workdir=runs/cold"""
+
+from gspo import cli, sft
+
+
+def main() -> None:
+    flags = cli.FLAGS
+    sft.train(flags.config, flags.workdir, allow_changed_config=flags.allow_changed_config)
+
+
+if __name__ == "__main__":
+    cli.define_flags()
+    cli.run(main)

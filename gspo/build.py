@@ -1,0 +1,191 @@
+"""Config -> the parts of a run. The lowest floor that reads a config object; everything below takes plain arguments.
+
+Each function reads its own fields and checks what can be wrong with them, so that a mistake is one line before anything is compiled.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from gspo import objectives, presets
+from gspo.checkpoint import restore_params
+from gspo.data import batches, rewards, tasks
+from gspo.data.tokenizer import Tokenizer, make_tokenizer
+from gspo.model.distribution import Sampling
+from gspo.model.transformer import ModelSpec, Transformer
+from gspo.optim import make_optimizer
+from gspo.sampler import make_sampler
+from gspo.sharding import make_mesh, named_sharding, tree_shardings
+from gspo.types import Params, TrainState, UserError
+
+
+def positive(config: ConfigDict, *fields: str) -> None:
+    """Raises UserError for the first of the (dotted) fields that is not > 0."""
+    for field in fields:
+        node: Any = config
+        for name in field.split("."):
+            node = node[name]
+        if node <= 0:
+            raise UserError(f"{field}={node}: must be positive")
+
+
+def mesh(config: ConfigDict) -> Mesh:
+    return make_mesh(config.mesh.to_dict())
+
+
+def tokenizer(config: ConfigDict) -> Tokenizer:
+    return make_tokenizer(config.tokenizer)
+
+
+def task(config: ConfigDict, split: str) -> tasks.Task:
+    return tasks.make_task(config.task.name, split=split, seed=config.seed, **config.task.options.to_dict())
+
+
+def prompt_source(config: ConfigDict, split: str, tokenizer: Tokenizer) -> batches.PromptSource:
+    positive(config, "max_prompt_length", "max_completion_length")
+    return batches.PromptSource(
+        task(config, split),
+        tokenizer,
+        max_prompt_length=config.max_prompt_length,
+        overlong_prompts=config.overlong_prompts,
+        seed=config.seed,
+    )
+
+
+def demonstration_source(config: ConfigDict, tokenizer: Tokenizer) -> batches.DemonstrationSource:
+    positive(config, "max_prompt_length", "max_completion_length", "batch_size", "num_updates")
+    return batches.DemonstrationSource(
+        task(config, config.task.train_split),
+        tokenizer,
+        max_prompt_length=config.max_prompt_length,
+        max_completion_length=config.max_completion_length,
+        overlong=config.overlong_prompts,
+        seed=config.seed,
+    )
+
+
+def model(config: ConfigDict, tokenizer: Tokenizer) -> Transformer:
+    return Transformer(ModelSpec(vocab_size=tokenizer.vocab_size, **config.model.to_dict()))
+
+
+def objective(config: ConfigDict) -> tuple[objectives.Objective, dict[str, Any]]:
+    """The preset with the fields that the config sets itself laid over it; and all its settings, defaults filled in."""
+    fields = config.objective.to_dict()
+    settings = presets.settings(fields.pop("preset"), **fields)
+    return objectives.make_objective(**settings), settings
+
+
+def reward_functions(config: ConfigDict, source: batches.PromptSource) -> dict[str, Callable]:
+    """Name -> reward; "task" is the task's own."""
+    if len(config.rewards) != len(config.reward_weights):
+        raise UserError(f"reward_weights: {len(config.reward_weights)} weights for {len(config.rewards)} rewards; give one each")
+    known = {"task": source.task.reward} | rewards.REWARDS
+    for name in config.rewards:
+        if name not in known:
+            raise UserError(f"rewards: no reward named {name!r}; choose from {', '.join(known)}")
+    return {name: known[name] for name in config.rewards}
+
+
+def optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW as config.optimizer says, and its learning rate as a function of the update."""
+    return make_optimizer(total_steps=total_steps, **config.optimizer.to_dict())
+
+
+def sampling(config: ConfigDict) -> Sampling:
+    if config.temperature <= 0:
+        raise UserError(f"temperature={config.temperature}: training samples at a positive temperature; 0 (greedy) is for eval.temperature")
+    return Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
+
+
+def sampler(config: ConfigDict, model: Transformer, tokenizer: Tokenizer, sampling: Sampling, num_generations: int):
+    return make_sampler(
+        model,
+        num_generations=num_generations,
+        max_completion_length=config.max_completion_length,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+        sampling=sampling,
+    )
+
+
+def micro_batch_size(config: ConfigDict, rows: int, what: str) -> int:
+    """config.micro_batch_size, checked against the rows of one update."""
+    size = config.micro_batch_size
+    if size < 0 or (size and rows % size):
+        raise UserError(f"micro_batch_size={size}: must divide the {rows} rows of {what} (0: all at once)")
+    return size
+
+
+def check_rows(mesh: Mesh, **counts: int) -> None:
+    """Raises UserError where rows cannot be cut evenly over the devices."""
+    parts = mesh.size // mesh.shape["tensor"]
+    for field, rows in counts.items():
+        if rows % parts:
+            raise UserError(f"{field}={rows}: not divisible by the {parts} devices that share the rows (mesh data x fsdp x expert)")
+
+
+def put_rows(mesh: Mesh, *arrays):
+    """Host arrays -> device arrays cut along their first axis, the rows."""
+    return jax.device_put(arrays, named_sharding(mesh, "rows"))
+
+
+def state_on_mesh(
+    mesh: Mesh, model: Transformer, optimizer: optax.GradientTransformation, *, with_ref: bool = False
+) -> tuple[Callable[[jax.Array], TrainState], TrainState]:
+    """Returns (init, abstract): a jitted `init(key) -> TrainState` whose arrays are born on their devices, never whole on one; and
+    the same state as ShapeDtypeStructs with shardings, which a checkpoint is restored into.
+    """
+    boxed = jax.eval_shape(model.init_params, jax.random.key(0))
+    param_shardings = tree_shardings(mesh, boxed)
+
+    def init(key) -> TrainState:
+        params = nn.unbox(model.init_params(key))
+        return TrainState(jnp.int32(0), params, optimizer.init(params), params if with_ref else None)
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    everywhere = named_sharding(mesh)
+    shardings = TrainState(
+        step=everywhere,
+        params=param_shardings,
+        opt_state=optax.tree_utils.tree_map_params(
+            optimizer, lambda _, sharding: sharding, shapes.opt_state, param_shardings, transform_non_params=lambda _: everywhere
+        ),
+        ref_params=param_shardings if with_ref else None,
+    )
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return jax.jit(init, out_shardings=shardings), abstract
+
+
+def initial_state(config: ConfigDict, init: Callable[[jax.Array], TrainState], abstract: TrainState) -> TrainState:
+    """A fresh state; with config.init_from, the parameters (and those of the reference) of that run."""
+    state = init(jax.random.fold_in(jax.random.key(config.seed), 0))
+    if not config.init_from:
+        return state
+    _, params = restore_params(config.init_from, abstract.params)
+    ref_params = None if state.ref_params is None else copy_tree(params)
+    return state.replace(params=params, ref_params=ref_params)
+
+
+def copy_tree(params: Params) -> Params:
+    """A tree of its own buffers: the train step donates the policy's."""
+    return jax.tree.map(jnp.copy, params)
+
+
+def describe(model: Transformer, abstract: TrainState) -> str:
+    """One line for the log: size of the model."""
+    sizes = {path: leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.params)}
+    total, spec = sum(sizes.values()), model.spec
+    if not spec.num_experts:
+        return f"dense model, {spec.num_layers} layers, {total:,} parameters"
+    expert = sum(size for path, size in sizes.items() if jax.tree_util.keystr(path[-1:]).strip("[']") in ("gate", "up", "down"))
+    active = total - expert + expert * spec.experts_per_token // spec.num_experts
+    return (
+        f"MoE model, {spec.num_layers} layers, {spec.num_experts} experts of which {spec.experts_per_token} run, "
+        f"{total:,} parameters, {active:,} active"
+    )

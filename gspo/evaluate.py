@@ -1,0 +1,79 @@
+"""Evaluation on held-out prompts: pass@1 over k samples, pass@k, lengths."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from gspo import build
+from gspo.checkpoint import restore_params
+from gspo.data import batches
+from gspo.data.tokenizer import Tokenizer
+from gspo.model.distribution import Sampling
+from gspo.model.transformer import Transformer
+from gspo.types import Params
+
+SOLVED = 1.0 - 1e-6  # a completion is correct when the task's own reward is 1
+EVAL_STREAM = 2  # of the run's random keys; the loops use 1, initialisation 0
+
+
+def make_evaluator(
+    config: ConfigDict, mesh: Mesh, model: Transformer, tokenizer: Tokenizer, *, sampler: Callable | None = None
+) -> Callable[[Params], tuple[dict[str, float], list[dict]]]:
+    """Returns `evaluate(params) -> (metrics, samples)` over config.eval.num_prompts prompts of the evaluation split.
+
+    The prompts and the noise are the same at every call, so that two evaluations differ by the parameters alone. sampler: one to
+    share with the caller (and its compilation), where it draws what config.eval asks for.
+
+    metrics: eval/pass@1 (mean over all samples), its standard error over prompts, eval/pass@k, lengths in tokens, truncated share.
+    """
+    build.positive(config, "eval.num_prompts", "eval.num_generations_eval")
+    source = build.prompt_source(config, config.task.eval_split, tokenizer)
+    k = config.eval.num_generations_eval
+    count = min(config.eval.num_prompts, len(source))
+    width = math.gcd(count, min(count, config.get("num_prompts", count)))  # equal calls, one compile
+    build.check_rows(mesh, **{"eval.num_prompts": width})
+    if sampler is None:
+        sampler = build.sampler(config, model, tokenizer, Sampling(config.eval.temperature), k)
+    key = jax.random.fold_in(jax.random.key(config.seed), EVAL_STREAM)
+
+    def evaluate(params: Params) -> tuple[dict[str, float], list[dict]]:
+        solved, lengths, truncated, samples = [], [], [], []
+        for start in range(0, count, width):
+            prompts = source.batch(start, width)
+            rows = build.put_rows(mesh, prompts.tokens_QP, prompts.lengths_Q)
+            rollout = jax.device_get(sampler(params, *rows, jax.random.fold_in(key, start)))
+            texts = batches.completion_texts(tokenizer, rollout.tokens_BT, prompts.tokens_QP.shape[1], rollout.completion_lengths_B)
+            examples = [example for example in prompts.examples for _ in range(k)]
+            rewards_B, _ = batches.score_completions(texts, examples, [source.task.reward], [1.0])
+            solved.append((rewards_B >= SOLVED).reshape(width, k))
+            lengths.append(rollout.completion_lengths_B)
+            truncated.append(rollout.truncated_B)
+            for example, text, reward in zip(prompts.examples, texts[::k], rewards_B[::k], strict=True):
+                samples.append({"prompt": example.prompt, "completion": text, "answer": example.answer, "reward": float(reward)})
+        solved_Qk = np.concatenate(solved)
+        metrics = {
+            "eval/pass@1": float(solved_Qk.mean()),
+            "eval/pass@1_stderr": float(solved_Qk.mean(axis=1).std(ddof=1) / np.sqrt(count)) if count > 1 else 0.0,
+            f"eval/pass@{k}": float(solved_Qk.any(axis=1).mean()),
+            "eval/mean_length": float(np.concatenate(lengths).mean()),
+            "eval/clipped_ratio": float(np.concatenate(truncated).mean()),
+        }
+        return metrics, samples
+
+    return evaluate
+
+
+def evaluate_workdir(config: ConfigDict, workdir: str) -> tuple[int, dict[str, float], list[dict]]:
+    """Evaluates the latest good checkpoint of a run. Returns (its step, metrics, samples)."""
+    mesh = build.mesh(config)
+    tokenizer = build.tokenizer(config)
+    model = build.model(config, tokenizer)
+    optimizer, _ = build.optimizer(config, total_steps=1)
+    _, abstract = build.state_on_mesh(mesh, model, optimizer)
+    step, params = restore_params(workdir, abstract.params)
+    metrics, samples = make_evaluator(config, mesh, model, tokenizer)(params)
+    return step, metrics, samples

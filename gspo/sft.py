@@ -1,0 +1,94 @@
+"""Supervised fine-tuning on demonstrations: the cold start of a policy. It stops early on purpose (pass@1 of 0.1 to 0.6), since
+reinforcement learning needs groups in which some completions are right and some are wrong.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from gspo import build
+from gspo.checkpoint import Checkpointer, open_workdir
+from gspo.cli import StopSignal
+from gspo.evaluate import make_evaluator
+from gspo.learner import make_train_step, negative_log_likelihood
+from gspo.metrics import MetricsWriter, Progress, Timer
+from gspo.types import Batch, UserError, completion_mask
+
+
+def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = False, title: str = "SFT") -> dict[str, Any]:
+    """Runs, or resumes, supervised fine-tuning in workdir. Returns the last line of its metrics. Raises UserError."""
+    # ------------------------------------------------------------------ config, mesh, data, model
+    micro = build.micro_batch_size(config, config.batch_size, "a batch (batch_size)")
+    mesh = build.mesh(config)
+    build.check_rows(mesh, batch_size=micro or config.batch_size)
+    tokenizer = build.tokenizer(config)
+    source = build.demonstration_source(config, tokenizer)
+    model = build.model(config, tokenizer)
+    optimizer, learning_rate = build.optimizer(config, total_steps=config.num_updates)
+    init, abstract = build.state_on_mesh(mesh, model, optimizer)
+    train_step = make_train_step(model, optimizer, negative_log_likelihood, micro_batch_size=micro, chunk=config.logp_chunk)
+    evaluate = make_evaluator(config, mesh, model, tokenizer)
+
+    # ------------------------------------------------------------------ state
+    open_workdir(workdir, config.to_dict(), allow_changed_config=allow_changed_config)
+    checkpointer = Checkpointer(
+        workdir, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best, best_metric="eval/pass@1"
+    )
+    writer = MetricsWriter(workdir, tensorboard=config.log.tensorboard, wandb=config.log.wandb, config=config.to_dict())
+    restored = checkpointer.restore(abstract)
+    if restored is None:
+        first, state = 0, build.initial_state(config, init, abstract)
+        writer.truncate(None)
+    else:
+        first, state, meta = restored
+        writer.truncate(meta["offsets"])
+    progress = Progress(config.num_updates, start=first, title=title)
+    progress.note(build.describe(model, abstract))
+    if restored is not None:
+        progress.note(f"resumed at update {first}")
+
+    # ------------------------------------------------------------------ loop
+    timer = Timer()
+    with StopSignal() as stop, progress, checkpointer, writer:
+        for index in range(first, config.num_updates + 1):
+            last = index == config.num_updates
+            line: dict[str, Any] = {}
+            if last or (config.eval.every and index % config.eval.every == 0):
+                with timer("eval"):
+                    line, samples = evaluate(state.params)
+                writer.write_samples(index, samples[: config.log.num_samples])
+            due = config.checkpoint.every and index % config.checkpoint.every == 0
+            if index > first and (last or stop.requested or due):
+                checkpointer.save(index, state, {"offsets": writer.offset()}, line)
+            if last:
+                writer.write(index, line)
+                progress.update(index, line)
+                break
+            if stop.requested:
+                checkpointer.wait()
+                raise stop.leave(f"saved update {index} in {workdir}; start the same command again to go on")
+
+            with timer("update"):
+                demos = source.batch(index * config.batch_size, config.batch_size)
+                state, metrics = train_step(state, make_batch(mesh, demos, config.max_completion_length))
+                metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if not np.isfinite(metrics["loss"]):
+                raise UserError(f"update {index}: the loss is not finite; lower optimizer.learning_rate")
+            line |= metrics | {"learning_rate": float(learning_rate(index))}
+            writer.write(index, line)
+            writer.write_timings(index, timer.take())
+            progress.update(index, line)
+    return line
+
+
+def make_batch(mesh, demos, width: int) -> Batch:
+    """Demonstrations as rows of a train step; what only policy gradients read is zero."""
+    tokens_BT, prompt_lengths_B, lengths_B = build.put_rows(
+        mesh, demos.tokens_BT, demos.prompt_lengths_B, demos.completion_lengths_B
+    )
+    mask_BC = completion_mask(lengths_B, width)
+    zeros_BC = jnp.zeros(mask_BC.shape, jnp.float32)
+    return Batch(tokens_BT, prompt_lengths_B, lengths_B, mask_BC, zeros_BC, zeros_BC)

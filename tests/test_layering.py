@@ -1,0 +1,83 @@
+"""The tower of the README as data: each file, its floor, and the rule that imports go down only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Lowest first. A file imports from files above it in this list, never from one below it.
+TOWER = [
+    "types", "masked",
+    "ratios", "kl", "surrogates", "corrections", "aggregations", "diagnostics", "objectives", "presets",
+    "advantages", "sharding", "optim", "distributed", "metrics",
+    "model.attention", "model.routing", "model.moe", "model.transformer", "model.distribution",
+    "data.tokenizer", "data.rewards", "data.tasks", "data.batches",
+    "sampler", "learner", "checkpoint", "hf",
+    "build", "cli",
+    "evaluate", "sft", "rl", "aot",
+]  # fmt: skip
+CONFIG_READERS = ("build", "cli", "evaluate", "sft", "rl", "aot")
+
+
+def modules() -> dict[str, Path]:
+    package = ROOT / "gspo"
+    names = {path: ".".join(path.relative_to(package).with_suffix("").parts) for path in package.rglob("*.py")}
+    return {name: path for path, name in names.items() if not name.endswith("__init__")}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names of everything that the file imports, `from a import b` as a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write it out"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_go_down_the_tower_only(name):
+    # Catches a lower floor that reaches up (a loss that reads a config, a sampler that knows the loop), and a file nobody placed.
+    assert name in TOWER, f"gspo/{name} has no place in the tower"
+    for imported in imports_of(modules()[name]):
+        if imported.startswith("gspo."):
+            lower = [other for other in TOWER if imported == f"gspo.{other}" or imported.startswith(f"gspo.{other}.")]
+            assert lower, f"{name} imports {imported}, which is not in the tower"
+            assert TOWER.index(lower[-1]) < TOWER.index(name), f"{name} imports {imported}, which stands above it"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_config_objects_are_read_on_the_upper_floors_only(name):
+    # Catches a library function that takes a config where plain keywords would do.
+    if name not in CONFIG_READERS:
+        assert not any("ml_collections" in imported for imported in imports_of(modules()[name]))
+
+
+def test_configs_import_nothing_but_ml_collections_and_each_other():
+    # Catches a config that drags the library, and with it jax, into reading a file of numbers.
+    for path in (ROOT / "configs").glob("*.py"):
+        for imported in imports_of(path):
+            assert imported.split(".")[0] in ("ml_collections", "configs"), f"{path.name} imports {imported}"
+
+
+def test_nothing_but_the_listed_folders_stands_at_the_root():
+    # Catches drift of the layout: a src/, a utils/, a second docs tree.
+    tracked = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    assert tracked <= {"gspo", "configs", "experiments", "scripts", "tests", "runs", "build", "gspo.egg-info"} | {
+        name for name in tracked if name == "__pycache__"
+    }
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "gspo").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_stay_short(path):
+    # Catches growth past what a reader can hold: 400 lines a file, 80 a function (the loops that tell a whole story: 130).
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400, f"{path.name} is longer than 400 lines: split it"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            limit = 130 if node.name == "train" else 90
+            assert node.end_lineno - node.lineno < limit, f"{path.name}: {node.name} is longer than {limit} lines: split it"
