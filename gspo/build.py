@@ -19,7 +19,7 @@ from gspo.data import batches, rewards, tasks
 from gspo.data.tokenizer import Tokenizer, make_tokenizer
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import ModelSpec, Transformer
-from gspo.optim import make_optimizer
+from gspo.optim import make_optimizer, make_schedule
 from gspo.sampler import make_sampler
 from gspo.sharding import make_mesh, named_sharding, tree_shardings
 from gspo.types import Params, TrainState, UserError
@@ -94,7 +94,9 @@ def reward_functions(config: ConfigDict, source: batches.PromptSource) -> dict[s
 
 def optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW as config.optimizer says, and its learning rate as a function of the update."""
-    return make_optimizer(total_steps=total_steps, **config.optimizer.to_dict())
+    fields = config.optimizer.to_dict()
+    schedule = {name: fields[name] for name in ("learning_rate", "schedule", "warmup_steps")}
+    return make_optimizer(total_steps=total_steps, **fields), make_schedule(total_steps=total_steps, **schedule)
 
 
 def sampling(config: ConfigDict) -> Sampling:

@@ -191,7 +191,6 @@ def make_train_step(
         )
         metrics = metrics | {
             "loss": loss.value,
-            "entropy/mean": masked_mean(scores.entropy_BC, batch.loss_mask_BC).value,
             "grad_norm": optax.global_norm(grads),
         }
         if scores.routes_LBTX is not None:

@@ -23,11 +23,11 @@ def lines_of(path):
 def test_a_line_holds_the_step_and_the_values_exactly(tmp_path):
     # Catches: rounding, float32 through str(), numpy scalars that JSON refuses, per-layer values lost.
     with MetricsWriter(tmp_path) as writer:
-        writer.write(3, {"a": jnp.float32(0.1), "b": jnp.bfloat16(1.5), "c": np.int64(7), "d": jnp.arange(2), "e": True, "f": 1e-30})
+        writer.write(3, {"a": jnp.float32(0.1), "b": jnp.bfloat16(1.5), "c": np.int64(7), "d": jnp.arange(2), "e": True})
         writer.write_timings(3, {"rollout": 1.25})
         writer.write_samples(3, [{"prompt": "1+1=", "completion": "2\n\u2028\udce4\x00", "reward": 1.0}, {"completion": "b"}])
     (line,) = read_jsonl(tmp_path / "metrics.jsonl")
-    assert line == {"step": 3, "a": float(np.float32(0.1)), "b": 1.5, "c": 7, "d": [0, 1], "e": True, "f": 1e-30}
+    assert line == {"step": 3, "a": float(np.float32(0.1)), "b": 1.5, "c": 7, "d": [0, 1], "e": True}
     assert read_jsonl(tmp_path / "timings.jsonl") == [{"step": 3, "rollout": 1.25}]
     assert [sample["completion"] for sample in read_jsonl(tmp_path / "samples.jsonl")] == ["2\n\u2028\udce4\x00", "b"]
 

@@ -34,9 +34,11 @@ _NUMBER = re.compile(
     r"""(?P<minus>(?<![\w.)\]}%])[-−])? \\?\$? (?P<minus_after_dollar>(?<=\$)[-−])?
         (?P<digits>[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)
         (?:[eE](?P<exponent>[-+]?[0-9]+))?
-        (?:[ ]?/[ ]?(?P<denominator>[0-9]+))?""", re.VERBOSE)
+        (?:[ ]?/[ ]?(?P<denominator>[0-9]+))?""",
+    re.VERBOSE,
+)
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{(-?[0-9]{1,40})\}\{([0-9]{1,40})\}")
-_MAX_DIGITS = 100    # int() is quadratic in the digits, and raises past a few thousand
+_MAX_DIGITS = 100  # int() is quadratic in the digits, and raises past a few thousand
 _MAX_EXPONENT = 400  # past the range of float64; 10**exponent would otherwise fill the memory
 
 

@@ -89,8 +89,9 @@ def _first(name: str, available: int, size: int | None) -> int:
 # -------------------------------------------------------------------------------------------------------------- running_sum
 
 
-def _running_sum(rest: str, *, split: str, seed: int, size: int | None, num_digits: int = 12, modulus: int = 10,
-                 error_rate: float = 0.12) -> Task:
+def _running_sum(
+    rest: str, *, split: str, seed: int, size: int | None, num_digits: int = 12, modulus: int = 10, error_rate: float = 0.12
+) -> Task:
     """Prompt "314=", answer "348": the running sums of the digits modulo `modulus`, one character each.
 
     The demonstrator writes a uniform wrong digit with probability `error_rate` at each step and goes on from what it wrote. A
@@ -98,8 +99,11 @@ def _running_sum(rest: str, *, split: str, seed: int, size: int | None, num_digi
     a matter of what it can represent: a cold start of known pass@1. No prompt is in both splits: its checksum decides.
     """
     _check_split("running_sum", split)
-    for field, value, good in (("num_digits", num_digits, num_digits >= 1), ("modulus", modulus, 2 <= modulus <= 10),
-                               ("error_rate", error_rate, 0 <= error_rate <= 1)):
+    for field, value, good in (
+        ("num_digits", num_digits, num_digits >= 1),
+        ("modulus", modulus, 2 <= modulus <= 10),
+        ("error_rate", error_rate, 0 <= error_rate <= 1),
+    ):
         if not good:
             ranges = "num_digits >= 1, modulus 2..10, error_rate 0..1"
             raise UserError(f"task running_sum: {field}={value} is out of range ({ranges})")
@@ -107,12 +111,14 @@ def _running_sum(rest: str, *, split: str, seed: int, size: int | None, num_digi
     def example(index: int) -> Example:
         rng = random.Random(f"{seed}/{split}/{index}")  # a string seeds through SHA-512: the same on every machine
         for _ in range(10_000):
-            digits = f"{rng.randrange(10 ** num_digits):0{num_digits}d}"
+            digits = f"{rng.randrange(10**num_digits):0{num_digits}d}"
             if (zlib.crc32(digits.encode()) % 8 == 0) == (split == "test"):
                 break
         else:
-            raise UserError(f"task running_sum with num_digits={num_digits} has too few prompts for a {split} split of its own: "
-                            "use 3 digits or more")
+            raise UserError(
+                f"task running_sum with num_digits={num_digits} has too few prompts for a {split} split of its own: "
+                "use 3 digits or more"
+            )
         right = written = 0
         answer, demonstration = [], []
         for digit in map(int, digits):
@@ -124,26 +130,39 @@ def _running_sum(rest: str, *, split: str, seed: int, size: int | None, num_digi
         return Example(f"{digits}=", "".join(answer), "".join(demonstration))
 
     example(0)  # so that too few digits are an error now
-    return Task("running_sum", size or (20_000 if split == "train" else 2_000), example, exact_match)
+    return Task("running_sum", size or (40_000 if split == "train" else 2_000), example, exact_match)
 
 
 # ------------------------------------------------------------------------------------------------------------ reasoning_gym
 
-# Some scorers hand the model's text to Python's eval, or to SymPy's parser, which does the same. They see it only where it
-# consists of the characters below, in which no call, attribute or tower of powers can be written; other answers count as wrong.
+# What the scorer of a data set may be shown; other answers count as wrong. Most of these scorers hand the model's text to
+# Python's eval, or to SymPy's parser, which does the same: so no call, attribute or tower of powers fits into what they see.
 _LITERALS, _ARITHMETIC = r"[\w\s\[\],'\"]*", r"(?!.*\*\s*\*)[0-9\s()+*/-]{,200}"
-_EVALUATED = {
-    "binary_matrix": _LITERALS, "n_queens": _LITERALS, "spiral_matrix": _LITERALS, "string_insertion": _LITERALS,
-    "countdown": _ARITHMETIC, "puzzle24": _ARITHMETIC,
+_READABLE = {
+    "binary_matrix": _LITERALS,
+    "n_queens": _LITERALS,
+    "spiral_matrix": _LITERALS,
+    "string_insertion": _LITERALS,
+    "countdown": _ARITHMETIC,
+    "puzzle24": _ARITHMETIC,
     "polynomial_multiplication": r"(?!.*[\d\s]\*\s*\*)(?!.*\*\s*\*\s*\d{3})[a-z0-9\s*+-]*",  # powers of letters, below 100
+    "complex_arithmetic": r"[0-9\s.,()ij*+-]*",  # its scorer gives "nan" full marks
+    "game_of_life_halting": r"(?!)",  # its scorer gives any text full marks: only the very answer passes
 }
 # These need brackets and calls, on which SymPy may think for hours; `composite` passes text on to any of the others.
 _UNSAFE = ("simple_integration", "intermediate_integration", "composite")
 # These build their problems in the order of a Python set, which changes from process to process.
-_SET_ORDER = ("codeio", "isomorphic_strings", "knight_swap", "list_functions", "polynomial_multiplication", "ransom_note",
-              "word_ladder")
+_SET_ORDER = (
+    "codeio",
+    "isomorphic_strings",
+    "knight_swap",
+    "list_functions",
+    "polynomial_multiplication",
+    "ransom_note",
+    "word_ladder",
+)
 _SEED_STRIDE = 1_000_000  # reasoning-gym draws example i of seed s from seed s + i: splits and seeds must lie further apart
-_MAX_ANSWER = 10_000      # characters
+_MAX_ANSWER = 10_000  # characters
 _HUGE_EXPONENT = re.compile(r"[\d._][eE][-+]?[\d_]{4}")  # Fraction("1e999999999") fills the memory
 
 
@@ -164,8 +183,10 @@ def _reasoning_gym(rest: str, *, split: str, seed: int, size: int | None, **opti
     if rest in _UNSAFE:
         raise UserError(f"task {name} is refused: its scorer evaluates what the model wrote, which may run code or never return")
     if rest in _SET_ORDER and os.environ.get("PYTHONHASHSEED", "random") == "random":
-        raise UserError(f"task {name} depends on the order of Python sets, so no run could be repeated or resumed: "
-                        "start the program with PYTHONHASHSEED=0")
+        raise UserError(
+            f"task {name} depends on the order of Python sets, so no run could be repeated or resumed: "
+            "start the program with PYTHONHASHSEED=0"
+        )
     config = DATASETS[rest][1]
     _check_options(name, options, {field.name for field in dataclasses.fields(config)} - {"seed", "size"})
     size = size or (2_000 if split == "train" else 200)
@@ -186,7 +207,7 @@ def _reasoning_gym(rest: str, *, split: str, seed: int, size: int | None, **opti
         """The data set's own score in [0, 1] of the text in the last <answer> tags, or of the whole completion."""
         before, closed, _ = completion.rpartition("</answer>")
         answer = (before if closed else completion).rpartition("<answer>")[2].strip()
-        known = re.fullmatch(_EVALUATED.get(rest, ".*"), answer[:_MAX_ANSWER], re.DOTALL)
+        known = re.fullmatch(_READABLE.get(rest, ".*"), answer[:_MAX_ANSWER], re.DOTALL)
         allowed = known and len(answer) <= _MAX_ANSWER and not _HUGE_EXPONENT.search(answer)
         if not (allowed or answer == example.answer):
             return 0.0
@@ -201,8 +222,18 @@ def _reasoning_gym(rest: str, *, split: str, seed: int, size: int | None, **opti
 # --------------------------------------------------------------------------------------------------------------------- tfds
 
 
-def _tfds(rest: str, *, split: str, seed: int, size: int | None, data_dir: str | None = None, answer_format: str = "hash",
-          keep_calculator: bool = False, prompt_field: str | None = None, answer_field: str | None = None) -> Task:
+def _tfds(
+    rest: str,
+    *,
+    split: str,
+    seed: int,
+    size: int | None,
+    data_dir: str | None = None,
+    answer_format: str = "hash",
+    keep_calculator: bool = False,
+    prompt_field: str | None = None,
+    answer_field: str | None = None,
+) -> Task:
     """A tfds data set, by random access; `split` may be a slice such as "train[:256]".
 
     data_dir         where prepared data sets lie; else the environment's TFDS_DATA_DIR, else tfds' own default
@@ -231,8 +262,9 @@ def _tfds(rest: str, *, split: str, seed: int, size: int | None, data_dir: str |
     def other(index: int) -> Example:
         row = source[index]
         try:
-            return Example(*(value.decode() if isinstance(value, bytes) else str(value)
-                             for value in (row[prompt_field], row[answer_field])))
+            return Example(
+                *(value.decode() if isinstance(value, bytes) else str(value) for value in (row[prompt_field], row[answer_field]))
+            )
         except KeyError as error:
             raise UserError(f"task {name} has no field {error.args[0]!r}: it has {', '.join(sorted(row))}") from None
 
@@ -246,19 +278,30 @@ def _tfds_source(name: str, split: str, data_dir: str | None) -> Any:
     import tensorflow_datasets as tfds  # takes a second: only those wait who need it
 
     folder = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or str(tfds.core.constants.DATA_DIR))
-    prepare = (f"python -c \"from tensorflow_datasets.text.gsm8k import Gsm8k; "
-               f"Gsm8k(data_dir='{folder}', file_format='array_record').download_and_prepare()\"" if name == "gsm8k" else
-               f"tfds build {name} --data_dir={folder} --file_format=array_record")
+    prepare = (
+        f'python -c "from tensorflow_datasets.text.gsm8k import Gsm8k; '
+        f"Gsm8k(data_dir='{folder}', file_format='array_record').download_and_prepare()\""
+        if name == "gsm8k"
+        else f"tfds build {name} --data_dir={folder} --file_format=array_record"
+    )
     if not (Path(folder) / re.split("[/:]", name)[0]).is_dir():
-        raise UserError(f"no data set {name} in {folder}: set TFDS_DATA_DIR (or the option data_dir) to the folder that holds "
-                        f"it, or prepare it there once with: {prepare}")
+        raise UserError(
+            f"no data set {name} in {folder}: set TFDS_DATA_DIR (or the option data_dir) to the folder that holds "
+            f"it, or prepare it there once with: {prepare}"
+        )
     try:
-        return tfds.builder(name, data_dir=folder).as_data_source(split=split)
+        builder = tfds.builder(name, data_dir=folder)
+        if builder.info.splits[split].num_examples == 0:
+            return []
+        source = builder.as_data_source(split=split)
+        source[0]  # opens the files
+        return source
     except ValueError as error:
         raise UserError(f"task tfds:{name}: {str(error).splitlines()[0]}") from None
     except Exception as error:
-        raise UserError(f"the data set {name} in {folder} cannot be read ({str(error).splitlines()[0]}): "
-                        f"prepare it again with: {prepare}") from None
+        raise UserError(
+            f"the data set {name} in {folder} cannot be read ({str(error).splitlines()[0]}): prepare it again with: {prepare}"
+        ) from None
 
 
 # -------------------------------------------------------------------------------------------------------------------- jsonl

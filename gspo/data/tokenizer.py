@@ -62,8 +62,9 @@ class CharTokenizer:
         repeated = sorted({char for char in alphabet if alphabet.count(char) > 1})
         if not alphabet or repeated:
             what = f"repeats {', '.join(map(repr, repeated))}" if repeated else "is empty"
-            raise UserError(f"the alphabet of tokenizer 'chars:{alphabet}' {what}: "
-                            "list each character once, as in 'chars:0123456789='")
+            raise UserError(
+                f"the alphabet of tokenizer 'chars:{alphabet}' {what}: list each character once, as in 'chars:0123456789='"
+            )
         self.alphabet = alphabet
         self._ids = {char: i for i, char in enumerate(alphabet)}
         self.pad_id, self.eos_ids, self.vocab_size = len(alphabet), (len(alphabet) + 1,), len(alphabet) + 2
@@ -72,8 +73,10 @@ class CharTokenizer:
         try:
             return [self._ids[char] for char in text]
         except KeyError as error:
-            raise UserError(f"character {error.args[0]!r} is not in the tokenizer's alphabet {self.alphabet!r}: "
-                            f"add it to 'chars:...' or use tokenizer 'bytes'") from None
+            raise UserError(
+                f"character {error.args[0]!r} is not in the tokenizer's alphabet {self.alphabet!r}: "
+                f"add it to 'chars:...' or use tokenizer 'bytes'"
+            ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.alphabet[int(i)] for i in ids if 0 <= i < len(self.alphabet))
@@ -106,8 +109,10 @@ class HFTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        config = {**_read_json(file.parent / "special_tokens_map.json"),
-                  **{key: value for key, value in _read_json(file.parent / "tokenizer_config.json").items() if value is not None}}
+        config = {
+            **_read_json(file.parent / "special_tokens_map.json"),
+            **{key: value for key, value in _read_json(file.parent / "tokenizer_config.json").items() if value is not None},
+        }
         self._special = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         self.eos_ids = self._read_eos_ids(file.parent)
         pad = self._special["pad_token"]
@@ -126,12 +131,16 @@ class HFTokenizer:
         if self._special["eos_token"] is not None:
             ids.append(self._id_of(self._special["eos_token"], "eos_token", folder))
         if not ids:
-            raise UserError(f"tokenizer in {folder} names no end-of-sequence token: "
-                            'give "eos_token" in tokenizer_config.json or "eos_token_id" in generation_config.json')
+            raise UserError(
+                f"tokenizer in {folder} names no end-of-sequence token: "
+                'give "eos_token" in tokenizer_config.json or "eos_token_id" in generation_config.json'
+            )
         bad = [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < self.vocab_size]
         if bad:
-            raise UserError(f"tokenizer in {folder}: eos_token_id {bad[0]!r} of generation_config.json is not an id below "
-                            f"the vocabulary size {self.vocab_size}")
+            raise UserError(
+                f"tokenizer in {folder}: eos_token_id {bad[0]!r} of generation_config.json is not an id below "
+                f"the vocabulary size {self.vocab_size}"
+            )
         return tuple(dict.fromkeys(ids))
 
     def encode(self, text: str) -> list[int]:
@@ -156,15 +165,17 @@ class HFTokenizer:
 
 
 def make_tokenizer(spec: str) -> Tokenizer:
-    """"bytes", "chars:<alphabet>", or the path of a Hugging Face tokenizer.json or of the folder that holds it."""
+    """ "bytes", "chars:<alphabet>", or the path of a Hugging Face tokenizer.json or of the folder that holds it."""
     if spec == "bytes":
         return ByteTokenizer()
     if spec.startswith("chars:"):
         return CharTokenizer(spec.removeprefix("chars:"))
     if spec and Path(spec).exists():
         return HFTokenizer(spec)
-    raise UserError(f"unknown tokenizer {spec!r}: give 'bytes', 'chars:0123456789=' (any alphabet), or the path of a "
-                    "tokenizer.json or of its folder (nothing is there)")
+    raise UserError(
+        f"unknown tokenizer {spec!r}: give 'bytes', 'chars:0123456789=' (any alphabet), or the path of a "
+        "tokenizer.json or of its folder (nothing is there)"
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -205,7 +216,8 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> jinja2.Template | No
         return json.dumps(value, ensure_ascii=False, indent=indent)  # Jinja's own filter escapes for HTML
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.datetime.now().strftime(form))
     try:

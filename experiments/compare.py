@@ -1,0 +1,98 @@
+"""One cold start, then several objectives from it: same prompts, same keys, a closing table and a figure.
+
+python experiments/compare.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+Leaves in the workdir: cold/ and one folder per arm and seed, table.md, curves.png. Run again, it resumes where it was stopped.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from gspo import cli, rl, sft
+from gspo.metrics import read_jsonl
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+from plot_curves import plot_curves  # noqa: E402
+
+COLUMNS = (
+    "arm", "pass@1 before", "pass@1 after", "clipped tokens", "experts changed per update", "experts changed per rollout",
+    "s per rollout", "tokens/s",
+)  # fmt: skip
+
+
+def main() -> None:
+    config, workdir = cli.FLAGS.config, Path(cli.FLAGS.workdir)
+    options = {"allow_changed_config": cli.FLAGS.allow_changed_config}
+    start = time.perf_counter()
+    sft.train(config.cold_start, str(workdir / "cold"), title="cold start", **options)
+
+    folders: dict[str, list[Path]] = {}
+    for arm in config.arms:
+        for seed in config.seeds:
+            folder = workdir / (arm.lower() if len(config.seeds) == 1 else f"{arm.lower()}-{seed}")
+            folders.setdefault(arm, []).append(folder)
+            rl.train(arm_config(config, arm, seed, workdir / "cold"), str(folder), title=f"{arm} (seed {seed})", **options)
+
+    rows = [row(arm, runs) for arm, runs in folders.items()]
+    (workdir / "table.md").write_text(markdown(rows))
+    plot_curves(list(folders.values()), list(folders), workdir / "curves.png")
+    show(rows)
+    print(f"curves: {workdir / 'curves.png'}   table: {workdir / 'table.md'}   {time.perf_counter() - start:.0f} s in all")
+
+
+def arm_config(config: ConfigDict, arm: str, seed: int, cold: Path) -> ConfigDict:
+    """The base with the arm's objective, its seed, and the cold start to begin from."""
+    arm_config = ConfigDict(config.base.to_dict())
+    arm_config.objective.update(config.arms[arm].to_dict())
+    arm_config.seed = seed
+    arm_config.init_from = str(cold)
+    return arm_config
+
+
+def row(arm: str, folders: list[Path]) -> list[str]:
+    """One row of the table: the mean over the arm's seeds, its range in brackets where there are several."""
+
+    def over_seeds(value_of, form: str) -> str:
+        values = [value_of(read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "timings.jsonl")) for folder in folders]
+        text = form.format(statistics.mean(values))
+        return text if len(values) == 1 else f"{text} [{form.format(min(values))}, {form.format(max(values))}]"
+
+    def mean_of(name):
+        return lambda metrics, _: statistics.mean(line[name] for line in metrics if name in line)
+
+    def seconds(_, timings):
+        return statistics.median(sum(line[phase] for phase in rl.PHASES) for line in timings)
+
+    return [
+        arm,
+        over_seeds(lambda metrics, _: metrics[0]["eval/pass@1"], "{:.3f}"),
+        over_seeds(lambda metrics, _: metrics[-1]["eval/pass@1"], "{:.3f}"),
+        over_seeds(mean_of("clip_ratio/tokens"), "{:.2%}"),
+        over_seeds(mean_of("routing/experts_changed_per_update"), "{:.2%}"),
+        over_seeds(mean_of("routing/experts_changed"), "{:.2%}"),
+        over_seeds(seconds, "{:.2f}"),
+        over_seeds(lambda _, timings: statistics.median(line["tokens_per_second"] for line in timings), "{:,.0f}"),
+    ]
+
+
+def markdown(rows: list[list[str]]) -> str:
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def show(rows: list[list[str]]) -> None:
+    table = Table(*COLUMNS)
+    for cells in rows:
+        table.add_row(*cells)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    cli.define_flags()
+    cli.run(main)
