@@ -62,7 +62,8 @@ def _check_fits(where: Path, saved: dict[str, str], wanted: dict[str, Any], cast
               if name not in saved or name not in now or key(saved[name]) != key(now[name])]  # fmt: skip
     if differ:
         more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
-        raise UserError(f"{where} is of another model or optimizer: {'; '.join(differ[:3])}{more}")
+        raise UserError(f"{where} is of another model or optimizer: {'; '.join(differ[:3])}{more}. "
+                        "Use the config that it was saved with, or another folder")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- reading one folder

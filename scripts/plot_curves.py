@@ -46,11 +46,11 @@ class Panel(NamedTuple):
     points: str | None = None  # a second metric, present on some lines only: markers
 
 
-REWARD = Panel("reward/mean", "Reward", "mean reward / pass@1", points="eval/pass@1")
-CLIPPED = Panel("clip_ratio/tokens", "Clipped tokens", "share of tokens [%], log scale", factor=100, log=True)
-EXPERTS = Panel("routing/experts_changed", "Experts changed per update", "share of choices [%]", factor=100)
-ENTROPY = Panel("entropy/mean", "Entropy of the policy", "nats per token")
-LENGTH = Panel("completions/mean_length", "Length of completions", "tokens")
+REWARD = Panel("reward/mean", "Reward", "Mean reward, pass@1", points="eval/pass@1")
+CLIPPED = Panel("clip_ratio/tokens", "Clipped tokens", "Share of tokens [%]", factor=100, log=True)
+EXPERTS = Panel("routing/experts_changed", "Experts changed per update", "Share of choices [%]", factor=100)
+ENTROPY = Panel("entropy/mean", "Entropy of the policy", "Nats per token")
+LENGTH = Panel("completions/mean_length", "Length of completions", "Tokens")
 
 
 # ---------------------------------------------------------------------------------------------------- data
@@ -65,6 +65,12 @@ def parse_run(argument: str) -> tuple[str | None, list[str]]:
     if equals and not (label and dirs):
         raise UserError(f"{argument!r} is not label=workdir[,workdir...]")
     return (label if equals else None), dirs
+
+
+def short_names(workdirs: Sequence[str | Path]) -> list[str]:
+    """The folders' own names, or the whole paths where two of them are called the same: those are not seeds of one run."""
+    names = [Path(workdir).resolve().name for workdir in workdirs]
+    return names if len(set(names)) == len(names) else [str(workdir) for workdir in workdirs]
 
 
 def load(workdir: str | Path) -> list[dict[str, Any]]:
@@ -125,7 +131,7 @@ def draw(axes: Axes, panel: Panel, runs: dict[str, list[list[dict[str, Any]]]], 
                 axes.fill_between(steps, hide(low), high, color=color, alpha=0.18, linewidth=0)
             elif smooth:
                 axes.plot(curves[0][0], hide(curves[0][1]), color=color, alpha=0.35, linewidth=0.7)
-            axes.plot(steps, hide(mean), color=color, linewidth=1.8, solid_capstyle="round")
+            axes.plot(steps, hide(mean), "." if len(steps) == 1 else "-", color=color, linewidth=1.8, solid_capstyle="round")
         points = [c for c in (series(lines, panel.points) for lines in seeds) if len(c[0])] if panel.points else []
         if points:
             steps, mean, low, high = across_seeds(points)
@@ -133,7 +139,13 @@ def draw(axes: Axes, panel: Panel, runs: dict[str, list[list[dict[str, Any]]]], 
                           marker=MARKERS[i % len(MARKERS)], markersize=5.5, markeredgecolor="white", markeredgewidth=0.8,
                           elinewidth=1, zorder=4, clip_on=False)  # fmt: skip
     for n, (label, color) in enumerate(silent):
-        axes.text(0.98, 0.04 + 0.08 * n, f"{label}: none", color=color, transform=axes.transAxes, ha="right")
+        axes.annotate(f"{label}: none", (1, 0), (-4, 4 + 12 * n), xycoords="axes fraction", textcoords="offset points",
+                      color=color, ha="right")  # fmt: skip
+    if silent and not axes.lines:
+        axes.set_yticks([])
+    elif silent:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=axes.get_ylim()[0] * 0.5 ** len(silent))  # room for the words
 
 
 def dress(axes: Axes, panel: Panel, letter: str) -> None:
@@ -143,10 +155,15 @@ def dress(axes: Axes, panel: Panel, letter: str) -> None:
     axes.set_ylabel(panel.unit)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.margins(x=0.02)
+    left, right = axes.get_xlim()
+    if right - left < 1:  # a single rollout so far
+        axes.set_xlim((left + right) / 2 - 1, (left + right) / 2 + 1)
     if panel.log and axes.lines:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         low, high = axes.get_ylim()
+        if high < 2 * low:  # a constant: an axis over its rounding errors would be singular
+            axes.set_ylim(low / 2, high * 2)
         if high < 100 * low:  # less than two decades have too few powers of ten to be read
             axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
             axes.tick_params(axis="y", which="minor", labelsize=8)
@@ -188,9 +205,7 @@ def plot_curves(workdirs: Sequence[str | Path], labels: Sequence[str] | None = N
     """
     if not 0 <= smooth < 1:
         raise UserError(f"smooth={smooth} must lie in [0, 1)")
-    if labels is None:
-        names = [Path(workdir).resolve().name for workdir in workdirs]
-        labels = names if len(set(names)) == len(names) else [str(workdir) for workdir in workdirs]
+    labels = short_names(workdirs) if labels is None else labels
     runs: dict[str, list[list[dict[str, Any]]]] = {}
     for label, workdir in zip(labels, workdirs, strict=True):
         runs.setdefault(label, []).append(load(workdir))
@@ -204,13 +219,15 @@ def plot_curves(workdirs: Sequence[str | Path], labels: Sequence[str] | None = N
         raise UserError(f"no metric to plot in {', '.join(map(str, workdirs))}")
     rows, columns = (2, 2) if len(panels) == 4 else (1, len(panels))
     with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(rows, columns, figsize=(4.0 * columns, 2.75 * rows + 0.5), layout="constrained", squeeze=False)
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+        size = (4.0 * columns, 2.7 * rows + 0.4)
+        figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
         for letter, axes, panel in zip("abcd", grid.flat, panels, strict=False):
             draw(axes, panel, runs, smooth)
             dress(axes, panel, letter)
         handles = legend_handles(runs, has_data(REWARD.points), smooth)
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 2 * columns + 1), frameon=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 2 * columns + 1), frameon=False,
+                      borderaxespad=0.1)  # fmt: skip
         if title:
             figure.suptitle(title, fontsize=11)
         try:
@@ -231,10 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         parsed = [parse_run(argument) for argument in options.runs]
-        unlabelled = [dirs for label, dirs in parsed if label is None]
-        names = [Path(dirs[0]).resolve().name for dirs in unlabelled]
-        distinct = len(set(names)) == len(names)
-        labels = [label or (Path(dirs[0]).resolve().name if distinct else dirs[0]) for label, dirs in parsed for _ in dirs]
+        names = iter(short_names([dirs[0] for label, dirs in parsed if label is None]))
+        labels = [name for label, dirs in parsed for name in [label or next(names)] * len(dirs)]
         workdirs = [workdir for _, dirs in parsed for workdir in dirs]
         print(plot_curves(workdirs, labels, options.out, smooth=options.smooth, title=options.title))
     except UserError as error:

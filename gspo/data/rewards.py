@@ -39,7 +39,7 @@ _NUMBER = re.compile(
 )
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{(-?[0-9]{1,40})\}\{([0-9]{1,40})\}")
 _MAX_DIGITS = 100  # int() is quadratic in the digits, and raises past a few thousand
-_MAX_EXPONENT = 400  # past the range of float64; 10**exponent would otherwise fill the memory
+_MAX_EXPONENT_DIGITS = 4  # with the sign; 10**exponent would otherwise fill the memory
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
@@ -49,7 +49,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
     pieces = whole.rstrip(",").split(",")
     one_number = len(pieces) == 1 or (len(pieces[0]) <= 3 and all(len(piece) == 3 for piece in pieces[1:]))
     whole = "".join(pieces) if one_number else pieces[-1]  # 1,080 is one number; 1,2,3 are three, and the last one counts
-    if max(len(whole) + len(decimals), len(denominator)) > _MAX_DIGITS or len(exponent) > 4 or abs(int(exponent)) > _MAX_EXPONENT:
+    if max(len(whole) + len(decimals), len(denominator)) > _MAX_DIGITS or len(exponent) > _MAX_EXPONENT_DIGITS:
         return None
     if int(denominator) == 0:
         return None

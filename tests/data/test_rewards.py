@@ -4,7 +4,7 @@ import time
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gspo.data.rewards import REWARDS, Example, exact_match, format_hash, hash_answer, numeric_answer, overlong_penalty
@@ -75,6 +75,7 @@ def test_other_numbers_and_no_numbers_score_nothing(completion, answer):
     assert numeric_answer(completion, example(answer)) == 0.0
 
 
+@settings(deadline=None)
 @given(st.fractions(min_value=-(10**9), max_value=10**9, max_denominator=10**6), st.integers(0, 3))
 def test_every_fraction_is_read_back(value: Fraction, zeros: int):
     # Catches: a parser that loses signs, digits or denominators for some value that nobody put into a table.
@@ -150,6 +151,7 @@ def test_hostile_text_gets_a_float_at_once_and_is_never_run(text, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+@settings(deadline=None)
 @given(st.text(), st.text())
 def test_no_text_makes_a_reward_raise(completion, answer):
     # Catches: an answer of the data set, instead of the completion, that a reward cannot read.

@@ -1,12 +1,14 @@
 """Tokenizers: round trips, hostile ids, special tokens from every place they are written in, chat templates."""
 
 import json
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -47,6 +49,7 @@ def hf(tmp_path_factory) -> HFTokenizer:
     return make_tokenizer(str(write_folder(tmp_path_factory.mktemp("hf"))))
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_bytes_give_every_text_back(text):
     # Catches: code points taken for bytes; "\r\n" or NUL lost. Lone surrogates have no UTF-8 and may change.
@@ -56,12 +59,14 @@ def test_bytes_give_every_text_back(text):
     assert tokenizer.decode(ids) == text.encode("utf-8", "replace").decode()
 
 
+@settings(deadline=None)
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 def test_a_byte_level_bpe_gives_every_text_back(hf, text):
     # Catches: a prefix space added by the encoder, clean-up of spaces in the decoder, special tokens added around the text.
     assert hf.decode(hf.encode(text)) == text
 
 
+@settings(deadline=None)
 @given(ids=st.lists(st.integers(-(2**40), 2**40)))
 def test_no_ids_make_decode_raise(hf, ids):
     # Catches: an untrained policy that samples broken UTF-8, special tokens or ids beyond the tokenizer (model vocabularies are
@@ -116,7 +121,7 @@ def test_special_tokens_may_be_objects_or_stand_in_the_special_tokens_map(tmp_pa
 
 
 def test_a_prompt_goes_through_the_chat_template_where_there_is_one(tmp_path, hf):
-    # Catches: a template that is ignored, or rendered without the assistant's opening, so that the model continues the user's turn.
+    # Catches: a template that is ignored, or rendered without the assistant's opening, so that the model continues the user.
     expected = "<|start|>user\n2 < 3?<|end|>\n<|start|>assistant\n"
     config = {"eos_token": "<eos>", "chat_template": CHAT}
     in_config = make_tokenizer(str(write_folder(tmp_path / "config", config=config)))
@@ -181,12 +186,12 @@ def test_broken_json_names_the_file(tmp_path):
     # Catches: a JSONDecodeError without a word on which of five files it was.
     folder = write_folder(tmp_path)
     (folder / "generation_config.json").write_text("{")
-    with pytest.raises(UserError, match="generation_config.json"):
+    with pytest.raises(UserError, match=r"generation_config\.json"):
         make_tokenizer(str(folder))
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="tokenizer.json"):
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
         make_tokenizer(str(folder))
-    with pytest.raises(UserError, match=r"there is no tokenizer.json"):
+    with pytest.raises(UserError, match=r"there is no tokenizer\.json"):
         make_tokenizer(str(tmp_path.parent / tmp_path.name / ".."))
 
 
@@ -200,19 +205,20 @@ def test_an_unknown_character_names_itself_and_the_alphabet():
 def test_the_training_script_writes_a_folder_that_loads_back(tmp_path):
     # Catches: a saved tokenizer without pad and eos; a vocabulary without all bytes, which cannot write "é"; overwritten work.
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"What is {i} plus {i}?", "answer": str(2 * i)}) + "\n" for i in range(50)))
+    data.write_text(
+        "".join(
+            json.dumps({"prompt": f"What is {i} plus {i}, said the {i}th cat?", "answer": str(2 * i)}) + "\n" for i in range(50)
+        )
+    )
     script = Path(__file__).parents[2] / "scripts" / "train_tokenizer.py"
-
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(script), f"--task=jsonl:{data}", f"--out={tmp_path / 'out'}", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=script.parents[1])
-
-    done = run("--vocab_size=280")
-    assert done.returncode == 0, done.stderr
+    arguments = [f"--task=jsonl:{data}", f"--out={tmp_path / 'out'}", "--vocab_size=280"]
+    assert runpy.run_path(str(script))["main"](arguments) == 0
     tokenizer = make_tokenizer(str(tmp_path / "out"))
-    assert tokenizer.vocab_size == 280 and tokenizer.decode([tokenizer.pad_id, *tokenizer.eos_ids]) == ""
+    assert 258 < tokenizer.vocab_size <= 280 and tokenizer.decode([tokenizer.pad_id, *tokenizer.eos_ids]) == ""
     assert tokenizer.decode(tokenizer.encode("What is é 12?")) == "What is é 12?"
-    assert len(tokenizer.encode("What is")) < 4  # merges were learned
+    assert len(tokenizer.encode("What is")) < 7  # merges were learned
     assert len(tokenizer.encode("1212")) == 4  # digit by digit
-    refused = run()
+    # The second run would overwrite the first: one line, exit code 2.
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    refused = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=environment)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "--overwrite" in refused.stderr

@@ -1,0 +1,143 @@
+"""RMSNorm, rotary positions, grouped-query attention, visibility and the key/value cache, each against loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gspo.model.attention import KVCache, RMSNorm, apply_rope, attend, rope_tables, visible
+from tests import model_oracle as oracle
+from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
+
+
+attend, apply_rope, rope_tables = jax.jit(attend), jax.jit(apply_rope), jax.jit(rope_tables, static_argnums=(1, 2))
+
+
+def draws(seed, *shapes):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def test_rms_norm_divides_by_the_root_mean_square_and_multiplies_by_its_scale():
+    # Catches a LayerNorm, eps outside of the root, a sum for a mean, a scale that is 1 + w.
+    x, scale = draws(0, (3, 8), (8,))
+    x[1] *= 1e-3  # here eps = 1e-3 decides
+    y = RMSNorm(1e-3).apply({"params": {"scale": scale}}, x)
+    expected = [oracle.rms_norm(row.astype(np.float64), scale, 1e-3) for row in x]
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rms_norm_of_bfloat16_is_computed_in_float32():
+    # Catches squares and means in bf16: a mean over 512 entries then loses its last bits, and the result is off by more than rounding.
+    x = jnp.asarray(draws(1, (4, 512))[0], jnp.bfloat16)
+    scale = np.ones(512, np.float32)
+    y = RMSNorm(1e-6).apply({"params": {"scale": scale}}, x)
+    expected = np.stack([oracle.rms_norm(row, scale, 1e-6) for row in np.asarray(x, np.float64)])
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(jnp.asarray(expected, jnp.bfloat16), np.float32))
+
+
+def test_rope_turns_the_pairs_half_a_head_apart():
+    # Catches the interleaved layout (pairs 2i, 2i + 1), a turn in the other sense, and frequencies over H/2 instead of H.
+    (x_BTNH,) = draws(2, (2, 3, 2, 6))
+    positions = np.array([[0, 1, 7], [0, 0, 30]])
+    turned = apply_rope(x_BTNH, *rope_tables(jnp.asarray(positions), 6, 100.0))
+    for b, t, n in np.ndindex(2, 3, 2):
+        expected = oracle.rope(x_BTNH[b, t, n].astype(np.float64), positions[b, t], 100.0)
+        np.testing.assert_allclose(turned[b, t, n], expected, atol=1e-5)
+
+
+def test_rope_makes_scores_depend_on_the_distance_alone():
+    # Catches absolute positions: with them a prompt scores differently when it stands further right in its frame.
+    q, k = draws(3, (1, 1, 1, 8), (1, 1, 1, 8))
+
+    def score(q_at, k_at):
+        def turned(x, p):
+            return apply_rope(x, *rope_tables(jnp.array([[p]]), 8, 100.0))
+
+        return float(jnp.sum(turned(q, q_at) * turned(k, k_at)))
+
+    assert score(9, 4) == pytest.approx(score(25, 20), abs=1e-5)
+    assert abs(score(9, 4) - score(9, 5)) > 1e-3
+
+
+def test_visible_shows_the_past_from_the_first_real_column_and_nothing_else():
+    # Catches a window that starts one column off, one that looks ahead, and padding rows with nothing to look at (NaN).
+    first, start, queries, keys = np.array([0, 3, 9]), 2, 4, 8
+    seen = np.asarray(visible(jnp.asarray(first), start, queries, keys))
+    for b, t, s in np.ndindex(3, queries, keys):
+        column = start + t
+        assert seen[b, t, s] == ((first[b] <= s <= column) or s == column), (b, t, s)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_grouped_query_attention_equals_the_loop(kv_heads):
+    # Catches query heads that read the wrong key head (n mod K in place of n // (N/K)), a missing 1/√H, a softmax over queries.
+    B, T, S, N, H = 2, 3, 5, 4, 6
+    q, k, v = draws(4, (B, T, N, H), (B, S, kv_heads, H), (B, S, kv_heads, H))
+    seen = np.random.default_rng(5).random((B, T, S)) < 0.6
+    seen[..., 0] = True
+    out = attend(q, k, v, jnp.asarray(seen))
+    for b, t, n in np.ndindex(B, T, N):
+        kv, columns = n // (N // kv_heads), np.flatnonzero(seen[b, t])
+        weight = oracle.softmax(np.array([q[b, t, n].astype(np.float64) @ k[b, s, kv] / np.sqrt(H) for s in columns]))
+        np.testing.assert_allclose(out[b, t, n], sum(w * v[b, s, kv] for w, s in zip(weight, columns, strict=True)), atol=1e-5)
+
+
+def test_columns_that_are_not_visible_have_no_influence():
+    # Catches a mask of -10 or so, which large junk scores overcome, and junk values that leak through 0 weights.
+    q, k, v = draws(6, (1, 2, 2, 4), (1, 4, 1, 4), (1, 4, 1, 4))
+    seen = np.array([[[True, True, False, False], [True, False, True, False]]])
+    hidden = np.ones((1, 4, 1, 4), np.float32)
+    hidden[:, :3] = 0
+    plain = attend(q, k, v, jnp.asarray(seen))
+    np.testing.assert_array_equal(plain, attend(q, k + 1e6 * hidden, v + 1e6 * hidden, jnp.asarray(seen)))
+
+
+def test_a_row_that_sees_nothing_gives_finite_values_and_gradients():
+    # Catches a mask of -inf: the softmax of a row that is masked throughout is NaN, and NaN in one row's gradient is NaN in all.
+    q, k, v = draws(7, (2, 1, 2, 4), (2, 3, 1, 4), (2, 3, 1, 4))
+    seen = jnp.array([[[False, False, False]], [[True, True, False]]])
+    value, grads = jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(attend(*qkv, seen) ** 2), argnums=(0, 1, 2)))(q, k, v)
+    assert np.isfinite(value) and all(np.isfinite(g).all() for g in grads)
+
+
+def test_scores_and_softmax_are_float32_when_keys_are_bfloat16():
+    # Catches a softmax in bf16, whose weights are off by half a percent each.
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in draws(8, (1, 2, 2, 4), (1, 3, 1, 4), (1, 3, 1, 4)))
+    closed = jax.make_jaxpr(attend)(q, k, v, jnp.ones((1, 2, 3), bool))
+    found = [eqn.outvars[0].aval.dtype for eqn in equations(closed.jaxpr) if eqn.primitive.name in ("exp", "reduce_sum", "reduce_max")]
+    assert len(found) >= 3 and all(dtype == jnp.float32 for dtype in found)
+    assert attend(q, k, v, jnp.ones((1, 2, 3), bool)).dtype == jnp.bfloat16
+
+
+def equations(jaxpr):
+    """All equations, those of inner jaxprs too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_the_cache_writes_one_layer_at_its_columns_and_reads_it_back():
+    # Catches keys in the value's place, a write to the wrong layer, and a write that starts one column off.
+    k, v = draws(9, (2, 3, 2, 4), (2, 3, 2, 4))
+    cache = KVCache.zeros(3, 2, 8, 2, 4, jnp.float32).write(jnp.int32(1), jnp.int32(4), jnp.asarray(k), jnp.asarray(v))
+    expected_k, expected_v = np.zeros((3, 2, 8, 2, 4)), np.zeros((3, 2, 8, 2, 4))
+    expected_k[1, :, 4:7], expected_v[1, :, 4:7] = k, v
+    np.testing.assert_array_equal(cache.k_LBSKH, expected_k)
+    np.testing.assert_array_equal(cache.v_LBSKH, expected_v)
+    np.testing.assert_array_equal(cache.read(jnp.int32(1))[0], expected_k[1])
+    np.testing.assert_array_equal(cache.read(jnp.int32(1))[1], expected_v[1])
+
+
+def test_fan_out_puts_the_copies_of_a_prompt_next_to_each_other():
+    # Catches a tile (prompts 0 1 0 1) for a repeat (0 0 1 1): completions would then continue another prompt's cache.
+    k, v = draws(10, (2, 2, 3, 1, 4), (2, 2, 3, 1, 4))
+    wide = KVCache(jnp.asarray(k), jnp.asarray(v)).fan_out(3, 5)
+    assert wide.k_LBSKH.shape == wide.v_LBSKH.shape == (2, 6, 5, 1, 4)
+    for row in range(6):
+        np.testing.assert_array_equal(wide.k_LBSKH[:, row, :3], k[:, row // 3])
+        np.testing.assert_array_equal(wide.v_LBSKH[:, row, :3], v[:, row // 3])

@@ -1,0 +1,236 @@
+"""The decoder, the router, the sampled distribution and the GSPO loss once more: float64 NumPy loops over single tokens.
+
+Written from the papers' sums, for one sequence without padding at a time, so that nothing here can share a mistake with the frames,
+scans, masks and batched matmuls of the library. Sources: RMSNorm (1910.07467), RoPE (2104.09864) in the "rotate half" layout, grouped
+queries (2305.13245), SwiGLU (2002.05202), Qwen3 (2505.09388), GSPO (2507.18071).
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gspo.model.transformer import ModelSpec, Transformer
+
+DENSE = ModelSpec(
+    vocab_size=11, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_width=6, d_ff=20, rope_theta=100.0, tie_embeddings=True
+)
+MOE = ModelSpec(
+    vocab_size=11, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_width=6, rope_theta=100.0,
+    num_experts=5, experts_per_token=2, d_expert=10,
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------- models under test
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    """These tests compile much and run little: LLVM's optimisations would cost more than half of their time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@functools.cache
+def build(spec: ModelSpec, seed: int = 0):
+    """(model, params): the shapes of `init_params`, values drawn here. Norm scales are not 1, so a forgotten scale shows."""
+    model, rng = Transformer(spec), np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        if path[-1].key == "scale":
+            return jnp.asarray(1 + 0.2 * rng.standard_normal(leaf.shape), jnp.float32)
+        fan_in = leaf.shape[1] if path[-1].key == "embedding" else leaf.shape[-2]
+        return jnp.asarray(rng.standard_normal(leaf.shape) * fan_in**-0.5, jnp.float32)
+
+    return model, jax.tree_util.tree_map_with_path(draw, nn.unbox(jax.eval_shape(model.init_params, jax.random.key(0))))
+
+
+@functools.cache
+def forward(spec: ModelSpec):
+    """Jitted (params, tokens_BT, first_B, routes) -> (Output, logits). Shared by the test modules, so each shape compiles once."""
+    model = Transformer(spec)
+
+    @jax.jit
+    def run(params, tokens_BT, first_B, routes_LBTX=None):
+        out = model.apply({"params": params}, tokens_BT, first_B, routes_LBTX)
+        return out, model.apply({"params": params}, out.hidden_BTD, method="logits")
+
+    return run
+
+
+# ---------------------------------------------------------------- the decoder
+
+
+def float64(tree):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+def softmax(z):
+    e = np.exp(z - z.max())
+    return e / e.sum()
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def rms_norm(x, scale, eps):
+    return x / np.sqrt(np.mean(x * x) + eps) * scale
+
+
+def rope(x_H, position, theta):
+    """Turns (x_i, x_{i + H/2}) by the angle position · theta^(-2i/H)."""
+    half = len(x_H) // 2
+    turned = np.empty_like(x_H)
+    for i in range(half):
+        angle = position * theta ** (-2 * i / len(x_H))
+        turned[i] = x_H[i] * np.cos(angle) - x_H[i + half] * np.sin(angle)
+        turned[i + half] = x_H[i + half] * np.cos(angle) + x_H[i] * np.sin(angle)
+    return turned
+
+
+def top_k(z, k):
+    """Indices of the k largest, in falling order; of equals the lower index first."""
+    return sorted(range(len(z)), key=lambda e: (-z[e], e))[:k]
+
+
+def gates_of(z_E, chosen, renormalise):
+    """Gate of each chosen expert: its share of the full softmax, renormalised over the chosen ones or not."""
+    p = softmax(z_E)
+    total = sum(p[e] for e in chosen) if renormalise else 1.0
+    return [p[e] / total for e in chosen]
+
+
+def swiglu(x, w_gate, w_up, w_down):
+    return (silu(x @ w_gate) * (x @ w_up)) @ w_down
+
+
+def attention(p, spec, h_TD):
+    T, N, K, H = len(h_TD), spec.num_heads, spec.num_kv_heads, spec.head_width
+    q = (h_TD @ p["query"]).reshape(T, N, H)
+    k = (h_TD @ p["key"]).reshape(T, K, H)
+    v = (h_TD @ p["value"]).reshape(T, K, H)
+    for t in range(T):
+        for n in range(N):
+            x = rms_norm(q[t, n], p["query_norm"]["scale"], spec.rms_eps) if spec.qk_norm else q[t, n]
+            q[t, n] = rope(x, t, spec.rope_theta)
+        for n in range(K):
+            x = rms_norm(k[t, n], p["key_norm"]["scale"], spec.rms_eps) if spec.qk_norm else k[t, n]
+            k[t, n] = rope(x, t, spec.rope_theta)
+    mixed = np.zeros((T, N, H))
+    for t in range(T):
+        for n in range(N):
+            kv = n // (N // K)
+            weight = softmax(np.array([q[t, n] @ k[s, kv] / np.sqrt(H) for s in range(t + 1)]))
+            for s in range(t + 1):
+                mixed[t, n] += weight[s] * v[s, kv]
+    return mixed.reshape(T, N * H) @ p["out"]
+
+
+def decoder(params, spec, tokens, given_LTX=None):
+    """One sequence without padding -> (logits [T, V], free routes [L, T, X], router logits [L, T, E]; the last two None if dense).
+
+    params: a float64 tree. given_LTX: experts to run instead of the routers' choice; a token with a -1 routes freely.
+    """
+    x = params["embedding"][np.asarray(tokens)].copy()
+    T, routes, logits = len(tokens), [], []
+    for layer in range(spec.num_layers):
+        p = jax.tree.map(lambda w, layer=layer: w[layer], params["blocks"])
+        x = x + attention(p["attention"], spec, np.stack([rms_norm(r, p["attention_norm"]["scale"], spec.rms_eps) for r in x]))
+        h = np.stack([rms_norm(r, p["mlp_norm"]["scale"], spec.rms_eps) for r in x])
+        if not spec.num_experts:
+            x = x + np.stack([swiglu(r, p["mlp"]["gate"], p["mlp"]["up"], p["mlp"]["down"]) for r in h])
+            continue
+        moe, free, z = p["moe"], [], h @ p["moe"]["router"]
+        for t in range(T):
+            free.append(top_k(z[t], spec.experts_per_token))
+            used = free[t]
+            if given_LTX is not None and min(given_LTX[layer][t]) >= 0:
+                used = [int(e) for e in given_LTX[layer][t]]
+            for e, gate in zip(used, gates_of(z[t], used, spec.norm_topk_prob), strict=True):
+                x[t] = x[t] + gate * swiglu(h[t], moe["gate"][e], moe["up"][e], moe["down"][e])
+        routes.append(free)
+        logits.append(z)
+    hidden = np.stack([rms_norm(r, params["final_norm"]["scale"], spec.rms_eps) for r in x])
+    head = params["embedding"].T if spec.tie_embeddings else params["head"]
+    return hidden @ head, (np.array(routes) if routes else None), (np.array(logits) if logits else None)
+
+
+# ---------------------------------------------------------------- what is sampled
+
+
+def distribution(logits, temperature=1.0, top_k_=0, top_p=1.0, min_p=0.0, keep=None):
+    """One row of logits -> probabilities of the distribution that tokens are drawn from.
+
+    top-k, then the smallest set of most likely tokens whose probability reaches top_p, then those with at least min_p times the
+    probability of the likeliest. For logits without ties. keep: a token that is never cut.
+    """
+    z = np.asarray(logits, np.float64) / temperature
+    order = sorted(range(len(z)), key=lambda v: -z[v])
+    if top_k_:
+        order = order[:top_k_]
+    if top_p < 1:
+        p, total, kept = softmax(z[order]), 0.0, []
+        for token, prob in zip(order, p, strict=True):
+            if total >= top_p:
+                break
+            kept.append(token)
+            total += prob
+        order = kept
+    if min_p:
+        p = softmax(z[order])
+        order = [token for token, prob in zip(order, p, strict=True) if prob >= min_p * p.max()]
+    if keep is not None and keep not in order:
+        order = [*order, keep]
+    prob = np.zeros(len(z))
+    prob[order] = softmax(z[order])
+    return prob
+
+
+def score(params, spec, prompt, completion, given_LTX=None, **cuts):
+    """(log-prob, entropy) of each completion token, as arrays."""
+    logits, _, _ = decoder(params, spec, [*prompt, *completion], given_LTX)
+    rows = [distribution(logits[len(prompt) + t - 1], keep=token, **cuts) for t, token in enumerate(completion)]
+    logp = np.array([np.log(row[token]) for row, token in zip(rows, completion, strict=True)])
+    entropy = np.array([-sum(q * np.log(q) for q in row if q > 0) for row in rows])
+    return logp, entropy
+
+
+def gspo_loss(logps, old_logps, advantages, epsilon, epsilon_high):
+    """-1/B Σ_i min(s_i Â_i, clip(s_i) Â_i) over lists of rows of different length; eq. 5 and 7 of GSPO."""
+    total = 0.0
+    for logp, old, advantage in zip(logps, old_logps, advantages, strict=True):
+        s = np.exp(sum(logp[t] - old[t] for t in range(len(logp))) / len(logp))
+        total += min(s * advantage, np.clip(s, 1 - epsilon, 1 + epsilon_high) * advantage)
+    return -total / len(logps)
+
+
+# ---------------------------------------------------------------- frames
+
+
+def left_padded(rows, width, rng, vocab):
+    """Sequences -> (tokens [B, width] int32, first [B] int32); padding is junk tokens, which nothing may look at."""
+    tokens = rng.integers(0, vocab, (len(rows), width))
+    for b, row in enumerate(rows):
+        tokens[b, width - len(row) :] = row
+    return tokens.astype(np.int32), np.array([width - len(row) for row in rows], np.int32)
+
+
+def directional_derivatives(loss, params, rng, eps=1e-5):
+    """[(path, direction, d loss / d direction)] by central differences, one random direction for each leaf of a float64 tree."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    found = []
+    for i, (path, leaf) in enumerate(leaves):
+        direction = rng.standard_normal(leaf.shape)
+        values = [x for _, x in leaves]
+
+        def at(step, i=i, leaf=leaf, direction=direction, values=values):
+            return loss(jax.tree.unflatten(tree, [*values[:i], leaf + step * direction, *values[i + 1 :]]))
+
+        found.append((jax.tree_util.keystr(path), direction, (at(eps) - at(-eps)) / (2 * eps)))
+    return found
