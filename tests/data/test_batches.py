@@ -27,7 +27,7 @@ def words(count: int) -> Task:
     return task_of(["x" * (i + 1) for i in range(count)])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(st.integers(1, 40), st.integers(0, 2**40), st.integers(0, 5))
 def test_every_epoch_holds_every_index_once(size, seed, epoch):
     # Catches: sampling with replacement: some prompts never seen, others twice.

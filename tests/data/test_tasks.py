@@ -5,8 +5,6 @@ import collections
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -80,13 +78,11 @@ def test_an_example_depends_on_its_index_split_and_seed_alone():
         again[-1]
 
 
-def test_an_example_is_the_same_in_every_process():
-    # Catches: examples that hang on Python's hash seed, as reasoning-gym's word tasks do.
-    program = "from gspo.data.tasks import make_task; print(make_task('running_sum', split='train')[7].prompt)"
-    expected = make_task("running_sum", split="train")[7].prompt
-    environment = {**os.environ, "PYTHONHASHSEED": "123", "PYTHONPATH": str(Path(__file__).parents[2])}
-    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == expected
+def test_an_example_is_the_same_in_every_process_and_version():
+    # Catches: examples that hang on Python's hash seed, as reasoning-gym's word tasks do; a change of the generator, after which
+    # a checkpoint would be resumed on other data.
+    example = make_task("running_sum", split="train")[7]
+    assert (example.prompt, example.answer, example.demonstration) == ("810986333157=", "899862581274", "788751470163")
 
 
 def test_train_and_test_never_share_a_prompt():
@@ -148,6 +144,7 @@ def test_reasoning_gym_examples_are_scored_by_their_own_scorer_with_or_without_t
     assert chain_sum.reward(tagged, example) == 1.0
     assert chain_sum.reward(f"so <answer>{example.answer}", example) == 1.0  # cut off before the tag was closed
     assert chain_sum.reward(wrong, example) < 0.5
+    assert 0.0 < chain_sum.reward(f"It is\n{example.answer}", example) < 1.0  # the scorer's own partial credit, over lines
 
 
 def test_reasoning_gym_splits_and_seeds_do_not_draw_the_same_problems(chain_sum):
@@ -174,7 +171,7 @@ def test_no_scorer_evaluates_what_the_model_wrote(name, tmp_path, monkeypatch):
         code,
         f"<answer>[{code}]</answer>",
         "9**9**9**9",
-        "1\n9* *9**9**9",
+        "(1\n+9**9**9**9)",
         "1e999999999",
         "1e9_999_999",
         "[" * 10**5,

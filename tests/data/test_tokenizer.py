@@ -111,6 +111,16 @@ def test_eos_tokens_of_all_files_count_and_the_generation_config_comes_first(tmp
     assert (one.eos_ids, many.eos_ids) == ((3, 1), (3, 1))
 
 
+def test_pad_and_eos_decode_to_nothing_even_where_the_file_does_not_call_them_special(tmp_path):
+    # Catches: "348<eos>" in the eyes of the reward: such files exist, and skip_special_tokens alone would keep the token.
+    folder = write_folder(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] = [{**token, "special": False} for token in content["added_tokens"]]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = make_tokenizer(str(folder))
+    assert tokenizer.decode([0, *tokenizer.encode("348"), 1, 0]) == "348"
+
+
 def test_special_tokens_may_be_objects_or_stand_in_the_special_tokens_map(tmp_path):
     # Catches: {"content": "<eos>", "lstrip": false} taken for the token itself; a null in one file hiding the other file's token.
     objects = write_folder(tmp_path / "a", config={"eos_token": {"content": "<eos>", "lstrip": False}, "pad_token": None})
@@ -132,6 +142,8 @@ def test_a_prompt_goes_through_the_chat_template_where_there_is_one(tmp_path, hf
     in_file = make_tokenizer(str(write_folder(tmp_path / "file", config=config, jinja=CHAT)))
     assert in_file.format_prompt("2 < 3?") == expected
     assert hf.format_prompt("2 < 3?") == "2 < 3?" == ByteTokenizer().format_prompt("2 < 3?")
+    quoting = write_folder(tmp_path / "json", jinja="{{ messages[0].content | tojson }}{{ eos_token }}")
+    assert make_tokenizer(str(quoting)).format_prompt("é < 3") == '"é < 3"<eos>'
     # The template's special tokens are single ids, not their letters.
     ids = in_file.encode(expected)
     assert ids[0] == 2 and ids.count(3) == 1
@@ -139,7 +151,11 @@ def test_a_prompt_goes_through_the_chat_template_where_there_is_one(tmp_path, hf
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ raise_exception('roles must alternate') }}", "{{ 1 / 0 }}"],
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages.append(1) }}",
+    ],
 )
 def test_a_template_that_fails_or_reaches_out_is_a_user_error(tmp_path, template):
     # Catches: an unsandboxed environment: a downloaded template could run any code.

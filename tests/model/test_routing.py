@@ -1,0 +1,184 @@
+"""Top-k routing, replay of given routes, and the measures of drift and load, against loops and sets."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gspo.model.routing import experts_changed, load_imbalance, route, route_dtype, top_k_experts
+from tests import model_oracle as oracle
+from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
+
+RENORMALISE = pytest.mark.parametrize("renormalise", [True, False])
+route = jax.jit(route, static_argnums=1, static_argnames="renormalise")
+M, E, X = 6, 5, 2
+
+
+def logits_of(seed=0, scale=2.0):
+    return (scale * np.random.default_rng(seed).standard_normal((M, E))).astype(np.float32)
+
+
+def test_top_k_is_in_falling_order_and_ties_go_to_the_lower_index():
+    # Catches an order that differs between two passes over equal logits: replay would then look like drift.
+    z = np.array([[0.0, 3, 1, 3], [2, 2, 2, 2], [-1, -5, -1, 0]], np.float32)
+    np.testing.assert_array_equal(top_k_experts(z, 3), [[1, 3, 2], [0, 1, 2], [3, 0, 2]])
+
+
+@RENORMALISE
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_gates_are_the_softmax_at_the_chosen_experts(k, renormalise):
+    # Catches a softmax over the chosen logits where the full one is asked for, and the other way round; k = 1 and k = E included.
+    z = logits_of()
+    gates, used, free = route(z, k, renormalise=renormalise)
+    for m in range(M):
+        chosen = oracle.top_k(z[m].astype(np.float64), k)
+        np.testing.assert_array_equal(used[m], chosen)
+        np.testing.assert_allclose(gates[m], oracle.gates_of(z[m].astype(np.float64), chosen, renormalise), rtol=1e-5)
+    np.testing.assert_array_equal(used, free)
+    assert gates.dtype == jnp.float32
+
+
+@RENORMALISE
+def test_huge_logits_give_finite_gates_and_gradients(renormalise):
+    # Catches exp(z) without subtracting the maximum: a router that drifts to logits of 1e4 would end the run in NaN.
+    z = logits_of(scale=1e4)
+    grad = jax.jit(jax.grad(lambda z: jnp.sum(route(z, X, renormalise=renormalise)[0] ** 2)))(z)
+    assert np.isfinite(route(z, X, renormalise=renormalise)[0]).all() and np.isfinite(grad).all()
+
+
+@RENORMALISE
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32])
+def test_given_routes_fix_the_experts_and_current_logits_their_gates(renormalise, dtype):
+    # Catches gates recorded with the routes, a top-k among the given experts, and free choices that report the given ones.
+    z, rng = logits_of(1), np.random.default_rng(2)
+    given = np.stack([rng.permutation(E)[:X] for _ in range(M)]).astype(dtype)
+    gates, used, free = route(z, X, renormalise=renormalise, given_MX=given)
+    np.testing.assert_array_equal(used, given)
+    for m in range(M):
+        np.testing.assert_allclose(gates[m], oracle.gates_of(z[m].astype(np.float64), given[m], renormalise), rtol=1e-5)
+        np.testing.assert_array_equal(free[m], oracle.top_k(z[m], X))
+
+
+@RENORMALISE
+def test_a_token_with_minus_one_routes_freely_and_the_others_do_not(renormalise):
+    # Catches -1 read as the last expert or as expert 0, and one unrecorded token that frees the whole batch.
+    z = logits_of(3)
+    given = np.full((M, X), -1, np.int8)
+    given[2] = [4, 0]
+    given[4] = [3, -1]  # half a record is none
+    gates, used, free = route(z, X, renormalise=renormalise, given_MX=given)
+    expected_gates, expected, _ = route(z, X, renormalise=renormalise)
+    rest = [m for m in range(M) if m != 2]
+    np.testing.assert_array_equal(used[np.array(rest)], expected[np.array(rest)])
+    np.testing.assert_array_equal(gates[np.array(rest)], expected_gates[np.array(rest)])
+    np.testing.assert_array_equal(used[2], [4, 0])
+    np.testing.assert_array_equal(free, expected)
+
+
+@RENORMALISE
+def test_the_router_learns_under_replay_even_from_experts_it_would_no_longer_choose(renormalise):
+    # Catches scores gathered after a mask: drifted experts then have gate 0 and the router gets no gradient from them.
+    z = logits_of(4)
+    given = np.argsort(z, axis=1)[:, :X].astype(np.int8)  # the least likely experts: all routes have drifted
+    weight = np.random.default_rng(5).standard_normal((M, X))
+
+    def loss(z):
+        return jnp.sum(weight * route(z, X, renormalise=renormalise, given_MX=given)[0])
+
+    def exact(z):
+        return sum(weight[m] @ oracle.gates_of(z[m], given[m], renormalise) for m in range(M))
+
+    gates, _, _ = route(z, X, renormalise=renormalise, given_MX=given)
+    assert (np.asarray(gates) > 0).all()
+    grad = np.asarray(jax.jit(jax.grad(loss))(z))
+    for m, e in np.ndindex(M, E):
+        step = np.zeros((M, E))
+        step[m, e] = 1e-5
+        expected = (exact(z + step) - exact(z - step)) / 2e-5
+        assert grad[m, e] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert (abs(grad[m, e]) > 1e-6) or (renormalise and e not in given[m])
+
+
+def test_router_logits_that_are_not_float32_are_refused():
+    # Catches a router computed in bf16, whose rounding alone changes experts between sampler and learner.
+    with pytest.raises(AssertionError):
+        route(jnp.asarray(logits_of(), jnp.bfloat16), X, renormalise=True)
+
+
+def count_changes(old_LBTX, new_LBTX, mask_BT):
+    """(share of experts changed, share of tokens changed in any layer) by sets, over tokens that are masked and recorded."""
+    L, B, T, X = old_LBTX.shape
+    changed, slots, tokens, moved = 0, 0, 0, 0
+    for b, t in np.ndindex(B, T):
+        if not mask_BT[b, t] or (old_LBTX[:, b, t] < 0).any():
+            continue
+        lost = [X - len(set(old_LBTX[l, b, t].tolist()) & set(new_LBTX[l, b, t].tolist())) for l in range(L)]
+        changed, slots, tokens, moved = changed + sum(lost), slots + L * X, tokens + 1, moved + any(lost)
+    return changed / slots, moved / tokens
+
+
+@pytest.mark.parametrize("experts", [6, 128, 300])
+def test_experts_changed_equals_a_count_with_sets(experts):
+    # Catches a comparison by position (a swapped order is no change), padding that counts as "unchanged", an int8 that wraps.
+    rng = np.random.default_rng(6)
+    L, B, T, X = 3, 4, 7, 3
+    dtype = route_dtype(experts)
+    old = np.stack([rng.permutation(experts)[:X] for _ in range(L * B * T)]).reshape(L, B, T, X)
+    old[0, 0, 0] = [experts - 1, 0, 1]
+    new = np.where(rng.random((L, B, T, 1)) < 0.6, old[..., ::-1], old)  # reordered only
+    drifted = rng.random((L, B, T)) < 0.2
+    new[drifted, 0] = [next(e for e in range(experts) if e not in row) for row in new[drifted]]
+    recorded_BT = rng.random((B, T)) < 0.8
+    old = np.where(recorded_BT[None, :, :, None], old, -1)
+    mask_BT = rng.random((B, T)) < 0.7
+    share, tokens = experts_changed(jnp.asarray(old, dtype), jnp.asarray(new, dtype), jnp.asarray(mask_BT))
+    expected = count_changes(old, new, mask_BT)
+    assert 0.02 < expected[0] < 0.3
+    assert float(share.value) == pytest.approx(expected[0], rel=1e-6)
+    assert float(tokens.value) == pytest.approx(expected[1], rel=1e-6)
+
+
+def test_reordered_routes_have_not_changed_and_disjoint_ones_have_altogether():
+    # Catches a measure with an offset or a factor: 0 and 1 are its ends.
+    old = jnp.array([0, 1], jnp.int8) * jnp.ones((2, 1, 3, 1), jnp.int8)
+    mask = jnp.ones((1, 3), bool)
+    assert [float(x.value) for x in experts_changed(old, old[..., ::-1], mask)] == [0, 0]
+    assert [float(x.value) for x in experts_changed(old, old + 2, mask)] == [1, 1]
+    assert [float(x.value) for x in experts_changed(old * 0 - 1, old, mask)] == [0, 0]  # nothing recorded, nothing counted
+
+
+@pytest.mark.parametrize("experts", [4, 128])
+def test_load_imbalance_equals_a_count(experts):
+    # Catches padding that loads an expert, loads summed over layers before the spread is taken, ddof 1, -1 counted as an expert.
+    rng = np.random.default_rng(7)
+    L, B, T, X = 2, 3, 8, 2
+    routes = rng.integers(0, experts, (L, B, T, X)) % rng.integers(1, experts + 1, (L, 1, 1, 1))
+    routes[:, 0, 0] = -1
+    mask_BT = rng.random((B, T)) < 0.6
+    variation, peak = [], []
+    for l in range(L):
+        load = np.zeros(experts)
+        for b, t, x in np.ndindex(B, T, X):
+            if mask_BT[b, t] and routes[l, b, t, x] >= 0:
+                load[routes[l, b, t, x]] += 1
+        variation.append(np.sqrt(np.mean((load - load.mean()) ** 2)) / load.mean())
+        peak.append(load.max() / load.mean() - 1)
+    measured = load_imbalance(jnp.asarray(routes, route_dtype(experts)), jnp.asarray(mask_BT), experts)
+    np.testing.assert_allclose(measured, [np.mean(variation), np.mean(peak)], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("experts", "dtype"), [(1, jnp.int8), (8, jnp.int8), (128, jnp.int8), (129, jnp.int16), (512, jnp.int16)])
+def test_routes_are_stored_in_the_smallest_type_that_holds_them_and_minus_one(experts, dtype):
+    # Catches an unsigned type, which has no -1, and an int8 for 129 experts, whose last index would be -128.
+    assert route_dtype(experts) == dtype
+    assert jnp.iinfo(route_dtype(experts)).max >= experts - 1 and jnp.iinfo(route_dtype(experts)).min <= -1
+
+
+def test_tokens_are_routed_one_by_one():
+    # Catches a softmax or a top-k over the tokens of a batch: a token's experts may not depend on its neighbours.
+    z = logits_of(8)
+    whole = route(z, X, renormalise=True)
+    for m in range(M):
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), [x[m] for x in whole], [x[0] for x in route(z[m : m + 1], X, renormalise=True)])
