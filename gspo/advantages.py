@@ -1,10 +1,8 @@
 """Advantages: how much better a completion, or a token, was than expected.
 
 Rewards come as rewards_B for B = Q · G rows, the G completions of a prompt being neighbours. Outcome methods give one value per
-row; `gae` gives one per token. jax and NumPy arrays are both taken; what is divided by a deviation is never divided by zero.
+row; `gae` gives one per token. Both jax and NumPy arrays will do.
 """
-
-import functools
 
 import chex
 import jax
@@ -121,7 +119,22 @@ def weighted_by_sign(advantages: chex.Array, positive: float, negative: float) -
     return jnp.where(advantages > 0, positive, negative) * masked.wide(advantages)
 
 
-@functools.partial(jax.jit, static_argnames=("gamma", "lam"))
+# ---------------------------------------------------------------------------------------------------------- with a critic (PPO)
+
+
+def token_rewards(rewards_B: chex.Array, penalty_BC: chex.Array, mask_BC: chex.Array) -> chex.Array:
+    """r_it = r_i [t is the last token of row i] − penalty_it                                [B, C], 0 outside the mask
+
+    The reward of a completion falls on its last token. penalty_BC: β k1 for a KL penalty on the reward, as in InstructGPT
+    (2203.02155) §3.5; its sum over a row is then an unbiased estimate of β KL(π ‖ π_ref). Zeros for none.
+    """
+    chex.assert_equal_shape([penalty_BC, mask_BC])
+    chex.assert_equal_shape_prefix([rewards_B, mask_BC], 1)
+    after_BC = jnp.cumsum(mask_BC[:, ::-1], axis=1)[:, ::-1]  # tokens from here on, this one included
+    last_BC = mask_BC & (after_BC == 1)
+    return jnp.where(mask_BC, jnp.where(last_BC, masked.wide(rewards_B)[:, None], 0) - masked.wide(penalty_BC), 0)
+
+
 def gae(
     rewards_BC: chex.Array, values_BC: chex.Array, mask_BC: chex.Array, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[chex.Array, chex.Array]:
@@ -147,3 +160,17 @@ def gae(
     start = (jnp.zeros_like(values_BC[:, 0]), jnp.zeros_like(values_BC[:, 0]))
     _, advantages_CB = jax.lax.scan(step, start, (rewards_BC.T, values_BC.T, mask_BC.T), reverse=True)
     return advantages_CB.T, advantages_CB.T + values_BC
+
+
+def clipped_value_loss(
+    values_BC: chex.Array, old_values_BC: chex.Array, returns_BC: chex.Array, *, cliprange: float
+) -> chex.Array:
+    """½ max( (V − R)², (clip(V, V_old − ε, V_old + ε) − R)² )                               [B, C], to be aggregated
+
+    The critic may not move further than ε from the values that gave the advantages. PPO as published by its authors in code
+    (openai/baselines, ppo2); ε between 0.2 and 0.5, in units of the return.
+    """
+    chex.assert_equal_shape([values_BC, old_values_BC, returns_BC])
+    values_BC, old_values_BC, returns_BC = masked.wide(values_BC), masked.wide(old_values_BC), masked.wide(returns_BC)
+    held_BC = jnp.clip(values_BC, old_values_BC - cliprange, old_values_BC + cliprange)
+    return jnp.maximum(jnp.square(values_BC - returns_BC), jnp.square(held_BC - returns_BC)) / 2

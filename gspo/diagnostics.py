@@ -15,6 +15,8 @@ Ratios. `ratio/*` and `ess` describe the ratios of the level, one per token or o
     log_ratio/token_var      variance of log w_it over tokens
     log_ratio/sequence_var   variance of log s_i, the length-normalised log-ratio, over sequences
     approx_kl/k1, k3         KL(π_old ‖ π_θ) per token, estimated by −log w and by w − 1 − log w
+    kl                       KL(π_θ ‖ π_ref) per token, by k3 and without a coefficient; as TRL logs it
+    loss, loss/policy        the loss, and its part without the penalties
 """
 
 import chex

@@ -15,9 +15,7 @@ To add a method: write its surrogate, name it in SURROGATES, give it a line in O
 """
 
 import dataclasses
-import functools
 import inspect
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,7 +25,7 @@ import jax.numpy as jnp
 
 from gspo import corrections, diagnostics, masked
 from gspo.aggregations import AGGREGATIONS
-from gspo.kl import KL_LOSSES, KL_WEIGHTS
+from gspo.kl import KL_LOSSES, KL_WEIGHTS, k3
 from gspo.masked import Mean
 from gspo.presets import OBJECTIVES, settings, warnings_of
 from gspo.ratios import (
@@ -49,7 +47,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A function with some keywords filled in. Unlike functools.partial it compares and hashes by value, as statics must."""
+    """A function with some keywords filled in. Unlike functools.partial it compares by value, so that jit does not retrace."""
 
     function: Callable
     keywords: tuple[tuple[str, Any], ...] = ()
@@ -161,11 +159,12 @@ class Objective:
 
         log_ratio_BC = self.log_ratio(x.logp_BC + self.shift(x), x.old_logp_BC, x.mask_BC)
         gain = self.surrogate(log_ratio_BC, x.logp_BC, x.advantages_BC, x.mask_BC)
-        weight_BC = functools.reduce(operator.mul, [weight(x) for weight in self.weights], jnp.ones_like(x.logp_BC))
-        policy_loss_BC = -weight_BC * gain.value_BC
-        loss_BC = functools.reduce(
-            operator.add, [coefficient * penalty(x) for coefficient, penalty in self.penalties], policy_loss_BC
-        )
+        weight_BC = jnp.ones_like(x.logp_BC)
+        for weight in self.weights:
+            weight_BC = weight_BC * weight(x)
+        policy_loss_BC = loss_BC = -weight_BC * gain.value_BC
+        for coefficient, penalty in self.penalties:
+            loss_BC = loss_BC + coefficient * penalty(x)
         loss = self.aggregate(loss_BC, x.mask_BC)
 
         policy_loss = self.aggregate(policy_loss_BC, x.mask_BC)
@@ -183,8 +182,7 @@ def _cleaned(x: Inputs) -> Inputs:
         if a is None:
             return None
         if name.endswith("_LBCX"):
-            chex.assert_rank(a, 4)
-            chex.assert_equal_shape([a[0, :, :, 0], mask_BC])
+            chex.assert_shape(a, (None, *mask_BC.shape, None))
             return jnp.where(mask_BC[None, :, :, None], masked.wide(a), 0)
         chex.assert_equal_shape([a, mask_BC])
         return jnp.where(mask_BC, masked.wide(a), 0)
@@ -204,7 +202,7 @@ def _metrics(x: Inputs, log_ratio_BC, gain: Surrogate, weight_BC) -> diagnostics
     if x.entropy_BC is not None:
         metrics["entropy"] = masked.masked_mean(x.entropy_BC, x.mask_BC).value
     if x.ref_logp_BC is not None:
-        metrics["kl"] = masked.masked_mean(KL_LOSSES["k3"](x.logp_BC, x.ref_logp_BC), x.mask_BC).value
+        metrics["kl"] = masked.masked_mean(k3(x.logp_BC, x.ref_logp_BC), x.mask_BC).value
     if x.sampler_logp_BC is not None:
         metrics |= diagnostics.sampler_gap(x.old_logp_BC, x.sampler_logp_BC, weight_BC, x.mask_BC)
     return metrics
@@ -221,7 +219,7 @@ def make_objective(**fields) -> Objective:
     shift, weights, penalties, needs = Part.of(no_shift), [], [], []
     aggregate = Part.of(AGGREGATIONS[s["loss_agg_mode"]])
     if s["loss_agg_mode"] == "seq-mean-token-sum-norm":
-        aggregate = Part.of(AGGREGATIONS[s["loss_agg_mode"]], length=s["loss_norm_length"])
+        aggregate = Part.of(aggregate.function, length=s["loss_norm_length"])
     if s["router_shift_floor"] is not None:
         shift = Part.of(shift_by_routers, floor=s["router_shift_floor"])
         needs += ["router_logp_LBCX", "old_router_logp_LBCX"]

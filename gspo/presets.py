@@ -87,8 +87,8 @@ OBJECTIVES = {
 def settings(name: str | None, **overrides) -> dict[str, Any]:
     """Every field of an objective, checked and with all defaults filled in: what a run's first log line prints.
 
-    name: a preset, or None for DEFAULTS alone. An override of None keeps the preset's value. Raises a one-line UserError that names
-    the field and the remedy. Idempotent: settings(None, **settings(name)) equals settings(name).
+    name: a preset, or None for DEFAULTS alone. An override of None keeps the preset's value. Raises a one-line UserError that
+    names the field and the remedy. Idempotent: settings(None, **settings(name)) equals settings(name).
     """
     for field in overrides:
         if field not in DEFAULTS:
@@ -118,7 +118,7 @@ def settings(name: str | None, **overrides) -> dict[str, Any]:
 
 def _choose(field: str, value: Any, allowed) -> str:
     """value, if it is one of the allowed names; else a UserError with the nearest."""
-    if value in allowed:
+    if isinstance(value, str) and value in allowed:
         return value
     raise UserError(f"objective.{field}: no {value!r}; {_nearest(value, allowed)}")
 
@@ -175,7 +175,7 @@ def warnings_of(s: dict[str, Any], updates_per_rollout: int) -> list[str]:
             f"the level {level!r} nearly everything will be clipped; usual are 0.2/0.27"
         )
     if clips and s["epsilon_high"] < s["epsilon"]:
-        found.append("objective.epsilon_high is below objective.epsilon; the range is usually wider above. Was only one of them set?")
+        found.append("objective.epsilon_high is below objective.epsilon: usually it is above. Was only one of them set?")
     if level != "token" and s["loss_agg_mode"] == "token-mean":
         found.append(
             f"objective.loss_agg_mode 'token-mean' weighs the sequences of the level {level!r} by their length; "

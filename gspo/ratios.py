@@ -83,9 +83,8 @@ def router_shift(
     RSPO (2510.23027), router-shift ratio. router_logp_LBCX: log-probabilities that the routers of the current policy give to the
     experts chosen by the old one; old_router_logp_LBCX: what the old routers gave them.
     """
-    chex.assert_rank([router_logp_LBCX, old_router_logp_LBCX], 4)
+    chex.assert_shape(router_logp_LBCX, (None, *mask_BC.shape, None))
     chex.assert_equal_shape([router_logp_LBCX, old_router_logp_LBCX])
-    chex.assert_equal_shape_prefix([router_logp_LBCX[0], mask_BC], 2)
     moved_LBCX = jnp.abs(masked.wide(router_logp_LBCX) - masked.wide(old_router_logp_LBCX))
     log_gamma_BC = jnp.maximum(-jnp.mean(moved_LBCX, axis=(0, 3)), jnp.log(floor))
     return jax.lax.stop_gradient(jnp.where(mask_BC, log_gamma_BC, 0))

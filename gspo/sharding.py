@@ -33,9 +33,10 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """Mesh over MESH_AXES. sizes: axis -> devices along it, default 1; one axis may be -1, "the rest".
+    """Mesh over MESH_AXES. sizes: axis -> devices along it, default 1; one axis may be -1, "the rest". Sizes without a -1 take the
+    first devices and may leave others idle, in a run of one process: across processes each must own a part of the mesh.
 
-    Raises UserError where the product does not match the number of devices.
+    Raises UserError where there are too few devices, or a -1 does not come out even.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = [int(sizes.get(axis, 1)) for axis in MESH_AXES]
@@ -44,6 +45,8 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     known = math.prod(size for size in shape if size != -1)
     if -1 in shape and len(devices) % known == 0:
         shape[shape.index(-1)] = len(devices) // known
+    elif jax.process_count() == 1:
+        devices = devices[:known]
     if math.prod(shape) != len(devices):
         raise UserError(
             f"mesh: {' x '.join(f'{a}={s}' for a, s in zip(MESH_AXES, shape, strict=True))} needs {known} devices "

@@ -210,6 +210,34 @@ def gspo_loss(logps, old_logps, advantages, epsilon, epsilon_high):
     return -total / len(logps)
 
 
+# ---------------------------------------------------------------- measures of routing
+
+
+def count_changes(old_LBTX, new_LBTX, mask_BT):
+    """(share of experts changed, share of tokens changed in any layer) by sets, over tokens that are masked and recorded."""
+    L, B, T, X = old_LBTX.shape
+    changed, slots, tokens, moved = 0, 0, 0, 0
+    for b, t in np.ndindex(B, T):
+        if not mask_BT[b, t] or (old_LBTX[:, b, t] < 0).any():
+            continue
+        lost = [X - len(set(old_LBTX[l, b, t].tolist()) & set(new_LBTX[l, b, t].tolist())) for l in range(L)]
+        changed, slots, tokens, moved = changed + sum(lost), slots + L * X, tokens + 1, moved + any(lost)
+    return changed / slots, moved / tokens
+
+
+def count_load(routes_LBTX, mask_BT, experts):
+    """(standard deviation / mean, max / mean - 1) of the tokens per expert, averaged over layers."""
+    variation, peak = [], []
+    for routes_BTX in routes_LBTX:
+        load = np.zeros(experts)
+        for b, t, x in np.ndindex(routes_BTX.shape):
+            if mask_BT[b, t] and routes_BTX[b, t, x] >= 0:
+                load[routes_BTX[b, t, x]] += 1
+        variation.append(np.sqrt(np.mean((load - load.mean()) ** 2)) / load.mean())
+        peak.append(load.max() / load.mean() - 1)
+    return np.mean(variation), np.mean(peak)
+
+
 # ---------------------------------------------------------------- frames
 
 

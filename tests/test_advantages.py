@@ -1,13 +1,13 @@
-"""Advantages against loops over the groups, the conventions that libraries disagree about, and generalised advantage estimation."""
+"""Advantages against loops over the groups, conventions that libraries disagree about, generalised advantage estimation."""
 
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 
-import oracles
 from gspo import advantages
 from gspo.types import UserError
 
@@ -102,6 +102,9 @@ def test_weights_by_sign_scale_each_side():
 # ---------------------------------------------------------------------------------------------------------------------- critic
 
 
+gae = jax.jit(advantages.gae, static_argnames=("gamma", "lam"))
+
+
 # Catches δ with the wrong next value, a recursion that runs through padding or stops at a gap of the mask, and γ without λ.
 @hypothesis.given(
     seed=st.integers(0, 2**32 - 1),
@@ -118,7 +121,7 @@ def test_gae_equals_the_sum_of_its_definition(seed, gamma, lam, gaps):
     rewards, values = rng.normal(size=mask.shape), rng.normal(size=mask.shape)
     rewards[~mask], values[~mask] = np.nan, np.inf
     with jax.enable_x64(True):
-        found, returns = advantages.gae(rewards, values, mask, gamma=gamma, lam=lam)
+        found, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
     expected = oracles.gae(rewards, values, mask, gamma, lam)
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(np.asarray(returns)[mask], (expected + values)[mask], rtol=1e-9, atol=1e-12)
@@ -129,7 +132,7 @@ def test_with_a_final_reward_and_no_discount_every_token_gets_the_reward_minus_i
     mask = np.array([[True] * 4 + [False] * 3])
     rewards = np.where(np.arange(7) == 3, 1.0, 0.0)[None]
     values = np.full((1, 7), 0.25)
-    found, returns = advantages.gae(rewards, values, mask, gamma=1.0, lam=1.0)
+    found, returns = gae(rewards, values, mask, gamma=1.0, lam=1.0)
     np.testing.assert_allclose(found, [[0.75] * 4 + [0] * 3])
     np.testing.assert_allclose(returns, [[1.0] * 4 + [0] * 3])
 
@@ -139,3 +142,25 @@ def test_advantages_are_float32_whatever_the_rewards_are():
     for rewards in (np.array([1, 0, 1, 1]), jnp.array([1, 0, 1, 1], jnp.bfloat16), np.array([True, False, True, True])):
         for name, f in advantages.ADVANTAGES.items():
             assert f(rewards, 2).dtype == jnp.float32, name
+
+
+# Catches a reward on the last column, which is padding for most rows, and a penalty that is added.
+def test_the_reward_of_a_completion_falls_on_its_last_token():
+    mask = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0]], bool)
+    penalty = np.where(mask, 0.25, np.nan)
+    found = advantages.token_rewards(np.array([1.0, 2.0, 3.0, 4.0]), penalty, mask)
+    np.testing.assert_allclose(found, [[-0.25, -0.25, 0.75, 0], [1.75, 0, 0, 0], [0, 0, 0, 0], [-0.25, 0, 3.75, 0]])
+
+
+# Catches a minimum for the maximum: the clip must hold a critic back and never let it off.
+@pytest.mark.parametrize(
+    "value, loss, slope",
+    [(0.0, 0.5, -1.0), (0.4, 0.5 * 0.8**2, 0.0), (1.5, 0.5 * 0.8**2, 0.0), (2.5, 0.5 * 1.5**2, 1.5), (-0.5, 0.5 * 1.5**2, -1.5)],
+)
+def test_the_clipped_value_loss_holds_the_critic_near_its_old_values(value, loss, slope):
+    def total(v):
+        return advantages.clipped_value_loss(v, np.zeros((1, 1)), np.ones((1, 1)), cliprange=0.2).sum()
+
+    found, gradient = jax.value_and_grad(total)(np.full((1, 1), value, np.float32))
+    np.testing.assert_allclose(found, loss, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[slope]], rtol=1e-6)

@@ -9,10 +9,10 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import oracles
 from gspo import objectives, ratios
 from gspo.types import UserError
 
@@ -376,8 +376,8 @@ def summed_in_all_modes(level, logp, old, advantages, mask):
     }
 
 
-# Catches divisions by local counts: rows of very different lengths lie on different devices. Once as the partitioner does it, once
-# as written out by hand: sums and counts added over devices, then divided.
+# Catches divisions by local counts: rows of very different lengths lie on different devices. Once as the partitioner does it,
+# once as written out by hand: sums and counts added over devices, then divided.
 def test_eight_devices_give_the_result_of_one():
     assert jax.device_count() >= 8
     mesh = Mesh(np.array(jax.devices()[:8]), ("data",))

@@ -72,7 +72,7 @@ BOTH = pytest.mark.parametrize("case", [PLAIN, CUT], ids=["moe-pad-is-eos", "den
             (MOE, Sampling(min_p=0.3), (), 0),
         )
     ],
-    ids=str,
+    ids=["moe", "dense-cuts", "moe-cuts", "dense", "moe-ragged", "moe-top-k", "moe-top-p", "moe-min-p"],
 )
 def test_log_probs_equal_those_of_the_learner(case):
     # Catches a temperature or a cut that only one of the two applies, positions that differ under padding, a log-prob of the wrong
@@ -85,7 +85,7 @@ def test_log_probs_equal_those_of_the_learner(case):
         scores = score(params, rollout.tokens_BT, rollout.prompt_lengths_B)
         mask_BC = np.arange(C) < rollout.completion_lengths_B[:, None]
         np.testing.assert_allclose(np.where(mask_BC, scores.logp_BC, 0), rollout.logp_BC, atol=1e-5)
-        assert (rollout.logp_BC[mask_BC] < 0).all()
+        assert (rollout.logp_BC <= 0).all() and rollout.logp_BC[mask_BC].mean() < -0.3
         if spec.num_experts:
             fed_BT = (np.arange(T) >= (P - rollout.prompt_lengths_B)[:, None]) & (
                 np.arange(T) < (P + rollout.completion_lengths_B - 1)[:, None]
@@ -134,7 +134,6 @@ def test_a_row_ends_with_its_first_end_token_and_is_padding_after_it(case):
             else:
                 assert length == ends[0] + 1
             assert (tokens[length:] == pad_id).all() and (rollout.logp_BC[b, length:] == 0).all()
-            assert (rollout.logp_BC[b, :length] < 0).all()
             seen["first"] += length == 1
             seen["pad"] += pad_id in tokens[:length]
             seen["truncated"] += truncated

@@ -1,0 +1,396 @@
+"""Scores and updates: equal to the float64 model and loss, whatever the chunks, micro-batches, padding or order of rows."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gspo.learner import (
+    _deal,
+    _undeal,
+    make_scorer,
+    make_train_step,
+    minibatch,
+    negative_log_likelihood,
+    score_completions,
+)
+from gspo.model.distribution import Sampling
+from gspo.model.transformer import Transformer
+from gspo.objectives import preset
+from gspo.sampler import make_sampler
+from gspo.types import Batch, TrainState, completion_mask
+from tests import model_oracle as oracle
+from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
+
+DENSE, MOE = oracle.DENSE, oracle.MOE
+B, P, C, V = 4, 4, 6, 11
+T = P + C
+PROMPT_LENGTHS, LENGTHS = np.array([4, 2, 3, 1]), np.array([6, 1, 3, 4])
+ADVANTAGES = np.array([1.0, -0.7, -1.3, 0.4], np.float32)
+WARM = Sampling(temperature=0.8)
+EPSILON, EPSILON_HIGH = 0.01, 0.015
+
+
+# ---------------------------------------------------------------- batches and steps
+
+
+def rows_of(seed=0):
+    """[(prompt, completion)] of the lengths above."""
+    rng = np.random.default_rng(seed)
+    return [(rng.integers(0, V, p), rng.integers(0, V, c)) for p, c in zip(PROMPT_LENGTHS, LENGTHS, strict=True)]
+
+
+def frame(rows, prompt_width=P, width=C, seed=1):
+    """Rows -> tokens_BT, with junk tokens under all padding."""
+    tokens = np.random.default_rng(seed).integers(0, V, (len(rows), prompt_width + width)).astype(np.int32)
+    for b, (prompt, completion) in enumerate(rows):
+        tokens[b, prompt_width - len(prompt) : prompt_width] = prompt
+        tokens[b, prompt_width : prompt_width + len(completion)] = completion
+    return tokens
+
+
+@functools.cache
+def old_policy():
+    """Old log-probs of each row: those of MOE and a drift of some percent per token. And the routes of the real tokens."""
+    exact, rng = oracle.float64(oracle.build(MOE)[1]), np.random.default_rng(2)
+    logps = [oracle.score(exact, MOE, *row, temperature=0.8)[0] + 0.05 * rng.standard_normal(len(row[1])) for row in rows_of()]
+    return logps, [oracle.decoder(exact, MOE, [*prompt, *completion])[1] for prompt, completion in rows_of()]
+
+
+def make_batch(prompt_width=P, width=C, order=range(B), recorded=True):
+    """The rows above in a frame of any width. Junk, NaN included, wherever no real token stands. recorded: routes, else all -1."""
+    rows, (old_logps, row_routes) = rows_of(), old_policy()
+    order = list(order)
+    old_BC = np.full((B, width), np.nan, np.float32)
+    routes = np.full((2, B, prompt_width + width, 2), -1, np.int8)
+    for b, i in enumerate(order):
+        old_BC[b, : LENGTHS[i]] = old_logps[i]
+        first = prompt_width - PROMPT_LENGTHS[i]
+        if recorded:
+            routes[:, b, first : first + row_routes[i].shape[1]] = row_routes[i]
+    mask_BC = np.arange(width) < LENGTHS[order][:, None]
+    return Batch(
+        tokens_BT=frame([rows[i] for i in order], prompt_width, width, seed=prompt_width + order[0]),
+        prompt_lengths_B=PROMPT_LENGTHS[order].astype(np.int32),
+        completion_lengths_B=LENGTHS[order].astype(np.int32),
+        loss_mask_BC=mask_BC,
+        advantages_BC=np.where(mask_BC, ADVANTAGES[order][:, None], 0),
+        old_logp_BC=old_BC,
+        routes_LBTX=routes,
+    )
+
+
+def record_gradients():
+    """An optimizer stage whose state is the gradient that it was given."""
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, state, params=None: (grads, grads))
+
+
+OPTIMIZER = optax.chain(record_gradients(), optax.sgd(0.3))
+TRACES = {"gspo": 0}
+
+
+def gspo(*arrays, **others):
+    TRACES["gspo"] += 1
+    return preset("gspo", epsilon=EPSILON, epsilon_high=EPSILON_HIGH)(*arrays, **others)
+
+
+@functools.cache
+def step_of(spec, objective, micro_batch_size=0, chunk=4, replay=True):
+    return make_train_step(
+        Transformer(spec), OPTIMIZER, objective, sampling=WARM, micro_batch_size=micro_batch_size, chunk=chunk, replay=replay
+    )
+
+
+def fresh_state(spec):
+    params = jax.tree.map(jnp.copy, oracle.build(spec)[1])  # a step donates what it is given
+    return TrainState(jnp.int32(0), params, OPTIMIZER.init(params))
+
+
+def gradients(spec, objective, batch, **keywords):
+    """(gradient tree, metrics) of one step."""
+    state, metrics = step_of(spec, objective, **keywords)(fresh_state(spec), batch)
+    return jax.tree.map(np.asarray, state.opt_state[0]), jax.device_get(metrics)
+
+
+def assert_same_gradients(one, other, rtol=1e-4, atol=1e-6):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), one, other)
+
+
+GSPO_MOE = (MOE, gspo)
+SFT_DENSE = (DENSE, negative_log_likelihood)
+
+
+# ---------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize(
+    ("spec", "sampling", "chunk"),
+    [(DENSE, Sampling(0.7, 6, 0.9, 0.02), 4), (MOE, WARM, 128)]
+    + [
+        pytest.param(spec, sampling, chunk, marks=pytest.mark.slow)
+        for spec in (DENSE, MOE)
+        for sampling in (Sampling(), Sampling(0.7, 6, 0.9, 0.02))
+        for chunk in (1, 2, 6)
+    ],
+)
+def test_scores_equal_the_float64_model_in_any_chunks(spec, sampling, chunk):
+    # Catches log-probs shifted by one column, a last chunk that is cut off (4 does not divide 6), a cut that the sampler applies alone.
+    model, params = oracle.build(spec)
+    score = jax.jit(functools.partial(score_completions, model, completion_width=C, sampling=sampling, chunk=chunk))
+    scores = score(params, frame(rows_of()), PROMPT_LENGTHS.astype(np.int32))
+    exact = oracle.float64(params)
+    for b, row in enumerate(rows_of()):
+        cuts = dict(temperature=sampling.temperature, top_k_=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
+        logp, entropy = oracle.score(exact, spec, *row, **cuts)
+        np.testing.assert_allclose(scores.logp_BC[b, : LENGTHS[b]], logp, rtol=1e-5, atol=2e-5)
+        np.testing.assert_allclose(scores.entropy_BC[b, : LENGTHS[b]], entropy, rtol=1e-5, atol=2e-5)
+    assert scores.logp_BC.shape == (B, C) and scores.logp_BC.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("micro_batch_size", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_scorer_in_micro_batches_returns_the_rows_in_their_order(micro_batch_size):
+    # Catches rows, or routes, that come back in the order in which they were dealt.
+    model, params = oracle.build(MOE)
+    rows = frame(rows_of()), PROMPT_LENGTHS.astype(np.int32)
+    whole, parts = (
+        make_scorer(model, completion_width=C, sampling=WARM, chunk=128, micro_batch_size=size)(params, *rows)
+        for size in (0, micro_batch_size)
+    )
+    np.testing.assert_allclose(parts.logp_BC, whole.logp_BC, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(parts.entropy_BC, whole.entropy_BC, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(parts.routes_LBTX, whole.routes_LBTX)
+    assert parts.routes_LBTX.shape == (2, B, T, 2)
+
+
+def test_dealing_and_undealing_are_inverse_and_keep_every_row_once():
+    # Catches a reshape in the wrong order: rows would mix with their neighbours' routes.
+    x = np.arange(2 * 6 * 3).reshape(2, 6, 3)
+    dealt = _deal(x, 3, axis=1)
+    assert dealt.shape == (3, 2, 2, 3)
+    for part in range(3):
+        np.testing.assert_array_equal(dealt[part], x[:, part::3])
+    np.testing.assert_array_equal(_undeal(dealt, axis=1), x)
+    np.testing.assert_array_equal(_undeal(_deal(x[0], 2)), x[0])
+
+
+# ---------------------------------------------------------------- the gradient
+
+
+def test_loss_and_gradient_of_a_gspo_step_equal_the_float64_loss_of_the_float64_model():
+    # Catches whatever stands between the two: chunks, temperature, masks, the division by the count, replay, NaN under the padding.
+    exact, (old_logps, routes) = oracle.float64(oracle.build(MOE)[1]), old_policy()
+
+    def exact_loss(params):
+        logps = [oracle.score(params, MOE, *row, routes[b], temperature=0.8)[0] for b, row in enumerate(rows_of())]
+        return oracle.gspo_loss(logps, old_logps, ADVANTAGES, EPSILON, EPSILON_HIGH)
+
+    grads, metrics = gradients(*GSPO_MOE, make_batch())
+    assert 0 < metrics["clip_ratio/sequences"] < 1, "the batch should hold clipped and unclipped rows"
+    assert metrics["loss"] == pytest.approx(exact_loss(exact), rel=1e-5)
+    checks = oracle.directional_derivatives(exact_loss, exact, np.random.default_rng(3))
+    leaves = jax.tree.leaves(grads)
+    for (name, direction, expected), grad in zip(checks, leaves, strict=True):
+        assert np.sum(grad.astype(np.float64) * direction) == pytest.approx(expected, rel=1e-3, abs=2e-6), name
+    assert metrics["grad_norm"] == pytest.approx(np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in leaves)), rel=1e-5)
+    assert np.abs(grads["blocks"]["moe"]["router"]).max() > 1e-4  # the router learns under replay
+
+
+@pytest.mark.parametrize(
+    ("spec", "objective", "keywords"),
+    [(*GSPO_MOE, {"micro_batch_size": 1}), (*SFT_DENSE, {"micro_batch_size": 2, "chunk": 6})]
+    + [
+        pytest.param(*case, keywords, marks=pytest.mark.slow)
+        for case in (GSPO_MOE, SFT_DENSE)
+        for keywords in ({"micro_batch_size": 1}, {"micro_batch_size": 2}, {"micro_batch_size": 4}, {"chunk": 1}, {"chunk": 6})
+    ]
+    + [pytest.param(dataclasses.replace(MOE, moe_backend=backend, remat=True), gspo, {"micro_batch_size": 2}, marks=pytest.mark.slow)
+       for backend in ("dense", "blocked", "ragged")],
+    ids=lambda x: ",".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else None,
+)  # fmt: skip
+def test_micro_batches_and_chunks_do_not_change_gradient_and_metrics(spec, objective, keywords):
+    # Catches a mean of means (rows have 6, 1, 3 and 4 tokens), metrics of the last part only, routes dealt differently from tokens.
+    batch = make_batch()
+    base = dataclasses.replace(spec, moe_backend="blocked", remat=False)
+    expected, metrics = gradients(base, objective, batch)
+    found, other = gradients(spec, objective, batch, **keywords) if spec == base else replayed(spec, objective, batch, keywords)
+    assert_same_gradients(found, expected)
+    assert other.keys() == metrics.keys()
+    for name in metrics:
+        assert other[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
+
+
+def replayed(spec, objective, batch, keywords):
+    state = fresh_state(dataclasses.replace(spec, moe_backend="blocked", remat=False))
+    state, metrics = step_of(spec, objective, **keywords)(state, batch)
+    return state.opt_state[0], jax.device_get(metrics)
+
+
+@pytest.mark.parametrize("case", [SFT_DENSE, pytest.param(GSPO_MOE, marks=pytest.mark.slow)], ids=["sft-dense", "gspo-moe"])
+def test_more_padding_changes_nothing(case):
+    # Catches a loss divided by the frame's width, padding that counts as tokens, positions or routes tied to the frame's left edge.
+    expected, metrics = gradients(*case, make_batch())
+    found, other = gradients(*case, make_batch(prompt_width=P + 2, width=C + 3))
+    assert_same_gradients(found, expected)
+    for name in metrics:
+        assert other[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["replay", "free"])
+def test_the_order_of_rows_changes_nothing(recorded):
+    # Catches advantages, masks or routes paired with another row's tokens.
+    expected, metrics = gradients(*GSPO_MOE, make_batch(recorded=recorded))
+    found, other = gradients(*GSPO_MOE, make_batch(order=[2, 0, 3, 1], recorded=recorded))
+    assert_same_gradients(found, expected)
+    assert other["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
+
+
+def test_replaying_the_routes_of_the_same_weights_changes_no_bit():
+    # Catches replay misaligned by left padding, by the completion's padding or by the micro-batches of the update.
+    for keywords in ({}, {"micro_batch_size": 1}):
+        free, metrics = gradients(*GSPO_MOE, make_batch(recorded=False), **keywords)
+        replay, other = gradients(*GSPO_MOE, make_batch(), **keywords)
+        jax.tree.map(np.testing.assert_array_equal, replay, free)
+        assert other["loss"] == metrics["loss"] and other["routing/experts_changed"] == 0
+
+
+def test_other_routes_give_another_loss_and_are_not_what_drift_is_measured_on():
+    # Catches an update that ignores the replay, and the drift metric computed on replayed routes, where it is 0 by construction.
+    batch = make_batch()
+    routes = np.where(batch.routes_LBTX >= 0, (batch.routes_LBTX + 1) % 5, -1).astype(np.int8)
+    _, metrics = gradients(*GSPO_MOE, batch)
+    _, other = gradients(*GSPO_MOE, batch.replace(routes_LBTX=routes))
+    assert abs(other["loss"] - metrics["loss"]) > 1e-3
+    exact = oracle.float64(oracle.build(MOE)[1])
+    free = np.zeros_like(routes)
+    real_BT = np.zeros((B, T), bool)
+    for b, (prompt, completion) in enumerate(rows_of()):
+        columns = slice(P - len(prompt), P + len(completion))
+        free[:, b, columns] = oracle.decoder(exact, MOE, [*prompt, *completion], routes[:, b, columns])[1]
+        real_BT[b, columns] = True
+    share, tokens = oracle.count_changes(routes, free, real_BT)
+    assert share > 0.3
+    assert other["routing/experts_changed"] == pytest.approx(share, rel=1e-5)
+    assert other["routing/tokens_changed"] == pytest.approx(tokens, rel=1e-5)
+    variation, peak = oracle.count_load(free, real_BT, 5)
+    assert other["routing/load_cv"] == pytest.approx(variation, rel=1e-5)
+    assert other["routing/load_max_over_mean"] == pytest.approx(peak, rel=1e-5)
+
+
+def test_entropy_is_averaged_over_completion_tokens():
+    # Catches the entropy of padding, which is high and would hide a collapse.
+    exact = oracle.float64(oracle.build(MOE)[1])
+    _, metrics = gradients(*GSPO_MOE, make_batch())
+    entropies = np.concatenate([oracle.score(exact, MOE, *row, temperature=0.8)[1] for row in rows_of()])
+    assert metrics["entropy/mean"] == pytest.approx(entropies.mean(), rel=1e-5)
+
+
+# ---------------------------------------------------------------- several updates per rollout
+
+
+@functools.cache
+def rollout_batch():
+    """8 rows from the sampler, as the loop hands them on: the sampler's log-probs are the old ones, its routes are replayed."""
+    model, params = oracle.build(MOE)
+    sample = make_sampler(model, num_generations=4, max_completion_length=C, eos_ids=(1,), pad_id=0, sampling=WARM)
+    prompts, first = oracle.left_padded([[4, 9, 2], [5, 3, 8, 7]], P, np.random.default_rng(4), V)
+    rollout = sample(params, prompts, P - first, jax.random.key(5))
+    mask_BC = completion_mask(rollout.completion_lengths_B, C)
+    advantages_B = np.random.default_rng(6).standard_normal(8).astype(np.float32)
+    return Batch(
+        rollout.tokens_BT, rollout.prompt_lengths_B, rollout.completion_lengths_B, mask_BC,
+        jnp.where(mask_BC, advantages_B[:, None], 0), rollout.logp_BC, None, rollout.routes_LBTX,
+    )  # fmt: skip
+
+
+def test_minibatches_are_the_rollout_cut_in_order_with_its_old_log_probs():
+    # Catches old log-probs recomputed between updates (the ratio would stay 1), rows trained twice, routes cut along layers.
+    batch = rollout_batch()
+    parts = [minibatch(batch, j, 2) for j in range(2)]
+    for name, whole in vars(batch).items():
+        if whole is not None:
+            axis = 1 if name == "routes_LBTX" else 0
+            np.testing.assert_array_equal(np.concatenate([getattr(part, name) for part in parts], axis), whole, err_msg=name)
+
+
+def test_the_ratio_is_one_before_the_first_update_and_moves_after_it():
+    # Catches stale or missing old log-probs: a ratio that is off at once, or one that is 1 for ever and clips nothing.
+    batch, state = rollout_batch(), fresh_state(MOE)
+    step = step_of(*GSPO_MOE)
+    gaps, clipped = [], []
+    for j in (0, 1, 0):
+        state, metrics = step(state, minibatch(batch, j, 2))
+        gaps.append(float(metrics["log_ratio/abs_max"]))
+        clipped.append(float(metrics["clip_ratio/sequences"]))
+    assert gaps[0] < 2e-5 and clipped[0] == 0
+    assert min(gaps[1:]) > 1e-2 and max(clipped[1:]) > 0
+    assert int(state.step) == 3
+
+
+def test_the_given_state_is_donated_and_later_calls_do_not_trace_again():
+    # Catches two copies of parameters and optimizer in memory, and a compilation for every update.
+    batch, state = rollout_batch(), fresh_state(MOE)
+    step = step_of(*GSPO_MOE)
+    new_state, _ = step(state, minibatch(batch, 0, 2))
+    before = TRACES["gspo"]
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    for j in (1, 0):
+        new_state, _ = step(new_state, minibatch(batch, j, 2))
+    assert TRACES["gspo"] == before > 0
+
+
+def test_supervised_updates_raise_the_likelihood_of_the_demonstrations():
+    # Catches the wrong sign, and a loss over the prompt or the padding, which these few rows would not improve so far.
+    step, batch, state = step_of(*SFT_DENSE), make_batch(), fresh_state(DENSE)
+    losses = []
+    for _ in range(40):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    exact = oracle.float64(oracle.build(DENSE)[1])
+    logps = np.concatenate([oracle.score(exact, DENSE, *row, temperature=0.8)[0] for row in rows_of()])
+    assert losses[0] == pytest.approx(-logps.mean(), rel=1e-5)
+    assert losses[-1] < 0.3 * losses[0]
+
+
+# ---------------------------------------------------------------- memory
+
+
+def wide_case(vocab, width, chunk):
+    """A step over a large vocabulary and long completions, lowered for abstract arguments."""
+    spec = dataclasses.replace(DENSE, vocab_size=vocab, d_model=8, num_layers=1, d_ff=8)
+    model = Transformer(spec)
+    step = make_train_step(model, optax.adam(1e-3), preset("gspo"), chunk=chunk)
+    params = oracle.build(spec)[1]
+    state = TrainState(jnp.int32(0), params, optax.adam(1e-3).init(params))
+    arrays = jnp.zeros((B, width))
+    batch = Batch(
+        jnp.zeros((B, P + width), jnp.int32), jnp.full(B, P), jnp.full(B, width), arrays == 0, arrays, arrays,
+    )  # fmt: skip
+    return step.lower(state, batch)
+
+
+def largest_with(vocab, text):
+    """Entries, besides the vocabulary axis, of the largest float32 array in HLO or StableHLO text that has such an axis."""
+    shapes = [s.split(",") for s in re.findall(r"f32\[([\d,]+)\]", text)] + [s.split("x") for s in re.findall(r"tensor<([\dx]+)xf32>", text)]
+    sizes = [[int(n) for n in shape] for shape in shapes]
+    return max(int(np.prod(shape)) // vocab for shape in sizes if vocab in shape)
+
+
+def test_the_step_holds_logits_of_one_chunk_of_columns_only():
+    # Catches a [B, C, V] float32 array, forward or as a stacked residual of the scan: 40 GB at 64 x 1000 x 151936.
+    vocab, width, chunk = 97, 32, 3
+    limit = max(B * chunk, 8)  # the head is [8, V]
+    assert largest_with(vocab, wide_case(vocab, width, chunk).compile().as_text()) == limit < B * width
+    assert largest_with(vocab, wide_case(vocab, width, width).as_text()) == B * width  # what this test looks for can be seen
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_step_follows_the_chunk():
+    # Catches residuals kept for the backward pass under another shape, which a search for [B, C, V] would miss.
+    whole, chunked = (wide_case(4096, 64, chunk).compile().memory_analysis().temp_size_in_bytes for chunk in (64, 4))
+    assert whole > 2 * B * 64 * 4096 * 4
+    assert chunked < 0.3 * whole
