@@ -64,6 +64,7 @@ def common() -> ConfigDict:
     config.max_prompt_length = 13  # tokens
     config.max_completion_length = 16  # tokens, the end-of-sequence token included
     config.overlong_prompts = "error"  # error | drop
+    config.prompt_buckets = ()  # shorter prompt frames, used where all prompts of a rollout fit; one compilation each
     config.model = model()
     config.optimizer = optimizer()
     config.micro_batch_size = 0  # rows per forward and backward pass; 0: the whole minibatch
@@ -104,22 +105,44 @@ def rl() -> ConfigDict:
     config.top_p = 1.0
     config.min_p = 0.0
     config.old_logps = "sampler"  # sampler | learner: whose log-probs of the rollout are the old policy's
-    config.objective = ConfigDict(
+    config.objective = ConfigDict(  # None: as the preset has it, else the default; all are explained in gspo/presets.py
         dict(
             preset="gspo",
             importance_sampling_level=placeholder(str),  # token | sequence | sequence_token | sequence_sum
-            surrogate=placeholder(str),
+            surrogate=placeholder(str),  # clip | dual_clip | cispo | gmpo | sapo | minirl | reinforce
             epsilon=placeholder(float),
             epsilon_high=placeholder(float),
+            delta=placeholder(float),
+            temperature_pos=placeholder(float),
+            temperature_neg=placeholder(float),
+            cap=placeholder(float),
             loss_agg_mode=placeholder(str),
+            loss_norm_length=placeholder(int),
             beta=placeholder(float),  # weight of the KL term; 0: no reference tree is held
             kl_loss_type=placeholder(str),  # k1 | k2 | k3
+            kl_importance=placeholder(str),  # none | stopped | differentiable
             entropy_coef=placeholder(float),
+            sampler_is=placeholder(str),  # tis | mis | icepop | seq_tis | seq_mis | geo_rs; needs old_logps = "learner"
+            sampler_is_low=placeholder(float),
+            sampler_is_high=placeholder(float),
+            off_policy_mask_threshold=placeholder(float),
+            router_shift_floor=placeholder(float),
         )
     )
-    config.scale_rewards = "group"  # group | batch | none
+    config.entropy_target = placeholder(float)  # nats per token; the bonus then adapts, starting at objective.entropy_coef
+    config.entropy_step = 1e-3  # change of the coefficient per update
+    config.sync_ref_model = False
+    config.ref_model_sync_steps = 10  # rollouts
+    config.ref_model_mixup_alpha = 0.6
+    config.scale_rewards = "group"  # group | batch | none | rloo | reinforce++ | reinforce++_baseline
+    config.advantage_weight_pos = 1.0
+    config.advantage_weight_neg = 1.0
     config.rewards = ("task",)  # "task" is the task's own; others from gspo.data.rewards
     config.reward_weights = (1.0,)
+    config.reward_kl_coef = 0.0  # penalty on log π_old/π_ref, summed over a completion
+    config.overlong_buffer = ConfigDict(dict(len=0, penalty_factor=1.0))  # tokens before the limit in which a penalty grows
+    config.mask_truncated_completions = False
+    config.filter_groups = ConfigDict(dict(enable=False, max_num_gen_batches=4))  # dynamic sampling
     config.router_replay = ConfigDict(dict(mode="disabled"))  # disabled | R2 | R3
     config.check_tolerance = placeholder(float)  # largest |log-ratio| allowed before the first update; None: by dtype
     return config

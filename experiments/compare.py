@@ -41,7 +41,8 @@ def main() -> None:
 
     rows = [row(arm, runs) for arm, runs in folders.items()]
     (workdir / "table.md").write_text(markdown(rows))
-    plot_curves(list(folders.values()), list(folders), workdir / "curves.png")
+    runs = [(arm, folder) for arm, seeds in folders.items() for folder in seeds]
+    plot_curves([folder for _, folder in runs], [arm for arm, _ in runs], workdir / "curves.png")
     show(rows)
     print(f"curves: {workdir / 'curves.png'}   table: {workdir / 'table.md'}   {time.perf_counter() - start:.0f} s in all")
 

@@ -54,6 +54,7 @@ def prompt_source(config: ConfigDict, split: str, tokenizer: Tokenizer) -> batch
         tokenizer,
         max_prompt_length=config.max_prompt_length,
         overlong_prompts=config.overlong_prompts,
+        prompt_buckets=config.prompt_buckets,
         seed=config.seed,
     )
 
@@ -78,6 +79,10 @@ def objective(config: ConfigDict) -> tuple[objectives.Objective, dict[str, Any]]
     """The preset with the fields that the config sets itself laid over it; and all its settings, defaults filled in."""
     fields = config.objective.to_dict()
     settings = presets.settings(fields.pop("preset"), **fields)
+    if settings["sampler_is"] and config.old_logps != "learner":
+        raise UserError("objective.sampler_is: it corrects for sampler against learner; set old_logps='learner'")
+    if config.entropy_target is not None:  # the adaptive bonus, part of the train step, takes the fixed one's place
+        return objectives.make_objective(**settings | {"entropy_coef": 0.0}), settings
     return objectives.make_objective(**settings), settings
 
 
@@ -137,8 +142,25 @@ def put_rows(mesh: Mesh, *arrays):
     return jax.device_put(arrays, named_sharding(mesh, "rows"))
 
 
+def needs_reference(config: ConfigDict, objective: objectives.Objective) -> bool:
+    """Whether anything reads a reference policy; raises UserError where one is kept in step for nothing."""
+    needed = "ref_logp_BC" in objective.needs or config.reward_kl_coef > 0
+    if config.sync_ref_model:
+        positive(config, "ref_model_sync_steps")
+        if not needed:
+            raise UserError("sync_ref_model: nothing reads the reference; set objective.beta or reward_kl_coef")
+        if not 0 < config.ref_model_mixup_alpha <= 1:
+            raise UserError(f"ref_model_mixup_alpha={config.ref_model_mixup_alpha}: must be in (0, 1]")
+    return needed
+
+
 def state_on_mesh(
-    mesh: Mesh, model: Transformer, optimizer: optax.GradientTransformation, *, with_ref: bool = False
+    mesh: Mesh,
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    *,
+    with_ref: bool = False,
+    entropy_coef: float | None = None,
 ) -> tuple[Callable[[jax.Array], TrainState], TrainState]:
     """Returns (init, abstract): a jitted `init(key) -> TrainState` whose arrays are born on their devices, never whole on one; and
     the same state as ShapeDtypeStructs with shardings, which a checkpoint is restored into.
@@ -148,7 +170,8 @@ def state_on_mesh(
 
     def init(key) -> TrainState:
         params = nn.unbox(model.init_params(key))
-        return TrainState(jnp.int32(0), params, optimizer.init(params), params if with_ref else None)
+        coef = None if entropy_coef is None else jnp.float32(entropy_coef)
+        return TrainState(jnp.int32(0), params, optimizer.init(params), params if with_ref else None, coef)
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     everywhere = named_sharding(mesh)
@@ -159,6 +182,7 @@ def state_on_mesh(
             optimizer, lambda _, sharding: sharding, shapes.opt_state, param_shardings, transform_non_params=lambda _: everywhere
         ),
         ref_params=param_shardings if with_ref else None,
+        entropy_coef=None if entropy_coef is None else everywhere,
     )
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return jax.jit(init, out_shardings=shardings), abstract

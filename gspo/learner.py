@@ -24,15 +24,18 @@ Metrics = dict[str, chex.Array]
 class ObjectiveFn(Protocol):
     """(log-probs and the rest of a batch, all [B, C]) -> (loss as sum and count, metrics). See `gspo.objectives`."""
 
-    def __call__(self, logp_BC, old_logp_BC, advantages_BC, mask_BC, *, ref_logp_BC=None, entropy_BC=None) -> tuple[Mean, Metrics]: ...
+    def __call__(self, logp_BC, old_logp_BC, advantages_BC, mask_BC, **more) -> tuple[Mean, Metrics]: ...
 
 
 class Scores(NamedTuple):
-    """Completion log-probs and entropies (nats), float32 [B, C]; the routers' free choices (None for dense models)."""
+    """Completion log-probs and entropies (nats), float32 [B, C]. For MoE models the routers' free choices, and the log-probs that
+    the routers give to the experts of the routes they were called with, at the columns that predict a token.
+    """
 
     logp_BC: chex.Array
     entropy_BC: chex.Array
-    routes_LBTX: chex.Array | None
+    routes_LBTX: chex.Array | None = None
+    router_logp_LBCX: chex.Array | None = None
 
 
 def score_completions(
@@ -45,14 +48,21 @@ def score_completions(
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     chunk: int = 128,
     routes_LBTX: chex.Array | None = None,
+    replay: bool = False,
 ) -> Scores:
     """Log-prob of every completion column under `params`, shaped as the sampler shapes it. Values past a row's end are junk: mask them.
 
-    Logits exist for `chunk` columns at a time, forward and backward (remat), so no [B, T, V] array is ever made.
+    routes_LBTX: experts whose router log-probs are wanted; with `replay`, the experts that run. Logits exist for `chunk` columns at a time, forward and backward (remat), so no [B, T, V] array is ever made.
     """
     B, T = tokens_BT.shape
     C, P = completion_width, T - completion_width
-    out = model.apply({"params": params}, tokens_BT, P - prompt_lengths_B, routes_LBTX)
+    out = model.apply({"params": params}, tokens_BT, P - prompt_lengths_B, routes_LBTX if replay else None)
+    routers = (out.routes_LBTX, None)
+    if out.routes_LBTX is not None and routes_LBTX is not None:
+        predicting = slice(P - 1, T - 1)
+        router_logp_LBCE = jax.nn.log_softmax(out.router_logits_LBTE[:, :, predicting], axis=-1)
+        experts_LBCX = jnp.maximum(routes_LBTX[:, :, predicting].astype(jnp.int32), 0)  # -1, not recorded: a column that is masked
+        routers = (out.routes_LBTX, jnp.take_along_axis(router_logp_LBCE, experts_LBCX, axis=-1))
     hidden_BCD = out.hidden_BTD[:, P - 1 : T - 1]  # column t predicts column t + 1
     target_BC = tokens_BT[:, P:]
 
@@ -63,7 +73,7 @@ def score_completions(
         return log_prob(logits_BcV, target_Bc), entropy(logits_BcV)
 
     if chunk >= C:
-        return Scores(*score_chunk(hidden_BCD, target_BC), out.routes_LBTX)
+        return Scores(*score_chunk(hidden_BCD, target_BC), *routers)
     pieces = -(-C // chunk)
     pad = pieces * chunk - C
 
@@ -73,22 +83,27 @@ def score_completions(
 
     _, scored = jax.lax.scan(lambda _, xs: (None, score_chunk(*xs)), None, (cut(hidden_BCD), cut(target_BC)))
     logp_BC, entropy_BC = (jnp.moveaxis(x, 0, 1).reshape(B, pieces * chunk)[:, :C] for x in scored)
-    return Scores(logp_BC, entropy_BC, out.routes_LBTX)
+    return Scores(logp_BC, entropy_BC, *routers)
 
 
 def make_scorer(model: Transformer, *, completion_width: int, sampling: Sampling, chunk: int, micro_batch_size: int = 0):
-    """Returns jitted `scorer(params, tokens_BT, prompt_lengths_B) -> Scores`: old or reference log-probs, in micro-batches of rows."""
+    """Returns jitted `scorer(params, tokens_BT, prompt_lengths_B, routes_LBTX) -> Scores`: old or reference log-probs, computed in
+    micro-batches of rows. Routes only say whose router log-probs are wanted; nothing is replayed.
+    """
 
-    def scorer(params, tokens_BT, prompt_lengths_B) -> Scores:
+    def scorer(params, tokens_BT, prompt_lengths_B, routes_LBTX=None) -> Scores:
         def one(rows):
-            return score_completions(model, params, *rows, completion_width, sampling=sampling, chunk=chunk)
+            tokens_BT, prompt_lengths_B, routes_LBTX = rows
+            return score_completions(
+                model, params, tokens_BT, prompt_lengths_B, completion_width, sampling=sampling, chunk=chunk, routes_LBTX=routes_LBTX
+            )
 
         B = tokens_BT.shape[0]
         parts = B // (micro_batch_size or B)
         if parts == 1:
-            return one((tokens_BT, prompt_lengths_B))
-        scores = jax.lax.map(one, (_deal(tokens_BT, parts), _deal(prompt_lengths_B, parts)))
-        return Scores(*(_undeal(x) for x in scores[:2]), None if scores.routes_LBTX is None else _undeal(scores.routes_LBTX, 1))
+            return one((tokens_BT, prompt_lengths_B, routes_LBTX))
+        routes = None if routes_LBTX is None else _deal(routes_LBTX, parts, 1)
+        return _undeal_scores(jax.lax.map(one, (_deal(tokens_BT, parts), _deal(prompt_lengths_B, parts), routes)))
 
     return jax.jit(scorer)
 
@@ -105,9 +120,13 @@ def _undeal(x: chex.Array, axis: int = 0) -> chex.Array:
     return x.reshape(x.shape[:axis] + (-1,) + x.shape[axis + 2 :])
 
 
+def _undeal_scores(scores: Scores) -> Scores:
+    return Scores(*(None if x is None else _undeal(x, int("_LB" in name)) for name, x in scores._asdict().items()))
+
+
 def _map_rows(fn, batch: Batch) -> Batch:
-    """fn(array, row axis) on every array of a batch: rows lie on axis 0, in routes on axis 1."""
-    mapped = {name: None if x is None else fn(x, int(name == "routes_LBTX")) for name, x in vars(batch).items()}
+    """fn(array, row axis) on every array of a batch: rows lie on axis 0, in what has layers on axis 1."""
+    mapped = {name: None if x is None else fn(x, int("_LB" in name)) for name, x in vars(batch).items()}
     return Batch(**mapped)
 
 
@@ -125,15 +144,34 @@ def make_train_step(
     micro_batch_size: int = 0,
     chunk: int = 128,
     replay: bool = False,
+    entropy_target: float | None = None,
+    entropy_step: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns jitted `step(state, batch) -> (state, metrics)`; the given state is donated.
 
     micro_batch_size: rows per forward and backward pass (0: all). The gradient does not depend on it: sums are accumulated, and
     divided once by the summed count. replay: the experts in batch.routes_LBTX run instead of the routers' choices. With or without
     replay, the routers' free choices are compared with batch.routes_LBTX.
-    """
 
-    def loss_of_part(params, part: Batch):
+    entropy_target (nats per token): with state.entropy_coef, an adaptive entropy bonus. The coefficient rises by entropy_step after
+    an update that saw less entropy than the target and falls, not below 0, after one that saw more. Skywork-OR1 (2505.22312) §4.
+    """
+    with_routers = "router_logp_LBCX" in getattr(objective, "needs", ())
+
+    def evaluate(scores: Scores, batch: Batch) -> tuple[Mean, Metrics]:
+        return objective(
+            scores.logp_BC,
+            batch.old_logp_BC,
+            batch.advantages_BC,
+            batch.loss_mask_BC,
+            ref_logp_BC=batch.ref_logp_BC,
+            entropy_BC=scores.entropy_BC,
+            sampler_logp_BC=batch.sampler_logp_BC,
+            router_logp_LBCX=scores.router_logp_LBCX,
+            old_router_logp_LBCX=batch.old_router_logp_LBCX,
+        )
+
+    def loss_of_part(params, entropy_coef, part: Batch):
         scores = score_completions(
             model,
             params,
@@ -142,57 +180,48 @@ def make_train_step(
             part.loss_mask_BC.shape[1],
             sampling=sampling,
             chunk=chunk,
-            routes_LBTX=part.routes_LBTX if replay else None,
+            routes_LBTX=part.routes_LBTX if replay or with_routers else None,
+            replay=replay,
         )
-        loss, _ = objective(
-            scores.logp_BC,
-            part.old_logp_BC,
-            part.advantages_BC,
-            part.loss_mask_BC,
-            ref_logp_BC=part.ref_logp_BC,
-            entropy_BC=scores.entropy_BC,
-        )
-        return loss.total, (loss.count, scores)
+        loss, _ = evaluate(scores, part)
+        total = loss.total
+        if entropy_target is not None:
+            total -= entropy_coef * objective.aggregate(scores.entropy_BC, part.loss_mask_BC).total
+        return total, (loss.count, scores)
 
-    def accumulate(params, batch: Batch):
+    def accumulate(params, entropy_coef, batch: Batch):
         """Gradient of the loss total, its count, and the scores of all rows."""
         B = batch.tokens_BT.shape[0]
         parts = B // (micro_batch_size or B)
         grad_fn = jax.grad(loss_of_part, has_aux=True)
         if parts == 1:
-            grads, (count, scores) = grad_fn(params, batch)
+            grads, (count, scores) = grad_fn(params, entropy_coef, batch)
             return grads, count, scores
 
         def body(carry, part):
             grads, count = carry
-            more, (n, scores) = grad_fn(params, part)
+            more, (n, scores) = grad_fn(params, entropy_coef, part)
             return (jax.tree.map(jnp.add, grads, more), count + n), scores
 
         zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
         (grads, count), scores = jax.lax.scan(body, zeros, _map_rows(lambda x, axis: _deal(x, parts, axis), batch))
-        routes = None if scores.routes_LBTX is None else _undeal(scores.routes_LBTX, 1)
-        return grads, count, Scores(_undeal(scores.logp_BC), _undeal(scores.entropy_BC), routes)
+        return grads, count, _undeal_scores(scores)
 
     def step(state: TrainState, batch: Batch):
-        grads, count, scores = accumulate(state.params, batch)
+        grads, count, scores = accumulate(state.params, state.entropy_coef, batch)
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new_state = state.replace(
             step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
         )
         # Metrics see the whole minibatch at once, outside the gradient: exact under any split into micro-batches.
-        loss, metrics = objective(
-            scores.logp_BC,
-            batch.old_logp_BC,
-            batch.advantages_BC,
-            batch.loss_mask_BC,
-            ref_logp_BC=batch.ref_logp_BC,
-            entropy_BC=scores.entropy_BC,
-        )
-        metrics = metrics | {
-            "loss": loss.value,
-            "grad_norm": optax.global_norm(grads),
-        }
+        loss, metrics = evaluate(scores, batch)
+        metrics = metrics | {"loss": loss.value, "grad_norm": optax.global_norm(grads)}
+        if entropy_target is not None:
+            short = masked_mean(scores.entropy_BC, batch.loss_mask_BC).value < entropy_target
+            coef = jnp.maximum(state.entropy_coef + jnp.where(short, entropy_step, -entropy_step), 0.0)
+            new_state = new_state.replace(entropy_coef=coef)
+            metrics["entropy_coef"] = coef
         if scores.routes_LBTX is not None:
             metrics |= _router_metrics(model.spec.num_experts, scores.routes_LBTX, batch)
         return new_state, metrics
@@ -214,6 +243,11 @@ def _router_metrics(num_experts: int, free_LBTX, batch: Batch) -> Metrics:
     return metrics
 
 
-def negative_log_likelihood(logp_BC, old_logp_BC, advantages_BC, mask_BC, *, ref_logp_BC=None, entropy_BC=None):
+def make_ref_sync(mixup_alpha: float) -> Callable[[Params, Params], Params]:
+    """Returns jitted `sync(params, ref_params)`: π_ref <- α π_θ + (1 - α) π_ref, in parameters. TR-DPO (2404.09656), TRL's names."""
+    return jax.jit(lambda params, ref: jax.tree.map(lambda p, r: mixup_alpha * p + (1 - mixup_alpha) * r, params, ref))
+
+
+def negative_log_likelihood(logp_BC, old_logp_BC, advantages_BC, mask_BC, **_):
     """The objective of supervised fine-tuning: -mean of log π over completion tokens. Ignores all that is not mask."""
     return masked_mean(-logp_BC, mask_BC), {"accuracy/token_prob": masked_mean(jnp.exp(logp_BC), mask_BC).value}

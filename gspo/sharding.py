@@ -43,10 +43,10 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
         raise UserError(f"mesh: sizes {dict(zip(MESH_AXES, shape, strict=True))} are not valid; use positive sizes and at most one -1")
     known = math.prod(size for size in shape if size != -1)
-    if -1 in shape and len(devices) % known == 0:
+    if -1 not in shape:
+        devices = devices[:known] if jax.process_count() == 1 else devices
+    elif len(devices) % known == 0:
         shape[shape.index(-1)] = len(devices) // known
-    elif jax.process_count() == 1:
-        devices = devices[:known]
     if math.prod(shape) != len(devices):
         raise UserError(
             f"mesh: {' x '.join(f'{a}={s}' for a, s in zip(MESH_AXES, shape, strict=True))} needs {known} devices "

@@ -68,7 +68,9 @@ class Batch:
     advantages_BC float32  one value per token (constant along a row for every method without a critic)
     old_logp_BC   float32  log-probs of the policy that produced the rollout; fixed for all updates of the rollout
     ref_logp_BC   float32  log-probs of the reference policy; None without a KL term
-    routes_LBTX   int      routes to replay; None: route freely
+    sampler_logp_BC float32 log-probs of the distribution that was sampled, where old_logp_BC was recomputed by the learner
+    routes_LBTX   int      experts that the rollout policy chose: what drift is measured against, and what a replaying step runs
+    old_router_logp_LBCX float32 log-probs that its routers gave to those experts, at the columns that predict a token (RSPO)
     """
 
     tokens_BT: chex.Array
@@ -78,14 +80,19 @@ class Batch:
     advantages_BC: chex.Array
     old_logp_BC: chex.Array
     ref_logp_BC: chex.Array | None = None
+    sampler_logp_BC: chex.Array | None = None
     routes_LBTX: chex.Array | None = None
+    old_router_logp_LBCX: chex.Array | None = None
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything an update changes. `step` counts optimizer updates; `ref_params` is None without a KL term."""
+    """Everything an update changes. `step` counts optimizer updates; `ref_params` is None where nothing reads a reference;
+    `entropy_coef` is the weight of the entropy bonus, float32, None where it is fixed (then it belongs to the objective).
+    """
 
     step: chex.Array
     params: Params
     opt_state: Any
     ref_params: Params | None = None
+    entropy_coef: chex.Array | None = None

@@ -15,10 +15,10 @@ TOWER = [
     "model.attention", "model.routing", "model.moe", "model.transformer", "model.distribution",
     "data.tokenizer", "data.rewards", "data.tasks", "data.batches",
     "sampler", "learner", "checkpoint", "hf",
-    "build", "cli",
+    "build", "cli", "collect",
     "evaluate", "sft", "rl", "aot",
 ]  # fmt: skip
-CONFIG_READERS = ("build", "cli", "evaluate", "sft", "rl", "aot")
+CONFIG_READERS = ("build", "cli", "collect", "evaluate", "sft", "rl", "aot")
 
 
 def modules() -> dict[str, Path]:

@@ -13,6 +13,7 @@ import pytest
 from gspo.learner import (
     _deal,
     _undeal,
+    make_ref_sync,
     make_scorer,
     make_train_step,
     minibatch,
@@ -57,7 +58,7 @@ def frame(rows, prompt_width=P, width=C, seed=1):
 @functools.cache
 def old_policy():
     """Old log-probs of each row: those of MOE and a drift of some percent per token. And the routes of the real tokens."""
-    exact, rng = oracle.float64(oracle.build(MOE)[1]), np.random.default_rng(2)
+    exact, rng = oracle.float64(oracle.build(MOE)[1]), np.random.default_rng(8)
     logps = [oracle.score(exact, MOE, *row, temperature=0.8)[0] + 0.05 * rng.standard_normal(len(row[1])) for row in rows_of()]
     return logps, [oracle.decoder(exact, MOE, [*prompt, *completion])[1] for prompt, completion in rows_of()]
 
@@ -154,17 +155,25 @@ def test_scores_equal_the_float64_model_in_any_chunks(spec, sampling, chunk):
 
 @pytest.mark.parametrize("micro_batch_size", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_scorer_in_micro_batches_returns_the_rows_in_their_order(micro_batch_size):
-    # Catches rows, or routes, that come back in the order in which they were dealt.
+    # Catches rows, or routes, that come back in the order in which they were dealt; router log-probs of other columns than those that
+    # predict a token, of free choices instead of the given experts, or renormalised over these.
     model, params = oracle.build(MOE)
-    rows = frame(rows_of()), PROMPT_LENGTHS.astype(np.int32)
+    routes = np.random.default_rng(9).integers(0, 5, (2, B, T, 2)).astype(np.int8)
+    rows = frame(rows_of()), PROMPT_LENGTHS.astype(np.int32), routes
     whole, parts = (
         make_scorer(model, completion_width=C, sampling=WARM, chunk=128, micro_batch_size=size)(params, *rows)
         for size in (0, micro_batch_size)
     )
-    np.testing.assert_allclose(parts.logp_BC, whole.logp_BC, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(parts.entropy_BC, whole.entropy_BC, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(parts.routes_LBTX, whole.routes_LBTX)
-    assert parts.routes_LBTX.shape == (2, B, T, 2)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6), parts, whole)
+    assert parts.routes_LBTX.shape == (2, B, T, 2) and parts.router_logp_LBCX.shape == (2, B, C, 2)
+    exact = oracle.float64(params)
+    for b, (prompt, completion) in enumerate(rows_of()):
+        _, free_LTX, router_LTE = oracle.decoder(exact, MOE, [*prompt, *completion])
+        np.testing.assert_array_equal(whole.routes_LBTX[:, b, P - len(prompt) : P + len(completion)], free_LTX)
+        for l, t, x in np.ndindex(2, len(completion), 2):
+            prob_E = oracle.softmax(router_LTE[l, len(prompt) + t - 1])
+            expected = np.log(prob_E[routes[l, b, P + t - 1, x]])
+            assert whole.router_logp_LBCX[l, b, t, x] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_dealing_and_undealing_are_inverse_and_keep_every_row_once():
@@ -190,7 +199,7 @@ def test_loss_and_gradient_of_a_gspo_step_equal_the_float64_loss_of_the_float64_
         return oracle.gspo_loss(logps, old_logps, ADVANTAGES, EPSILON, EPSILON_HIGH)
 
     grads, metrics = gradients(*GSPO_MOE, make_batch())
-    assert 0 < metrics["clip_ratio/sequences"] < 1, "the batch should hold clipped and unclipped rows"
+    assert metrics["clip_ratio/sequences_low"] == metrics["clip_ratio/sequences_high"] == 0.25  # and two rows are not clipped
     assert metrics["loss"] == pytest.approx(exact_loss(exact), rel=1e-5)
     checks = oracle.directional_derivatives(exact_loss, exact, np.random.default_rng(3))
     leaves = jax.tree.leaves(grads)
@@ -286,7 +295,7 @@ def test_entropy_is_averaged_over_completion_tokens():
     exact = oracle.float64(oracle.build(MOE)[1])
     _, metrics = gradients(*GSPO_MOE, make_batch())
     entropies = np.concatenate([oracle.score(exact, MOE, *row, temperature=0.8)[1] for row in rows_of()])
-    assert metrics["entropy/mean"] == pytest.approx(entropies.mean(), rel=1e-5)
+    assert metrics["entropy"] == pytest.approx(entropies.mean(), rel=1e-5)
 
 
 # ---------------------------------------------------------------- several updates per rollout
@@ -302,9 +311,15 @@ def rollout_batch():
     mask_BC = completion_mask(rollout.completion_lengths_B, C)
     advantages_B = np.random.default_rng(6).standard_normal(8).astype(np.float32)
     return Batch(
-        rollout.tokens_BT, rollout.prompt_lengths_B, rollout.completion_lengths_B, mask_BC,
-        jnp.where(mask_BC, advantages_B[:, None], 0), rollout.logp_BC, None, rollout.routes_LBTX,
-    )  # fmt: skip
+        tokens_BT=rollout.tokens_BT,
+        prompt_lengths_B=rollout.prompt_lengths_B,
+        completion_lengths_B=rollout.completion_lengths_B,
+        loss_mask_BC=mask_BC,
+        advantages_BC=jnp.where(mask_BC, advantages_B[:, None], 0),
+        old_logp_BC=rollout.logp_BC,
+        routes_LBTX=rollout.routes_LBTX,
+        old_router_logp_LBCX=jnp.arange(2 * 8 * C * 2.0).reshape(2, 8, C, 2),  # nothing reads it here but the cutting
+    )
 
 
 def test_minibatches_are_the_rollout_cut_in_order_with_its_old_log_probs():
@@ -313,7 +328,7 @@ def test_minibatches_are_the_rollout_cut_in_order_with_its_old_log_probs():
     parts = [minibatch(batch, j, 2) for j in range(2)]
     for name, whole in vars(batch).items():
         if whole is not None:
-            axis = 1 if name == "routes_LBTX" else 0
+            axis = 1 if name in ("routes_LBTX", "old_router_logp_LBCX") else 0
             np.testing.assert_array_equal(np.concatenate([getattr(part, name) for part in parts], axis), whole, err_msg=name)
 
 
@@ -337,7 +352,7 @@ def test_the_given_state_is_donated_and_later_calls_do_not_trace_again():
     step = step_of(*GSPO_MOE)
     new_state, _ = step(state, minibatch(batch, 0, 2))
     before = TRACES["gspo"]
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     for j in (1, 0):
         new_state, _ = step(new_state, minibatch(batch, j, 2))
     assert TRACES["gspo"] == before > 0
@@ -356,6 +371,39 @@ def test_supervised_updates_raise_the_likelihood_of_the_demonstrations():
     assert losses[-1] < 0.3 * losses[0]
 
 
+def test_the_entropy_bonus_adapts_to_its_target_and_pulls_with_its_coefficient():
+    # Catches a coefficient that moves the wrong way or below 0, a penalty for a bonus, and one that is weighed by other means than the
+    # loss. The coefficient is data: one compiled step serves all of its values.
+    model, params = oracle.build(DENSE)
+    exact, rows = oracle.float64(params), rows_of()
+    target = np.concatenate([oracle.score(exact, DENSE, *row)[1] for row in rows]).mean()
+    batch = make_batch().replace(routes_LBTX=None)
+    found = {}
+    for goal in (target + 0.1, target - 0.1):
+        step = make_train_step(model, OPTIMIZER, preset("grpo"), chunk=4, entropy_target=goal, entropy_step=0.25)
+        for coef in (0.0, 0.5) if goal > target else (0.1,):
+            state = fresh_state(DENSE).replace(entropy_coef=jnp.float32(coef))
+            state, metrics = step(state, batch)
+            assert metrics["entropy_coef"] == state.entropy_coef == (coef + 0.25 if goal > target else 0)
+            found[coef] = state.opt_state[0]
+
+    def mean_entropy(params):
+        return np.mean([oracle.score(params, DENSE, *row)[1].mean() for row in rows])
+
+    checks = oracle.directional_derivatives(mean_entropy, exact, np.random.default_rng(10))
+    for (name, direction, expected), with_bonus, without in zip(
+        checks, jax.tree.leaves(found[0.5]), jax.tree.leaves(found[0.0]), strict=True
+    ):
+        pull = np.sum(np.asarray(with_bonus - without, np.float64) * direction) / -0.5
+        assert pull == pytest.approx(expected, rel=1e-3, abs=1e-5), name
+
+
+def test_the_reference_follows_the_policy_by_the_mixup_share():
+    # Catches shares that are swapped: a reference that jumps to the policy takes the KL term away.
+    mixed = make_ref_sync(0.6)({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([11.0, -8.0])})
+    np.testing.assert_allclose(mixed["w"], [5.0, -2.0], rtol=1e-6)
+
+
 # ---------------------------------------------------------------- memory
 
 
@@ -368,8 +416,8 @@ def wide_case(vocab, width, chunk):
     state = TrainState(jnp.int32(0), params, optax.adam(1e-3).init(params))
     arrays = jnp.zeros((B, width))
     batch = Batch(
-        jnp.zeros((B, P + width), jnp.int32), jnp.full(B, P), jnp.full(B, width), arrays == 0, arrays, arrays,
-    )  # fmt: skip
+        jnp.zeros((B, P + width), jnp.int32), jnp.full(B, P), jnp.full(B, width), arrays == 0, arrays, old_logp_BC=arrays
+    )
     return step.lower(state, batch)
 
 

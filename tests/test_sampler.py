@@ -105,7 +105,7 @@ def test_bfloat16_log_probs_stay_within_the_tolerance_of_the_first_minibatch(spe
     model, params = oracle.build(spec)
     rollout = roll(spec, Sampling(), (1,), 0)
     scores = score_completions(
-        model, params, rollout.tokens_BT, rollout.prompt_lengths_B, C, routes_LBTX=rollout.routes_LBTX
+        model, params, rollout.tokens_BT, rollout.prompt_lengths_B, C, routes_LBTX=rollout.routes_LBTX, replay=True
     )
     mask_BC = np.arange(C) < rollout.completion_lengths_B[:, None]
     gap = np.abs(np.asarray(scores.logp_BC) - rollout.logp_BC)[mask_BC]
