@@ -18,7 +18,7 @@ from gspo import cli, rl, sft
 from gspo.metrics import read_jsonl
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-from plot_curves import plot_curves  # noqa: E402
+from plot_curves import plot_curves
 
 COLUMNS = (
     "arm", "pass@1 before", "pass@1 after", "clipped tokens", "experts changed per update", "experts changed per rollout",
@@ -96,4 +96,4 @@ def show(rows: list[list[str]]) -> None:
 
 if __name__ == "__main__":
     cli.define_flags()
-    cli.run(main)
+    cli.run(main, needs="arms")

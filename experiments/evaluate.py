@@ -19,4 +19,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     cli.define_flags()
-    cli.run(main)
+    cli.run(main, needs="eval")

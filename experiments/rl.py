@@ -1,4 +1,7 @@
-"""Reinforcement learning: python experiments/rl.py --config=configs/gspo_running_sum.py --workdir=runs/gspo --config.init_from=runs/cold"""
+"""Reinforcement learning, from a cold start that experiments/sft.py has left:
+
+python experiments/rl.py --config=configs/gspo_running_sum.py --workdir=runs/gspo --config.init_from=runs/cold
+"""
 
 from gspo import cli, rl
 
@@ -10,4 +13,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     cli.define_flags()
-    cli.run(main)
+    cli.run(main, needs="num_rollouts")

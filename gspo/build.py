@@ -106,7 +106,7 @@ def optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.GradientTrans
 
 def sampling(config: ConfigDict) -> Sampling:
     if config.temperature <= 0:
-        raise UserError(f"temperature={config.temperature}: training samples at a positive temperature; 0 (greedy) is for eval.temperature")
+        raise UserError(f"temperature={config.temperature}: training needs a positive one; 0 (greedy) is for eval.temperature")
     return Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
 
 

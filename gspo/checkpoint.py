@@ -229,13 +229,17 @@ class Checkpointer:
         meta     JSON values; given back by `restore`
         metrics  for `best_metric`
         force    replaces the checkpoint of that step, and waits until that is done
+        Raises: UserError, and saves nothing, where a parameter is NaN or infinite: such a checkpoint would only push out a good one.
         """
         self.wait()
         target = self._root / str(step)
         if target.exists() and not force:
             return False
-        replaced = self._set_aside(target, "replaced") if target.exists() else None
         named = _named(state)
+        finite = jax.device_get({name: jnp.isfinite(leaf).all() for name, leaf in named.items() if name.startswith("params/")})
+        if not all(finite.values()):
+            raise UserError(f"step {step}: {min(finite, key=finite.get)} is not finite; nothing was saved{self.last_good()}")
+        replaced = self._set_aside(target, "replaced") if target.exists() else None
         content = {"meta": meta, "metrics": {name: float(value) for name, value in (metrics or {}).items()},
                    "arrays": {name: _describe(leaf) for name, leaf in named.items()}}  # fmt: skip
         content = json.loads(json.dumps(content))  # a copy: the caller may change `meta` while the writer runs
@@ -270,6 +274,11 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """The steps on disk, in rising order; one that is still being written is not among them."""
         return [int(step_dir.name) for step_dir in reversed(_step_dirs(self._root))]
+
+    def last_good(self) -> str:
+        """"; the last good checkpoint is step 3", for the message of a run that has to stop. Empty if there is none."""
+        self.wait()
+        return f"; the last good checkpoint is step {self.steps()[-1]}" if self.steps() else ""
 
     def wait(self) -> None:
         """Returns when everything saved so far is on disk. Raises the error of the writer, if it had one."""
@@ -331,11 +340,13 @@ def _not_orbax_chatter(record: logging.LogRecord) -> bool:
 # ---------------------------------------------------------------------------------------------------- the folder of a run
 
 
-def open_workdir(workdir: str | os.PathLike, config: dict[str, Any], *, allow_changed_config: bool = False) -> Path:
+def open_workdir(workdir: str | os.PathLike, config: dict[str, Any], *, allow_changed_config: bool = False,
+                 check_only: bool = False) -> Path:  # fmt: skip
     """Makes the folder of a run and keeps its config in <workdir>/config.json; returns the folder.
 
     config                nested dict; what is not JSON is kept as its string
     allow_changed_config  a config that differs from the saved one is taken; the saved one is kept as config.1.json, .2.json, ...
+    check_only            nothing is kept yet: a run that fails to start must not claim the folder for its config
     Raises: UserError if the folder cannot be made or written, or if the config differs and that was not allowed.
     """
     workdir = Path(workdir).absolute()
@@ -350,6 +361,8 @@ def open_workdir(workdir: str | os.PathLike, config: dict[str, Any], *, allow_ch
         if differ and not allow_changed_config:
             raise UserError(f"{path} differs from this run's config: {'; '.join(differ)}. Use another --workdir, "
                             "or --allow_changed_config to go on with the new values")  # fmt: skip
+        if check_only:
+            return workdir
         if differ:
             n = next(n for n in range(1, 1 << 20) if not path.with_name(f"config.{n}.json").exists())
             path.rename(path.with_name(f"config.{n}.json"))

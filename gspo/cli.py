@@ -2,8 +2,10 @@
 
 import difflib
 import os
+import runpy
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import flags, logging
@@ -21,12 +23,20 @@ def define_flags() -> None:
     flags.DEFINE_bool("allow_changed_config", False, "Go on in a workdir that was made with another config.")
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Parses the flags, calls main(), exits. A UserError or a mistake in the flags: one line on stderr, exit code 2."""
+def run(main: Callable[[], int | None], *, needs: str) -> None:
+    """Parses the flags, calls main(), exits. A UserError or a mistake in the flags: one line on stderr, exit code 2.
+
+    needs: a field by which a config for this script is known.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.set_verbosity(logging.WARNING)
+    if {"--help", "-h"} & set(sys.argv):
+        print(f"{sys.modules['__main__'].__doc__}\n{FLAGS.module_help(__name__)}")
+        sys.exit(0)
     try:
         _parse(sys.argv)
+        if needs not in FLAGS.config:
+            raise UserError(f"--config: it has no field {needs!r}, so it was made for another script")
         code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -44,29 +54,46 @@ def leaf_fields(config: ConfigDict, prefix: str = "") -> list[str]:
 
 def _parse(argv: list[str]) -> None:
     """absl's own parsing, with each of its failures as a UserError."""
-    config_file = [arg for arg in argv if arg.startswith(("--config=", "-config="))]
-    if not config_file:
-        raise UserError("--config is missing; pass --config=configs/NAME.py")
+    config = _config_as_written(argv)
     try:
         rest = FLAGS(argv)[1:]
     except (AttributeError, KeyError):
-        raise UserError(_unknown_field(argv, config_file[-1])) from None
-    except (flags.Error, OSError, TypeError, ValueError, SyntaxError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        detail = lines[-1] if "Configuration is not available" in lines[0] else lines[0]
-        raise UserError(detail.removeprefix("flag ")) from None
+        raise UserError(_unknown_field(argv, leaf_fields(config))) from None
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(_first_line(error).removeprefix("flag ")) from None
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; fields are set as --config.a.b=value")
-    if "workdir" in FLAGS and not FLAGS.workdir:
+    if not FLAGS.workdir:
         raise UserError("--workdir is missing; pass --workdir=runs/NAME")
 
 
-def _unknown_field(argv: list[str], config_file: str) -> str:
+def _config_as_written(argv: list[str]) -> ConfigDict:
+    """The config without overrides. Its file is a program, which may fail in any way: UserError with the line."""
+    values = [arg.partition("=")[2] if "=" in arg else after for arg, after in zip(argv, [*argv[1:], ""], strict=True)
+              if arg.lstrip("-").partition("=")[0] == "config"]  # fmt: skip
+    path, _, argument = values[-1].partition(":") if values else ("", "", "")
+    if not path:
+        raise UserError("--config is missing; pass --config=configs/NAME.py")
+    if not os.path.isfile(path):
+        raise UserError(f"--config={path}: there is no such file")
+    try:
+        config = runpy.run_path(path)["get_config"](*[argument] * bool(argument))
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f", line {lines[-1]}" if lines else ""
+        raise UserError(f"--config={path}{where}: {type(error).__name__}: {_first_line(error)}") from None
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={path}: get_config() returned {type(config).__name__} instead of a ConfigDict")
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    """At most 200 characters of it. A KeyError shows its text by repr, with its line ends as \\n."""
+    return next((line.strip() for line in str(error).replace("\\n", "\n").splitlines() if line.strip()), "")[:200]
+
+
+def _unknown_field(argv: list[str], known: list[str]) -> str:
     """Message for the first override that names no leaf of the config, with the nearest name."""
-    fresh = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", None, flag_values=fresh)
-    fresh([argv[0], config_file])
-    known = leaf_fields(holder.value)
     for arg in argv:
         field = arg.lstrip("-").partition("=")[0].removeprefix("config.")
         if not arg.lstrip("-").startswith("config.") or field in known:
@@ -74,7 +101,7 @@ def _unknown_field(argv: list[str], config_file: str) -> str:
         same_leaf = [name for name in known if name.split(".")[-1] == field.split(".")[-1]]
         near = same_leaf or difflib.get_close_matches(field, known, n=1, cutoff=0.5)
         return f"config.{field}: no such field" + (f"; did you mean config.{near[0]}?" if near else "")
-    return f"{config_file}: an attribute is missing in the config file"
+    return "a field of --config.a.b=value could not be read"
 
 
 class StopSignal:

@@ -1,6 +1,5 @@
 """Evaluation on held-out prompts: pass@1 over k samples, pass@k, lengths."""
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -34,7 +33,7 @@ def make_evaluator(
     source = build.prompt_source(config, config.task.eval_split, tokenizer)
     k = config.eval.num_generations_eval
     count = min(config.eval.num_prompts, len(source))
-    width = math.gcd(count, min(count, config.get("num_prompts", count)))  # equal calls, one compile
+    width = min(count, config.get("num_prompts", count))  # equal calls, one compile; what the last has too many is dropped
     build.check_rows(mesh, **{"eval.num_prompts": width})
     if sampler is None:
         sampler = build.sampler(config, model, tokenizer, Sampling(config.eval.temperature), k)
@@ -43,16 +42,16 @@ def make_evaluator(
     def evaluate(params: Params) -> tuple[dict[str, float], list[dict]]:
         solved, lengths, truncated, samples = [], [], [], []
         for start in range(0, count, width):
-            prompts = source.batch(start, width)
+            prompts, kept = source.batch(start, width), min(width, count - start)
             rows = build.put_rows(mesh, prompts.tokens_QP, prompts.lengths_Q)
             rollout = jax.device_get(sampler(params, *rows, jax.random.fold_in(key, start)))
             texts = batches.completion_texts(tokenizer, rollout.tokens_BT, prompts.tokens_QP.shape[1], rollout.completion_lengths_B)
             examples = [example for example in prompts.examples for _ in range(k)]
             rewards_B, _ = batches.score_completions(texts, examples, [source.task.reward], [1.0])
-            solved.append((rewards_B >= SOLVED).reshape(width, k))
-            lengths.append(rollout.completion_lengths_B)
-            truncated.append(rollout.truncated_B)
-            for example, text, reward in zip(prompts.examples, texts[::k], rewards_B[::k], strict=True):
+            solved.append((rewards_B >= SOLVED).reshape(width, k)[:kept])
+            lengths.append(rollout.completion_lengths_B[: kept * k])
+            truncated.append(rollout.truncated_B[: kept * k])
+            for example, text, reward in list(zip(prompts.examples, texts[::k], rewards_B[::k], strict=True))[:kept]:
                 samples.append({"prompt": example.prompt, "completion": text, "answer": example.answer, "reward": float(reward)})
         solved_Qk = np.concatenate(solved)
         metrics = {

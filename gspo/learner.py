@@ -52,7 +52,8 @@ def score_completions(
 ) -> Scores:
     """Log-prob of every completion column under `params`, shaped as the sampler shapes it. Values past a row's end are junk: mask them.
 
-    routes_LBTX: experts whose router log-probs are wanted; with `replay`, the experts that run. Logits exist for `chunk` columns at a time, forward and backward (remat), so no [B, T, V] array is ever made.
+    routes_LBTX: experts whose router log-probs are wanted; with `replay`, the experts that run. Logits exist for `chunk` columns at a
+    time, forward and backward (remat), so no [B, T, V] array is ever made.
     """
     B, T = tokens_BT.shape
     C, P = completion_width, T - completion_width
@@ -98,14 +99,19 @@ def make_scorer(model: Transformer, *, completion_width: int, sampling: Sampling
                 model, params, tokens_BT, prompt_lengths_B, completion_width, sampling=sampling, chunk=chunk, routes_LBTX=routes_LBTX
             )
 
-        B = tokens_BT.shape[0]
-        parts = B // (micro_batch_size or B)
+        parts = _parts(tokens_BT.shape[0], micro_batch_size)
         if parts == 1:
             return one((tokens_BT, prompt_lengths_B, routes_LBTX))
         routes = None if routes_LBTX is None else _deal(routes_LBTX, parts, 1)
         return _undeal_scores(jax.lax.map(one, (_deal(tokens_BT, parts), _deal(prompt_lengths_B, parts), routes)))
 
     return jax.jit(scorer)
+
+
+def _parts(rows: int, micro_batch_size: int) -> int:
+    """Number of equal micro-batches; 0 stands for one of all rows. Fails rather than take more rows at a time than was asked for."""
+    chex.assert_is_divisible(rows, micro_batch_size or rows)
+    return rows // (micro_batch_size or rows)
 
 
 def _deal(x: chex.Array, parts: int, axis: int = 0) -> chex.Array:
@@ -146,6 +152,7 @@ def make_train_step(
     replay: bool = False,
     entropy_target: float | None = None,
     entropy_step: float = 0.0,
+    state_shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns jitted `step(state, batch) -> (state, metrics)`; the given state is donated.
 
@@ -155,6 +162,9 @@ def make_train_step(
 
     entropy_target (nats per token): with state.entropy_coef, an adaptive entropy bonus. The coefficient rises by entropy_step after
     an update that saw less entropy than the target and falls, not below 0, after one that saw more. Skywork-OR1 (2505.22312) §4.
+
+    state_shardings: a TrainState of shardings, where the new state lies. Without it the partitioner may move arrays (norm scales onto
+    the fsdp axis, say), and every function that is called with the state is compiled a second time. None on one device.
     """
     with_routers = "router_logp_LBCX" in getattr(objective, "needs", ())
 
@@ -191,8 +201,7 @@ def make_train_step(
 
     def accumulate(params, entropy_coef, batch: Batch):
         """Gradient of the loss total, its count, and the scores of all rows."""
-        B = batch.tokens_BT.shape[0]
-        parts = B // (micro_batch_size or B)
+        parts = _parts(batch.tokens_BT.shape[0], micro_batch_size)
         grad_fn = jax.grad(loss_of_part, has_aux=True)
         if parts == 1:
             grads, (count, scores) = grad_fn(params, entropy_coef, batch)
@@ -208,6 +217,8 @@ def make_train_step(
         return grads, count, _undeal_scores(scores)
 
     def step(state: TrainState, batch: Batch):
+        if replay and batch.routes_LBTX is None:
+            raise ValueError("replay=True, but batch.routes_LBTX is None: there is nothing to replay")
         grads, count, scores = accumulate(state.params, state.entropy_coef, batch)
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -226,7 +237,7 @@ def make_train_step(
             metrics |= _router_metrics(model.spec.num_experts, scores.routes_LBTX, batch)
         return new_state, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=None if state_shardings is None else (state_shardings, None))
 
 
 def _router_metrics(num_experts: int, free_LBTX, batch: Batch) -> Metrics:

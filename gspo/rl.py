@@ -102,7 +102,7 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
     sync_reference = make_ref_sync(config.ref_model_mixup_alpha) if config.sync_ref_model else None
 
     # ------------------------------------------------------------------ state
-    open_workdir(workdir, config.to_dict(), allow_changed_config=allow_changed_config)
+    open_workdir(workdir, config.to_dict(), allow_changed_config=allow_changed_config, check_only=True)
     checkpointer = Checkpointer(
         workdir, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best, best_metric="eval/pass@1"
     )
@@ -113,6 +113,7 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
     else:
         first, state, meta = restored
         run.notes.append(f"resumed at rollout {first}")
+    open_workdir(workdir, config.to_dict(), allow_changed_config=allow_changed_config)  # nothing failed: from now on it is this run's
     writer.truncate(meta["offsets"])
     cursor = meta["cursor"]
     run_key = jax.random.fold_in(jax.random.key(config.seed), ROLLOUT_STREAM)
@@ -130,7 +131,7 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
                 with timer("eval"):
                     line, _ = run.evaluate(state.params)
             due = config.checkpoint.every and index % config.checkpoint.every == 0
-            if index > first and (last or stop.requested or due):
+            if stop.requested or (index > first and (last or due)):
                 with timer("checkpoint"):
                     checkpointer.save(index, state, {"cursor": cursor, "offsets": writer.offset()}, line)
             if last:
@@ -181,17 +182,18 @@ def guard(config: ConfigDict, index: int, steps: list[dict], checkpointer: Check
     """Stops the run where going on would waste it: NaN, or an old policy that is not the one that sampled. Before the first update of
     a rollout, ratio and 1 may differ by rounding only.
     """
-    saved = f"; the last good checkpoint is rollout {max(checkpointer.steps())}" if checkpointer.steps() else ""
     for j, metrics in enumerate(steps):
         if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
-            raise UserError(f"rollout {index}, update {j}: loss or gradient is not finite{saved}; lower optimizer.learning_rate")
+            raise UserError(
+                f"rollout {index}, update {j}: loss or gradient is not finite{checkpointer.last_good()}; lower optimizer.learning_rate"
+            )
     tolerance = config.check_tolerance or TOLERANCE[config.model.dtype]
     gap = float(steps[0]["log_ratio/abs_max"])
     if gap > tolerance:
         raise UserError(
             f"rollout {index}: before the first update sampler and learner differ by {gap:.2e} in a token's log-prob, more than "
             f"check_tolerance={tolerance:g}; the old log-probs are not those of this policy (stale weights, another temperature, a "
-            f"wrong mask){saved}"
+            f"wrong mask){checkpointer.last_good()}"
         )
 
 

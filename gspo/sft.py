@@ -33,7 +33,7 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
     evaluate = make_evaluator(config, mesh, model, tokenizer)
 
     # ------------------------------------------------------------------ state
-    open_workdir(workdir, config.to_dict(), allow_changed_config=allow_changed_config)
+    open_workdir(workdir, config.to_dict(), allow_changed_config=allow_changed_config, check_only=True)
     checkpointer = Checkpointer(
         workdir, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best, best_metric="eval/pass@1"
     )
@@ -45,8 +45,11 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
     else:
         first, state, meta = restored
         writer.truncate(meta["offsets"])
+    open_workdir(workdir, config.to_dict(), allow_changed_config=allow_changed_config)  # nothing failed: from now on it is this run's
     progress = Progress(config.num_updates, start=first, title=title)
     progress.note(build.describe(model, abstract))
+    if source.num_dropped:
+        progress.note(f"{source.num_dropped} examples longer than the frame were dropped")
     if restored is not None:
         progress.note(f"resumed at update {first}")
 
@@ -55,28 +58,30 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
     with StopSignal() as stop, progress, checkpointer, writer:
         for index in range(first, config.num_updates + 1):
             last = index == config.num_updates
-            line: dict[str, Any] = {}
+            line, samples = {}, []
             if last or (config.eval.every and index % config.eval.every == 0):
                 with timer("eval"):
                     line, samples = evaluate(state.params)
-                writer.write_samples(index, samples[: config.log.num_samples])
             due = config.checkpoint.every and index % config.checkpoint.every == 0
-            if index > first and (last or stop.requested or due):
+            if stop.requested or (index > first and (last or due)):
                 checkpointer.save(index, state, {"offsets": writer.offset()}, line)
+            if stop.requested and not last:
+                checkpointer.wait()
+                raise stop.leave(f"saved update {index} in {workdir}; start the same command again to go on")
+            writer.write_samples(index, samples[: config.log.num_samples])  # after the save, like all that a resume does again
             if last:
                 writer.write(index, line)
                 progress.update(index, line)
                 break
-            if stop.requested:
-                checkpointer.wait()
-                raise stop.leave(f"saved update {index} in {workdir}; start the same command again to go on")
 
             with timer("update"):
                 demos = source.batch(index * config.batch_size, config.batch_size)
                 state, metrics = train_step(state, make_batch(mesh, demos, config.max_completion_length))
                 metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            if not np.isfinite(metrics["loss"]):
-                raise UserError(f"update {index}: the loss is not finite; lower optimizer.learning_rate")
+            if not np.isfinite(metrics["loss"] + metrics["grad_norm"]):
+                raise UserError(
+                    f"update {index}: loss or gradient is not finite{checkpointer.last_good()}; lower optimizer.learning_rate"
+                )
             line |= metrics | {"learning_rate": float(learning_rate(index))}
             writer.write(index, line)
             writer.write_timings(index, timer.take())

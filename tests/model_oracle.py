@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from gspo.model.transformer import ModelSpec, Transformer
@@ -61,6 +62,15 @@ def forward(spec: ModelSpec):
         return out, model.apply({"params": params}, out.hidden_BTD, method="logits")
 
     return run
+
+
+def record_gradients():
+    """An optimizer stage whose state is the gradient that it was last given."""
+
+    def update(grads, state, params=None):
+        return grads, grads
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
 
 
 # ---------------------------------------------------------------- the decoder

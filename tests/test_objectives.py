@@ -13,7 +13,7 @@ import oracles
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gspo import objectives, ratios
+from gspo import diagnostics, objectives, ratios
 from gspo.types import UserError
 
 # Everything with a ratio of its own; each has its oracle under the same name.
@@ -609,6 +609,14 @@ def test_clip_shares_say_what_they_count():
     expected |= {"low_mean": 1 / 3, "high_mean": 0, "region_mean": 1 / 3}
     for name, share in expected.items():
         np.testing.assert_allclose(sequence[f"clip_ratio/{name}"], share, rtol=1e-6, err_msg=name)
+
+
+# Catches padding that makes a sequence count as clipped.
+def test_clips_under_the_mask_are_not_counted():
+    cut, mask = np.ones((2, 3), bool), np.array([[True, False, False], [False] * 3])
+    shares = diagnostics.clip_shares(cut & ~mask, cut, mask, per_sequence=False)
+    assert shares["clip_ratio/sequences_low"] == shares["clip_ratio/tokens_low"] == 0
+    assert shares["clip_ratio/sequences_high"] == shares["clip_ratio/tokens_high"] == 1
 
 
 # Catches ratios of padding in the extremes, the variance of the wrong unit, a weighted mean of sequences by length.

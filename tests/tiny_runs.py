@@ -1,47 +1,39 @@
-"""Runs small enough for tests of the loops: their configs, and a fixture that makes their compilations quick and keeps them."""
+"""Runs small enough for tests of the loops: their configs, and fixtures that make them quick.
+
+Import the fixtures by name: `kept_compiles` takes effect by that alone.
+"""
 
 import json
 import os
+import runpy
+import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from configs import base
+from gspo import cli, rl  # noqa: F401 - cli brings absl's own flags, which `command` leaves alone
+from gspo.checkpoint import Checkpointer
+from gspo.types import TrainState
 
-CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def kept_compiles(tmp_path_factory):
-    """Every run compiles its own steps, mostly the same ones: they are kept in a folder of the session, for child processes too
-    (by the environment). LLVM's optimisations, which would cost more than they save, are off."""
-    wanted = {name: json.loads(value) for name, value in CACHE.items()} | {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.getbasetemp() / "compiled"),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": True,
-    }
-    before = {name: jax.config.read(name.lower()) for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name.lower(), value)
-        os.environ[name] = str(value)
-    compilation_cache.reset_cache()  # jax decides once per process whether there is a cache
-    yield
-    for name, value in before.items():
-        jax.config.update(name.lower(), value)
-        del os.environ[name]
-    compilation_cache.reset_cache()
+ROOT = Path(__file__).parent.parent
 
 
-def common(config: ConfigDict, folder: Path, **changes) -> ConfigDict:
-    """Prompts such as "0=" and "011=", of which the answer is the last digit; an untrained policy finds it now and then."""
+# ------------------------------------------------------------------------------------------------------------------- configs
+
+
+def common(config: ConfigDict, folder: Path, changes: dict) -> ConfigDict:
+    """Prompts such as "0=" and "011=", of which the answer is the last digit: an untrained policy finds it now and then."""
     data = Path(folder) / "digits.jsonl"
     if not data.exists():
         prompts = [f"{i:0{length}b}" for length in (1, 2, 3) for i in range(2**length)]
-        lines = [json.dumps({"prompt": p + "=", "answer": p[-1], "demonstration": p[-1]}) for p in prompts]
-        data.write_text("\n".join(lines) + "\n")
-    config.task.update(name=f"jsonl:{data}")
+        data.write_text("".join(json.dumps({"prompt": p + "=", "answer": p[-1], "demonstration": p[-1]}) + "\n" for p in prompts))
+    config.task.name = f"jsonl:{data}"
     config.task.options = ConfigDict()
     config.tokenizer = "chars:01 ="
     config.max_prompt_length = 4
@@ -56,14 +48,92 @@ def common(config: ConfigDict, folder: Path, **changes) -> ConfigDict:
 
 
 def rl_config(folder: Path, **changes) -> ConfigDict:
-    """3 rollouts of 4 x 4 completions, 2 updates each. changes: **{"a.b": value}."""
+    """3 rollouts of 4 x 4 completions, 2 updates each. changes: **{"a.b": value}; so are those of the others."""
     config = base.rl()
     config.update(num_rollouts=3, num_prompts=4, num_generations=4, updates_per_rollout=2, rewards=("numeric_answer",))
-    return common(config, folder, **changes)
+    return common(config, folder, changes)
+
+
+def stateful_config(folder: Path, **changes) -> ConfigDict:
+    """4 rollouts with all that a run can carry from one to the next: optimizer, reference, adaptive bonus, a data position that
+    depends on the rewards, the best checkpoint. No field is without effect."""
+    return rl_config(folder, **{
+        "num_rollouts": 4, "checkpoint.every": 2, "checkpoint.keep_best": True, "optimizer.learning_rate": 0.01,
+        "optimizer.schedule": "cosine", "optimizer.warmup_steps": 2, "objective.beta": 0.01, "sync_ref_model": True,
+        "ref_model_sync_steps": 1, "entropy_target": 1.5, "filter_groups.enable": True, "filter_groups.max_num_gen_batches": 3,
+        "overlong_buffer.len": 2, "mask_truncated_completions": True,
+    } | changes)  # fmt: skip
 
 
 def sft_config(folder: Path, **changes) -> ConfigDict:
     """4 updates of 4 demonstrations."""
     config = base.sft()
     config.update(num_updates=4, batch_size=4)
-    return common(config, folder, **changes)
+    return common(config, folder, changes)
+
+
+# ------------------------------------------------------------------------------------------------------------------- results
+
+
+def state_of(config: ConfigDict, workdir: Path) -> tuple[int, TrainState]:
+    """(step, state) of the last checkpoint of a run of `rl.train`."""
+    with Checkpointer(workdir, keep_last=9) as checkpointer:
+        step, state, _ = checkpointer.restore(rl.prepare(config).abstract)
+    return step, state
+
+
+def assert_bit_equal(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, g), w in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        assert np.asarray(g).tobytes() == np.asarray(w).tobytes(), jax.tree_util.keystr(path)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """{relative path: bytes} of all files, empty folders included."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in sorted(folder.rglob("*"))}
+
+
+# ------------------------------------------------------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kept_compiles(tmp_path_factory):
+    """Each run compiles its own steps, mostly the same ones: they are kept in a folder of the session, for child processes too (by
+    the environment). LLVM's optimisations are off: they cost more than they save."""
+    wanted = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.read(name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    compilation_cache.reset_cache()  # jax decides once per process whether there is a cache
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+        del os.environ[name.upper()]
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """command("rl", *arguments) -> (exit code, stdout, stderr) of experiments/rl.py, run in this process."""
+
+    def run(script: str, *arguments: str) -> tuple[int, str, str]:
+        path = str(ROOT / "experiments" / f"{script}.py")
+        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+        known = set(flags.FLAGS)
+        capfd.readouterr()
+        try:
+            with pytest.raises(SystemExit) as stopped:
+                runpy.run_path(path, run_name="__main__")
+        finally:
+            for name in set(flags.FLAGS) - known:
+                delattr(flags.FLAGS, name)
+            flags.FLAGS.unparse_flags()
+        return stopped.value.code, *capfd.readouterr()
+
+    return run

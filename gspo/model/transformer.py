@@ -133,7 +133,8 @@ class Transformer(nn.Module):
         init = nn.initializers.normal(s.d_model**-0.5)
         self.embedding = self.param("embedding", nn.with_partitioning(init, ("vocab", "embed")), (s.vocab_size, s.d_model), jnp.float32)
         if not s.tie_embeddings:
-            self.head = self.param("head", nn.with_partitioning(kernel_init, ("embed", "vocab")), (s.d_model, s.vocab_size), jnp.float32)
+            head_init = nn.with_partitioning(kernel_init, ("embed", "vocab"))
+            self.head = self.param("head", head_init, (s.d_model, s.vocab_size), jnp.float32)
         block = nn.remat(Block, prevent_cse=False) if s.remat else Block
         self.blocks = nn.scan(
             block,
