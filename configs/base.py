@@ -135,6 +135,9 @@ def rl() -> ConfigDict:
     config.ref_model_sync_steps = 10  # rollouts
     config.ref_model_mixup_alpha = 0.6
     config.scale_rewards = "group"  # group | batch | none | rloo | reinforce++ | reinforce++_baseline
+    config.critic = ConfigDict(  # PPO: advantages from a value model by GAE instead of from the group
+        dict(enable=False, learning_rate=1e-3, cliprange_value=0.5, gamma=1.0, lam=0.95)
+    )
     config.advantage_weight_pos = 1.0
     config.advantage_weight_neg = 1.0
     config.rewards = ("task",)  # "task" is the task's own; others from gspo.data.rewards

@@ -16,6 +16,6 @@ def get_config():
     config.cold_start = sft_running_sum.get_config()
     config.base = gspo_running_sum.get_config()
     config.seeds = (0,)  # one run per arm and seed; the cold start is shared
-    # Name of the arm -> what is laid over `base.objective`.
-    config.arms = ConfigDict({"GRPO": {"preset": "grpo"}, "GSPO": {"preset": "gspo"}})
+    # Name of the arm -> what is laid over `base`.
+    config.arms = ConfigDict({"GRPO": {"objective": {"preset": "grpo"}}, "GSPO": {"objective": {"preset": "gspo"}}})
     return config

@@ -4,8 +4,8 @@ Data   tfds gsm8k, prepared (TFDS_DATA_DIR, or config.task.options.data_dir); pr
        "#### number". Examples longer than the frame are dropped, and the log says how many.
 Tokens a byte-level BPE of 2,048 pieces, made by
        python scripts/train_tokenizer.py --task=tfds:gsm8k --vocab_size=2048 --out=runs/gsm8k_tokenizer
-Model  reduced: 4 layers, width 128, 8 experts of which 2 run, 2.0M parameters (0.9M active). It learns the form of a solution, and hardly any
-       arithmetic: expect a pass@1 of about 1%.
+Model  reduced: 4 layers, width 128, 8 experts of which 2 run, 2.0M parameters (0.9M active). It learns the form of a solution, and
+       hardly any arithmetic: expect a pass@1 of about 1%.
 Cost   300 updates of 32 rows, about 7 minutes on 2 CPU cores.
 """
 

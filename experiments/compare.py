@@ -32,11 +32,9 @@ def main() -> None:
     start = time.perf_counter()
     sft.train(config.cold_start, str(workdir / "cold"), title="cold start", **options)
 
-    folders: dict[str, list[Path]] = {}
-    for arm in config.arms:
-        for seed in config.seeds:
-            folder = workdir / (arm.lower() if len(config.seeds) == 1 else f"{arm.lower()}-{seed}")
-            folders.setdefault(arm, []).append(folder)
+    folders = {arm: [workdir / folder_name(config, arm, seed) for seed in config.seeds] for arm in config.arms}
+    for arm, seeds in folders.items():
+        for seed, folder in zip(config.seeds, seeds, strict=True):
             rl.train(arm_config(config, arm, seed, workdir / "cold"), str(folder), title=f"{arm} (seed {seed})", **options)
 
     rows = [row(arm, runs) for arm, runs in folders.items()]
@@ -47,10 +45,15 @@ def main() -> None:
     print(f"curves: {workdir / 'curves.png'}   table: {workdir / 'table.md'}   {time.perf_counter() - start:.0f} s in all")
 
 
+def folder_name(config: ConfigDict, arm: str, seed: int) -> str:
+    name = arm.lower().replace(" ", "_")
+    return name if len(config.seeds) == 1 else f"{name}-{seed}"
+
+
 def arm_config(config: ConfigDict, arm: str, seed: int, cold: Path) -> ConfigDict:
-    """The base with the arm's objective, its seed, and the cold start to begin from."""
+    """The base with the arm laid over it, its seed, and the cold start to begin from."""
     arm_config = ConfigDict(config.base.to_dict())
-    arm_config.objective.update(config.arms[arm].to_dict())
+    arm_config.update(config.arms[arm].to_dict())
     arm_config.seed = seed
     arm_config.init_from = str(cold)
     return arm_config
@@ -82,13 +85,13 @@ def row(arm: str, folders: list[Path]) -> list[str]:
     ]
 
 
-def markdown(rows: list[list[str]]) -> str:
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+def markdown(rows: list[list[str]], columns: tuple[str, ...] = COLUMNS) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def show(rows: list[list[str]]) -> None:
-    table = Table(*COLUMNS)
+def show(rows: list[list[str]], columns: tuple[str, ...] = COLUMNS) -> None:
+    table = Table(*columns)
     for cells in rows:
         table.add_row(*cells)
     Console().print(table)

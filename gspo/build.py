@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from gspo import objectives, presets
 from gspo.checkpoint import restore_params
+from gspo.critic import Critic
 from gspo.data import batches, rewards, tasks
 from gspo.data.tokenizer import Tokenizer, make_tokenizer
 from gspo.model.distribution import Sampling
@@ -156,7 +157,7 @@ def needs_reference(config: ConfigDict, objective: objectives.Objective) -> bool
 
 def state_on_mesh(
     mesh: Mesh,
-    model: Transformer,
+    model: Transformer | Critic,
     optimizer: optax.GradientTransformation,
     *,
     with_ref: bool = False,
@@ -188,14 +189,31 @@ def state_on_mesh(
     return jax.jit(init, out_shardings=shardings), abstract
 
 
+def add_critic(
+    mesh: Mesh, critic: Critic, optimizer: optax.GradientTransformation, init: Callable[[jax.Array], TrainState], abstract: TrainState
+) -> tuple[Callable[[jax.Array], TrainState], TrainState]:
+    """The (init, abstract) of `state_on_mesh`, with the state of a critic in it."""
+    critic_init, critic_abstract = state_on_mesh(mesh, critic, optimizer)
+    return lambda key: init(key).replace(critic=critic_init(jax.random.fold_in(key, 1))), abstract.replace(critic=critic_abstract)
+
+
+def shardings_of(mesh: Mesh, abstract: TrainState) -> TrainState | None:
+    """Where each array of the state lies, for `make_train_step`; None on one device."""
+    return None if mesh.size == 1 else jax.tree.map(lambda x: x.sharding, abstract)
+
+
 def initial_state(config: ConfigDict, init: Callable[[jax.Array], TrainState], abstract: TrainState) -> TrainState:
-    """A fresh state; with config.init_from, the parameters (and those of the reference) of that run."""
+    """A fresh state; with config.init_from, the parameters of that run, for the policy, the reference and the body of the critic."""
     state = init(jax.random.fold_in(jax.random.key(config.seed), 0))
     if not config.init_from:
         return state
     _, params = restore_params(config.init_from, abstract.params)
     ref_params = None if state.ref_params is None else copy_tree(params)
-    return state.replace(params=params, ref_params=ref_params)
+    critic = state.critic
+    if critic is not None:
+        body = {name: copy_tree(params[name]) for name in critic.params["body"]}
+        critic = critic.replace(params=critic.params | {"body": body})
+    return state.replace(params=params, ref_params=ref_params, critic=critic)
 
 
 def copy_tree(params: Params) -> Params:

@@ -19,6 +19,7 @@ from gspo import advantages, build
 from gspo.data import batches
 from gspo.data.rewards import Example, overlong_penalty
 from gspo.data.tokenizer import Tokenizer
+from gspo.masked import masked_mean
 from gspo.metrics import Timer
 from gspo.types import Batch, Rollout, TrainState, UserError, completion_mask
 
@@ -52,10 +53,13 @@ class Collector:
         sampler: Callable,
         scorer: Callable,
         needs: tuple[str, ...],
+        value_fn: Callable | None = None,
     ):
-        """needs: the arrays that the objective reads beside the usual ones (`Objective.needs`)."""
+        """needs: the arrays that the objective reads beside the usual ones (`Objective.needs`). value_fn: the critic, where the
+        advantages come from one (`gspo.critic.make_value_fn`).
+        """
         self.config, self.mesh, self.tokenizer, self.source = config, mesh, tokenizer, source
-        self.sampler, self.scorer, self.needs = sampler, scorer, needs
+        self.sampler, self.scorer, self.needs, self.value_fn = sampler, scorer, needs, value_fn
         self.rewards = build.reward_functions(config, source)
         self.advantage_fn = advantages.ADVANTAGES[config.scale_rewards]
 
@@ -72,8 +76,8 @@ class Collector:
             jax.block_until_ready(batch)
         with timer("reward"):
             lengths_B, truncated_B = jax.device_get((draw.rollout.completion_lengths_B, draw.rollout.truncated_B))
-            shaped_B = self.shape(draw, batch, lengths_B)
-            batch = self.compare(batch, shaped_B, draw.rollout.truncated_B)
+            shaped_B = self.shape(draw, lengths_B)
+            batch = self.compare(state, batch, shaped_B, draw.rollout.truncated_B)
         metrics = self.metrics(draw, lengths_B, truncated_B, shaped_B)
         if self.config.filter_groups.enable:
             metrics["filter_groups/draws"] = len(draws)
@@ -146,29 +150,38 @@ class Collector:
             batch = batch.replace(ref_logp_BC=self.scorer(state.ref_params, *rows).logp_BC)
         return batch
 
-    def shape(self, draw: Draw, batch: Batch, lengths_B: np.ndarray) -> np.ndarray:
-        """Raw rewards plus penalties, [B] float32: DAPO's soft one on the last tokens of the frame, and the distance to the reference,
-        β Σ_t log π_old/π_ref (the k1 estimate of the sequence's KL).
-        """
+    def shape(self, draw: Draw, lengths_B: np.ndarray) -> np.ndarray:
+        """Raw rewards plus DAPO's soft penalty on the last tokens of the frame, [B] float32."""
         config, shaped_B = self.config, draw.rewards_B.astype(np.float32)
         if config.overlong_buffer.len:
             limits = (config.max_completion_length, config.overlong_buffer.len)
             penalty = [overlong_penalty(int(length), *limits) for length in lengths_B]
             shaped_B = shaped_B + config.overlong_buffer.penalty_factor * np.array(penalty, np.float32)
-        if config.reward_kl_coef:
-            gap_BC = np.asarray(jnp.where(batch.loss_mask_BC, batch.old_logp_BC - batch.ref_logp_BC, 0.0))
-            shaped_B = shaped_B - config.reward_kl_coef * gap_BC.sum(axis=1)
         return shaped_B
 
-    def compare(self, batch: Batch, shaped_B: np.ndarray, truncated_B: jax.Array) -> Batch:
-        """Fills in the advantages, and takes rows that were cut off out of the loss where the config says so."""
-        config = self.config
-        advantages_B = self.advantage_fn(jnp.asarray(shaped_B), config.num_generations)
-        advantages_B = advantages.weighted_by_sign(advantages_B, config.advantage_weight_pos, config.advantage_weight_neg)
-        mask_BC = batch.loss_mask_BC
+    def compare(self, state: TrainState, batch: Batch, shaped_B: np.ndarray, truncated_B: jax.Array) -> Batch:
+        """Fills in the advantages, against the group or the critic, and takes rows that were cut off out of the loss where the config
+        says so. A penalty on the distance to the reference, β log π_old/π_ref per token, is part of what is compared.
+        """
+        config, mask_BC = self.config, batch.loss_mask_BC
+        penalty_BC = jnp.zeros(mask_BC.shape, jnp.float32)
+        if config.reward_kl_coef:
+            penalty_BC = config.reward_kl_coef * jnp.where(mask_BC, batch.old_logp_BC - batch.ref_logp_BC, 0.0)
+        if self.value_fn is None:
+            scores_B = jnp.asarray(shaped_B) - jnp.sum(penalty_BC, axis=1)
+            advantages_BC = self.advantage_fn(scores_B, config.num_generations)[:, None]
+        else:
+            rewards_BC = advantages.token_rewards(jnp.asarray(shaped_B), penalty_BC, mask_BC)
+            values_BC = self.value_fn(state.critic.params, batch.tokens_BT, batch.prompt_lengths_B)
+            raw_BC, returns_BC = advantages.gae(rewards_BC, values_BC, mask_BC, config.critic.gamma, config.critic.lam)
+            batch = batch.replace(old_values_BC=values_BC, returns_BC=returns_BC)
+            mean = masked_mean(raw_BC, mask_BC).value
+            deviation = jnp.sqrt(masked_mean(jnp.square(raw_BC - mean), mask_BC).value)
+            advantages_BC = (raw_BC - mean) / (deviation + advantages.EPSILON)
+        advantages_BC = advantages.weighted_by_sign(advantages_BC, config.advantage_weight_pos, config.advantage_weight_neg)
         if config.mask_truncated_completions:
             mask_BC = mask_BC & ~truncated_B[:, None]
-        return batch.replace(loss_mask_BC=mask_BC, advantages_BC=jnp.where(mask_BC, advantages_B[:, None], 0.0))
+        return batch.replace(loss_mask_BC=mask_BC, advantages_BC=jnp.where(mask_BC, advantages_BC, 0.0))
 
     def metrics(self, draw: Draw, lengths_B, truncated_B, shaped_B) -> dict[str, float]:
         """Lengths in tokens; rewards raw, but for reward/shaped_mean."""
@@ -198,7 +211,7 @@ def spread(rewards_B: np.ndarray, num_generations: int) -> np.ndarray:
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for settings of the experience that contradict each other."""
-    if config.num_generations < 2 and config.scale_rewards != "reinforce++":
+    if config.num_generations < 2 and config.scale_rewards != "reinforce++" and not config.critic.enable:
         raise UserError(
             f"num_generations={config.num_generations}: group advantages compare completions of a prompt; use 2 or more"
         )

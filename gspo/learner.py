@@ -5,6 +5,7 @@ What is swapped is the objective (`gspo.objectives`); supervised fine-tuning is 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import chex
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from gspo.masked import Mean, masked_mean
+from gspo.microbatch import accumulated_gradient, deal, num_parts, undeal_fields
 from gspo.model.distribution import Sampling, entropy, log_prob, shape_logits
 from gspo.model.routing import experts_changed, load_imbalance
 from gspo.model.transformer import Transformer
@@ -99,46 +101,13 @@ def make_scorer(model: Transformer, *, completion_width: int, sampling: Sampling
                 model, params, tokens_BT, prompt_lengths_B, completion_width, sampling=sampling, chunk=chunk, routes_LBTX=routes_LBTX
             )
 
-        parts = _parts(tokens_BT.shape[0], micro_batch_size)
+        parts = num_parts(tokens_BT.shape[0], micro_batch_size)
         if parts == 1:
             return one((tokens_BT, prompt_lengths_B, routes_LBTX))
-        routes = None if routes_LBTX is None else _deal(routes_LBTX, parts, 1)
-        return _undeal_scores(jax.lax.map(one, (_deal(tokens_BT, parts), _deal(prompt_lengths_B, parts), routes)))
+        routes = None if routes_LBTX is None else deal(routes_LBTX, parts, 1)
+        return undeal_fields(jax.lax.map(one, (deal(tokens_BT, parts), deal(prompt_lengths_B, parts), routes)))
 
     return jax.jit(scorer)
-
-
-def _parts(rows: int, micro_batch_size: int) -> int:
-    """Number of equal micro-batches; 0 stands for one of all rows. Fails rather than take more rows at a time than was asked for."""
-    chex.assert_is_divisible(rows, micro_batch_size or rows)
-    return rows // (micro_batch_size or rows)
-
-
-def _deal(x: chex.Array, parts: int, axis: int = 0) -> chex.Array:
-    """Rows -> [parts, rows / parts, ...], dealt like cards: part i holds rows i, i + parts, ... so a sharded row axis stays put."""
-    shape = x.shape[:axis] + (x.shape[axis] // parts, parts) + x.shape[axis + 1 :]
-    return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
-
-
-def _undeal(x: chex.Array, axis: int = 0) -> chex.Array:
-    """Inverse of `_deal`."""
-    x = jnp.moveaxis(x, 0, axis + 1)
-    return x.reshape(x.shape[:axis] + (-1,) + x.shape[axis + 2 :])
-
-
-def _undeal_scores(scores: Scores) -> Scores:
-    return Scores(*(None if x is None else _undeal(x, int("_LB" in name)) for name, x in scores._asdict().items()))
-
-
-def _map_rows(fn, batch: Batch) -> Batch:
-    """fn(array, row axis) on every array of a batch: rows lie on axis 0, in what has layers on axis 1."""
-    mapped = {name: None if x is None else fn(x, int("_LB" in name)) for name, x in vars(batch).items()}
-    return Batch(**mapped)
-
-
-def minibatch(batch: Batch, index: int, count: int) -> Batch:
-    """The index-th of `count` equal, contiguous parts of a rollout batch."""
-    return _map_rows(lambda x, axis: jnp.split(x, count, axis)[index], batch)
 
 
 def make_train_step(
@@ -181,7 +150,7 @@ def make_train_step(
             old_router_logp_LBCX=batch.old_router_logp_LBCX,
         )
 
-    def loss_of_part(params, entropy_coef, part: Batch):
+    def loss_of_part(params, part: Batch, entropy_coef):
         scores = score_completions(
             model,
             params,
@@ -199,28 +168,11 @@ def make_train_step(
             total -= entropy_coef * objective.aggregate(scores.entropy_BC, part.loss_mask_BC).total
         return total, (loss.count, scores)
 
-    def accumulate(params, entropy_coef, batch: Batch):
-        """Gradient of the loss total, its count, and the scores of all rows."""
-        parts = _parts(batch.tokens_BT.shape[0], micro_batch_size)
-        grad_fn = jax.grad(loss_of_part, has_aux=True)
-        if parts == 1:
-            grads, (count, scores) = grad_fn(params, entropy_coef, batch)
-            return grads, count, scores
-
-        def body(carry, part):
-            grads, count = carry
-            more, (n, scores) = grad_fn(params, entropy_coef, part)
-            return (jax.tree.map(jnp.add, grads, more), count + n), scores
-
-        zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
-        (grads, count), scores = jax.lax.scan(body, zeros, _map_rows(lambda x, axis: _deal(x, parts, axis), batch))
-        return grads, count, _undeal_scores(scores)
-
     def step(state: TrainState, batch: Batch):
         if replay and batch.routes_LBTX is None:
             raise ValueError("replay=True, but batch.routes_LBTX is None: there is nothing to replay")
-        grads, count, scores = accumulate(state.params, state.entropy_coef, batch)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads)
+        loss_fn = partial(loss_of_part, entropy_coef=state.entropy_coef)
+        grads, scores = accumulated_gradient(loss_fn, state.params, batch, micro_batch_size)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new_state = state.replace(
             step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state

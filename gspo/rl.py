@@ -20,10 +20,13 @@ from gspo import build, collect, presets
 from gspo.checkpoint import Checkpointer, open_workdir
 from gspo.cli import StopSignal
 from gspo.collect import Collector
+from gspo.critic import Critic, make_critic_step, make_value_fn
 from gspo.evaluate import make_evaluator
-from gspo.learner import make_ref_sync, make_scorer, make_train_step, minibatch
+from gspo.learner import make_ref_sync, make_scorer, make_train_step
 from gspo.metrics import MetricsWriter, Progress, Timer
+from gspo.microbatch import minibatch
 from gspo.model.distribution import Sampling
+from gspo.optim import make_optimizer
 from gspo.types import TrainState, UserError
 
 ROLLOUT_STREAM = 1  # of the run's random keys
@@ -36,6 +39,7 @@ class Run(NamedTuple):
 
     collector: Collector
     train_step: Any  # (state, batch) -> (state, metrics)
+    critic_step: Any  # the same for state.critic; None without one
     evaluate: Any  # params -> (metrics, samples)
     learning_rate: Any  # update -> float
     init: Any  # key -> TrainState
@@ -67,17 +71,28 @@ def prepare(config: ConfigDict) -> Run:
     adaptive = None if config.entropy_target is None else settings["entropy_coef"]
     init, abstract = build.state_on_mesh(mesh, model, optimizer, with_ref=with_ref, entropy_coef=adaptive)
 
+    value_fn = critic_step = None
+    if config.critic.enable:
+        build.positive(config, "critic.learning_rate", "critic.cliprange_value")
+        critic = Critic(model.spec)
+        critic_optimizer = make_optimizer(learning_rate=config.critic.learning_rate)
+        init, abstract = build.add_critic(mesh, critic, critic_optimizer, init, abstract)
+        value_fn = make_value_fn(critic, completion_width=config.max_completion_length, micro_batch_size=micro or rows)
+        critic_step = make_critic_step(
+            critic, critic_optimizer, cliprange_value=config.critic.cliprange_value, micro_batch_size=micro
+        )
+
     # ------------------------------------------------------------------ steps
     shared = {"sampling": sampling, "micro_batch_size": micro, "chunk": config.logp_chunk}
     scorer = make_scorer(model, completion_width=config.max_completion_length, **shared | {"micro_batch_size": micro or rows})
     sampler = build.sampler(config, model, tokenizer, sampling, config.num_generations)
     train_step = make_train_step(
         model, optimizer, objective, **shared, replay=config.router_replay.mode != "disabled",
-        entropy_target=config.entropy_target, entropy_step=config.entropy_step,
+        entropy_target=config.entropy_target, entropy_step=config.entropy_step, state_shardings=build.shardings_of(mesh, abstract),
     )  # fmt: skip
     same_draw = (Sampling(config.eval.temperature), config.eval.num_generations_eval) == (sampling, config.num_generations)
     evaluate = make_evaluator(config, mesh, model, tokenizer, sampler=sampler if same_draw else None)
-    collector = Collector(config, mesh, tokenizer, source, sampler, scorer, objective.needs)
+    collector = Collector(config, mesh, tokenizer, source, sampler, scorer, objective.needs, value_fn)
 
     notes = [
         build.describe(model, abstract),
@@ -86,9 +101,11 @@ def prepare(config: ConfigDict) -> Run:
         f"[1 - {settings['epsilon']:g}, 1 + {settings['epsilon_high']:g}], {settings['loss_agg_mode']}",
         *(f"warning: {text}" for text in presets.warnings_of(settings, updates_per_rollout=updates)),
     ]
+    if config.objective.preset == "ppo" and not config.critic.enable:
+        notes.append("warning: objective.preset 'ppo' without a critic takes its advantages from the group; set critic.enable=true")
     if source.num_dropped:
         notes.append(f"{source.num_dropped} prompts longer than max_prompt_length={config.max_prompt_length} tokens were dropped")
-    return Run(collector, train_step, evaluate, learning_rate, init, abstract, notes)
+    return Run(collector, train_step, critic_step, evaluate, learning_rate, init, abstract, notes)
 
 
 def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = False, title: str = "RL") -> dict[str, Any]:
@@ -147,7 +164,11 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
             with timer("update"):
                 steps = []
                 for j in range(updates):
-                    state, metrics = run.train_step(state, minibatch(experience.batch, j, updates))
+                    part = minibatch(experience.batch, j, updates)
+                    state, metrics = run.train_step(state, part)
+                    if run.critic_step:
+                        critic, more = run.critic_step(state.critic, part)
+                        state, metrics = state.replace(critic=critic), metrics | more
                     steps.append(metrics)
                 steps = jax.device_get(steps)
             guard(config, index, steps, checkpointer)

@@ -29,7 +29,10 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
     model = build.model(config, tokenizer)
     optimizer, learning_rate = build.optimizer(config, total_steps=config.num_updates)
     init, abstract = build.state_on_mesh(mesh, model, optimizer)
-    train_step = make_train_step(model, optimizer, negative_log_likelihood, micro_batch_size=micro, chunk=config.logp_chunk)
+    train_step = make_train_step(
+        model, optimizer, negative_log_likelihood, micro_batch_size=micro, chunk=config.logp_chunk,
+        state_shardings=build.shardings_of(mesh, abstract),
+    )  # fmt: skip
     evaluate = make_evaluator(config, mesh, model, tokenizer)
 
     # ------------------------------------------------------------------ state

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gspo import advantages, objectives
-from gspo.learner import make_scorer, make_train_step, minibatch
+from gspo.learner import make_scorer, make_train_step
 from gspo.masked import Mean
+from gspo.microbatch import minibatch
 from gspo.model.distribution import Sampling
 from gspo.model.moe import BACKENDS, MoE
 from gspo.model.transformer import ModelSpec, Transformer
@@ -139,7 +140,7 @@ def bench_backends(repeats: int) -> None:
 
 
 def rl_step(spec: ModelSpec, *, prompts: int, group: int, prompt: int, width: int, updates: int, replay: bool = False):
-    """One whole step on random prompts: rollout, reward, old log-probs by the learner, updates. Returns (function, seconds by phase)."""
+    """One whole step on random prompts: rollout, reward, old log-probs by the learner, updates. Returns (function, its phases)."""
     model = Transformer(spec)
     optimizer = make_optimizer(learning_rate=1e-5)
     eos, pad = spec.vocab_size - 2, spec.vocab_size - 1

@@ -9,12 +9,12 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first. A file imports from files above it in this list, never from one below it.
 TOWER = [
-    "types", "masked",
+    "types", "masked", "microbatch",
     "ratios", "kl", "surrogates", "corrections", "aggregations", "diagnostics", "presets", "objectives",
     "advantages", "sharding", "optim", "distributed", "metrics",
     "model.attention", "model.routing", "model.moe", "model.transformer", "model.distribution",
     "data.tokenizer", "data.rewards", "data.tasks", "data.batches",
-    "sampler", "learner", "checkpoint", "hf",
+    "sampler", "learner", "critic", "checkpoint", "hf",
     "build", "cli", "collect",
     "evaluate", "sft", "rl", "aot",
 ]  # fmt: skip

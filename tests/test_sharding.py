@@ -67,7 +67,7 @@ def test_mesh_axes_are_auto_so_that_the_partitioner_places_what_is_not_named():
 
 def test_two_axes_of_an_array_cannot_claim_the_same_mesh_axis():
     # Catches a rules table under which one axis silently wins and the other is replicated.
-    with pytest.raises(ValueError, match="'rows' and 'embed'.*'fsdp'"):
+    with pytest.raises(ValueError, match=r"'rows' and 'embed'.*'fsdp'"):
         partition_spec(("rows", "embed"))
     with pytest.raises(ValueError, match="tensor"):
         partition_spec(("heads", "mlp"))
@@ -85,7 +85,7 @@ def test_an_axis_that_the_devices_do_not_divide_is_named_with_its_size():
     # Catches padding or replication behind the user's back, and an error without the parameter's name.
     five_experts, eight_experts = (jax.eval_shape(Transformer(spec).init_params, jax.random.key(0)) for spec in (oracle.MOE, MOE))
     mesh = make_mesh({"expert": -1})
-    with pytest.raises(UserError, match="'expert'.*moe.*5 entries.*8 devices") as error:
+    with pytest.raises(UserError, match=r"'expert'.*moe.*5 entries.*8 devices") as error:
         tree_shardings(mesh, five_experts)
     assert "\n" not in str(error.value)
     assert tree_shardings(mesh, eight_experts)["blocks"]["moe"]["gate"].spec == PartitionSpec(None, "expert", "fsdp", "tensor")

@@ -58,10 +58,10 @@ def stateful_config(folder: Path, **changes) -> ConfigDict:
     """4 rollouts with all that a run can carry from one to the next: optimizer, reference, adaptive bonus, a data position that
     depends on the rewards, the best checkpoint. No field is without effect."""
     return rl_config(folder, **{
-        "num_rollouts": 4, "checkpoint.every": 2, "checkpoint.keep_best": True, "optimizer.learning_rate": 0.01,
+        "seed": 2, "num_rollouts": 4, "checkpoint.every": 2, "checkpoint.keep_best": True, "optimizer.learning_rate": 0.01,
         "optimizer.schedule": "cosine", "optimizer.warmup_steps": 2, "objective.beta": 0.01, "sync_ref_model": True,
         "ref_model_sync_steps": 1, "entropy_target": 1.5, "filter_groups.enable": True, "filter_groups.max_num_gen_batches": 3,
-        "overlong_buffer.len": 2, "mask_truncated_completions": True,
+        "overlong_buffer.len": 2,
     } | changes)  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def kept_compiles(tmp_path_factory):
         "jax_persistent_cache_min_entry_size_bytes": 0,
         "jax_disable_most_optimizations": True,
     }
-    before = {name: jax.config.read(name) for name in wanted}
+    before = {name: jax.config.values[name] for name in wanted}
     for name, value in wanted.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)

@@ -133,7 +133,7 @@ def test_a_block_holds_about_half_a_group_within_bounds(pairs, experts, block):
     assert block_size(pairs, experts) == block
 
 
-@pytest.mark.parametrize("backend", ["blocked", pytest.param("dense", marks=pytest.mark.slow), pytest.param("ragged", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["blocked"] + [pytest.param(backend, marks=pytest.mark.slow) for backend in ("dense", "ragged")])
 def test_under_replay_gradients_reach_the_router_and_exactly_the_experts_that_ran(backend):
     # Catches a stop_gradient around the gates, weights that get a gradient without having run, and replay that runs free choices.
     moe = MoE(4, 2, F, True, backend, jnp.float32)

@@ -1,0 +1,536 @@
+"""The loop: what a rollout's updates share, what stops a run, and that a killed run ends like one never killed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gspo import build, rl
+from gspo.checkpoint import restore_params
+from gspo.metrics import read_jsonl
+from gspo.model.distribution import Sampling
+from gspo.types import UserError
+from tests.tiny_runs import ROOT, assert_bit_equal, contents, kept_compiles, rl_config, state_of, stateful_config  # noqa: F401
+
+RESULTS = ("metrics.jsonl", "samples.jsonl")  # what is a function of the seed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("rl")
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    """A run of the default kind, for the tests that only look at one: its workdir."""
+    rl.train(rl_config(folder), folder / "plain")
+    return folder / "plain"
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """The metrics of every update of the runs in a test, one list per rollout."""
+    seen, reduce = [], rl.update_metrics
+    monkeypatch.setattr(rl, "update_metrics", lambda steps: (seen.append(steps), reduce(steps))[1])
+    return seen
+
+
+def replace_sampler(monkeypatch, wrap):
+    """Every sampler of the test is wrap(sampler, config, model, tokenizer, sampling, num_generations)."""
+    make = build.sampler
+    monkeypatch.setattr(build, "sampler", lambda *args: wrap(make(*args), *args))
+
+
+def completions(workdir):
+    """[rollout][row] texts, where the run logged all rows."""
+    samples = read_jsonl(workdir / "samples.jsonl")
+    return [[s["completion"] for s in samples if s["step"] == step] for step in sorted({s["step"] for s in samples})]
+
+
+# ---------------------------------------------------------------------------------------------------- randomness
+
+
+def test_a_seed_repeats_every_byte_and_another_seed_does_not(folder, plain):
+    # Catches noise from the clock or from dict order, timings among the metrics, and a seed that nothing reads.
+    for seed in (0, 1):
+        rl.train(rl_config(folder, seed=seed), folder / f"seed{seed}")
+    for name in RESULTS:
+        assert (folder / "seed0" / name).read_bytes() == (plain / name).read_bytes()
+        assert (folder / "seed1" / name).read_bytes() != (plain / name).read_bytes()
+    assert_bit_equal(state_of(rl_config(folder), folder / "seed0")[1], state_of(rl_config(folder), plain)[1])
+
+
+@pytest.fixture(scope="module")
+def frozen(folder):
+    """Two rollouts of one prompt at learning rate 0: all that differs is noise."""
+    config = rl_config(folder, **{
+        "optimizer.learning_rate": 0.0, "num_rollouts": 2, "task.options": {"size": 1}, "log.num_samples": 16, "eval.every": 1,
+    })  # fmt: skip
+    rl.train(config, folder / "frozen")
+    return config, folder / "frozen"
+
+
+def test_rollouts_groups_and_rows_have_noise_of_their_own(frozen):
+    # Catches a key that never advances, or that is shared by all prompts, or by the rows of a group.
+    first, second = completions(frozen[1])
+    assert len(first) == len(second) == 16 and first != second
+    groups = [rollout[g : g + 4] for rollout in (first, second) for g in range(0, 16, 4)]
+    assert len({tuple(group) for group in groups}) == 8
+    assert all(len(set(group)) > 1 for group in groups)
+
+
+def test_at_learning_rate_zero_nothing_moves_and_evaluations_agree(frozen):
+    # Catches evaluation noise that depends on the step, weight decay outside of the rate, ratios that differ from 1 by more than
+    # rounding, and a clip share reported where there is nothing to clip.
+    config, workdir = frozen
+    lines = read_jsonl(workdir / "metrics.jsonl")
+    assert len(lines) == 3
+    evals = [{name: value for name, value in line.items() if name.startswith("eval/")} for line in lines]
+    assert evals[0] == evals[1] == evals[2] and len(evals[0]) == 5
+    for line in lines[:2]:
+        assert line["log_ratio/abs_max"] < 1e-5 and line["clip_ratio/tokens"] == 0 and line["routing/experts_changed"] == 0
+    run = rl.prepare(config)
+    assert_bit_equal(state_of(config, workdir)[1].params, build.initial_state(config, run.init, run.abstract).params)
+
+
+# ---------------------------------------------------------------------------------------------------- several updates per rollout
+
+FAST = {"updates_per_rollout": 4, "scale_rewards": "reinforce++", "optimizer.learning_rate": 0.05, "num_rollouts": 2, "eval.every": 0}
+
+
+def test_all_minibatches_of_a_rollout_share_its_old_log_probs_and_move_away_from_them(folder, updates, monkeypatch):
+    # Catches a rollout redone for each minibatch, old log-probs recomputed after each update (the ratio is then always 1), rows
+    # used twice or left out, and a clip that never acts.
+    draws, cuts, cut = [], [], rl.minibatch
+    monkeypatch.setattr(rl, "minibatch", lambda batch, j, count: (cuts.append((batch, j, cut(batch, j, count))), cuts[-1][2])[1])
+    replace_sampler(monkeypatch, lambda sample, *_: lambda *args: (draws.append(sample(*args)), draws[-1])[1])
+    config = rl_config(folder, **FAST)
+    rl.train(config, folder / "fast")
+    drawn = draws[:2]
+    assert len(draws) == 3  # the third is the evaluation at the end
+    for rollout in range(2):
+        wholes, indices, parts = zip(*cuts[4 * rollout : 4 * rollout + 4], strict=True)
+        assert indices == (0, 1, 2, 3) and len({id(whole) for whole in wholes}) == 1
+        for name in ("old_logp_BC", "tokens_BT"):
+            np.testing.assert_array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(wholes[0], name))
+        np.testing.assert_array_equal(wholes[0].old_logp_BC, drawn[rollout].logp_BC)
+        gaps = [float(step["log_ratio/abs_max"]) for step in updates[rollout]]
+        assert gaps[0] < 1e-5 and min(gaps[1:]) > 1e-3
+        assert updates[rollout][0]["clip_ratio/tokens"] == 0
+    lines = read_jsonl(folder / "fast" / "metrics.jsonl")
+    assert max(line["clip_ratio/tokens"] for line in lines[:2]) > 0.1
+    assert lines[0]["log_ratio/first_abs_max"] < 1e-5 < lines[0]["log_ratio/abs_max"]
+
+
+def test_the_metrics_of_a_rollout_sum_up_its_updates(updates):
+    # Catches a mean of maxima, a minimum that is averaged, drift per update taken from the first minibatch (always 0).
+    steps = [
+        {"loss": 1.0, "grad_norm": 2.0, "ratio/max": 1.1, "ratio/min": 0.9, "log_ratio/abs_max": 0.0, "routing/experts_changed": 0.0},
+        {"loss": 2.0, "grad_norm": 5.0, "ratio/max": 1.4, "ratio/min": 0.8, "log_ratio/abs_max": 0.3, "routing/experts_changed": 0.2},
+        {"loss": 6.0, "grad_norm": 2.0, "ratio/max": 1.2, "ratio/min": 0.7, "log_ratio/abs_max": 0.1, "routing/experts_changed": 0.5},
+    ]
+    assert rl.update_metrics(steps) == {
+        "loss": 3.0, "grad_norm": 3.0, "grad_norm/max": 5.0, "ratio/max": 1.4, "ratio/min": 0.7, "log_ratio/abs_max": 0.3,
+        "log_ratio/first_abs_max": 0.0, "routing/experts_changed": 0.5, "routing/experts_changed_per_update": 0.2,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- the check of the old policy
+
+
+def stale(sample, *_):
+    """Samples from the parameters of its first call for ever."""
+    kept = []
+
+    def sample_from_kept(params, *args):
+        kept.append(jax.tree.map(jnp.copy, params))
+        return sample(kept[0], *args)
+
+    return sample_from_kept
+
+
+def warmer(_, config, model, tokenizer, sampling, num_generations):
+    return MAKE_SAMPLER(config, model, tokenizer, Sampling(1.3 * config.temperature), num_generations)
+
+
+def misplaced(sample, *_):
+    """Log-probs of each row handed to the next."""
+    def sample_misplaced(*args):
+        rollout = sample(*args)
+        return rollout.replace(logp_BC=jnp.roll(rollout.logp_BC, 1, axis=0))
+
+    return sample_misplaced
+
+
+MAKE_SAMPLER = build.sampler
+
+
+@pytest.mark.parametrize(("fault", "stops_at"), [(stale, 1), (warmer, 0), (misplaced, 0)])
+def test_an_old_policy_that_is_not_the_one_that_sampled_stops_the_run(folder, tmp_path, monkeypatch, fault, stops_at):
+    # Catches a check that compares the learner with itself, or that runs before the first update only of the whole run.
+    replace_sampler(monkeypatch, fault)
+    with pytest.raises(UserError, match=f"rollout {stops_at}: before the first update sampler and learner differ by .*stale") as error:
+        rl.train(rl_config(folder, **FAST), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == stops_at
+    assert ("the last good checkpoint is step 1" in str(error.value)) == (stops_at == 1)
+
+
+@pytest.mark.parametrize("changes", [
+    {"model.num_experts": 0, "model.d_ff": 16, "temperature": 0.7, "top_k": 4, "top_p": 0.9, "min_p": 0.02},
+    {"micro_batch_size": 2, "logp_chunk": 4, "model.remat": True, "model.moe_backend": "dense", "model.num_layers": 2},
+], ids=["dense model, cut distribution", "MoE, micro-batches, chunks, remat"])  # fmt: skip
+def test_log_probs_of_sampler_and_learner_agree(folder, tmp_path, changes, updates):
+    # Catches a temperature or a cut on one side only, positions or masks that differ under left padding, and a dense model that
+    # breaks on the routes it does not have.
+    rl.train(rl_config(folder, **{"old_logps": "learner", "num_rollouts": 2, "eval.every": 0} | changes), tmp_path)
+    for steps in updates:
+        assert all(0 <= float(step["sampler/abs_max"]) < 1e-4 for step in steps)
+        assert float(steps[0]["log_ratio/abs_max"]) < 1e-5
+    assert len(updates) == 2
+
+
+# ---------------------------------------------------------------------------------------------------- reference policy
+
+
+def test_a_kl_term_holds_a_reference_that_starts_equal_and_stays(folder, tmp_path, updates):
+    # Catches a reference that shares the policy's buffers or follows it, and a KL that is not 0 against an equal policy.
+    config = rl_config(folder, **FAST | {"objective.beta": 0.1})
+    rl.train(config, tmp_path)
+    run = rl.prepare(config)
+    initial = build.initial_state(config, run.init, run.abstract)
+    _, state = state_of(config, tmp_path)
+    assert_bit_equal(state.ref_params, initial.params)
+    assert abs(float(updates[0][0]["kl"])) < 1e-6 < 1e-4 < float(updates[1][-1]["kl"])
+    assert max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (state.params, initial.params)), strict=True)) > 0.01
+
+
+def test_without_a_kl_term_no_reference_is_held(folder, plain):
+    # Catches a third tree of parameters that nothing reads.
+    _, state = state_of(rl_config(folder), plain)
+    assert state.ref_params is None and "kl" not in read_jsonl(plain / "metrics.jsonl")[0]
+
+
+# ---------------------------------------------------------------------------------------------------- routing replay
+
+
+def shifted_routes(sample, *_):
+    """Recorded experts that are not those that ran."""
+    def sample_shifted(*args):
+        rollout = sample(*args)
+        routes = rollout.routes_LBTX
+        return rollout.replace(routes_LBTX=jnp.where(routes >= 0, (routes + 1) % 4, routes))
+
+    return sample_shifted
+
+
+REPLAY = FAST | {"num_rollouts": 1, "updates_per_rollout": 2}
+
+
+@pytest.mark.parametrize("mode", ["R2", "R3"])
+def test_routing_replay_runs_and_its_drift_is_that_of_the_free_choices(folder, tmp_path, mode, updates):
+    # Catches replay that breaks the first-minibatch check, and a drift measured on replayed routes (0 by construction).
+    rl.train(rl_config(folder, **REPLAY | {"router_replay.mode": mode}), tmp_path)
+    assert float(updates[0][0]["log_ratio/abs_max"]) < 1e-5
+    assert float(updates[0][0]["routing/experts_changed"]) == 0 < float(updates[0][1]["routing/experts_changed"])
+
+
+def test_R3_runs_the_experts_that_the_sampler_recorded(folder, tmp_path, monkeypatch):
+    # Catches a replay mode that is read and then ignored: with other experts the log-probs cannot be the sampler's.
+    replace_sampler(monkeypatch, shifted_routes)
+    with pytest.raises(UserError, match="sampler and learner differ"):
+        rl.train(rl_config(folder, **REPLAY | {"router_replay.mode": "R3"}), tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["R2", "disabled"])
+def test_R2_and_free_routing_do_not_run_what_the_sampler_recorded(folder, tmp_path, monkeypatch, updates, mode):
+    # Catches R2 as another name for R3, and free routing that replays; R2 compares with the learner's own routes, free routing
+    # with the sampler's.
+    replace_sampler(monkeypatch, shifted_routes)
+    rl.train(rl_config(folder, **REPLAY | {"router_replay.mode": mode}), tmp_path)
+    assert float(updates[0][0]["log_ratio/abs_max"]) < 1e-5
+    assert (float(updates[0][0]["routing/experts_changed"]) > 0.3) == (mode == "disabled")
+
+
+# ---------------------------------------------------------------------------------------------------- what the log says
+
+
+def test_the_first_lines_of_the_log_say_what_runs(folder, tmp_path, capsys):
+    # Catches a clip range or a number of updates that one finds out about after the run.
+    rl.train(rl_config(folder), tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"RL: MoE model, 1 layers, 4 experts of which 2 run, [\d,]+ parameters, [\d,]+ active", lines[0])
+    assert "2 updates per rollout of 4 x 4 completions" in lines[1] and "ratio of the sequence" in lines[1]
+    assert "[1 - 0.0003, 1 + 0.0004]" in lines[1]
+    assert lines[2].startswith("RL 1/3") and not any("warning" in line for line in lines)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"objective.epsilon": 0.2, "objective.epsilon_high": 0.27}, "objective.epsilon is 0.2/0.27, a value for token ratios"),
+    ({"updates_per_rollout": 1}, "GRPO and GSPO are the same algorithm"),
+    ({"objective.preset": "grpo", "objective.epsilon": 3e-4}, "nearly everything will be clipped"),
+])  # fmt: skip
+def test_settings_that_are_probably_not_meant_are_warned_about(folder, changes, words):
+    # Catches ε left at 0.2 for GSPO, one update per rollout, and GSPO's ε on token ratios, all unnoticed.
+    (warning,) = [note for note in rl.prepare(rl_config(folder, **changes)).notes if note.startswith("warning")]
+    assert words in warning
+
+
+def test_dropped_prompts_are_counted_in_the_log(folder):
+    # Catches prompts that vanish without a word.
+    config = rl_config(folder, max_prompt_length=3, overlong_prompts="drop")
+    assert "8 prompts longer than max_prompt_length=3 tokens were dropped" in rl.prepare(config).notes
+
+
+# ---------------------------------------------------------------------------------------------------- start and stop
+
+
+def test_init_from_starts_from_the_parameters_of_another_run(folder, plain, tmp_path):
+    # Catches an init_from that is read too late, or that takes the optimizer and the step along.
+    changes = {"optimizer.learning_rate": 0.0, "num_rollouts": 1, "eval.every": 0}
+    config = rl_config(folder, init_from=str(plain), **changes)
+    rl.train(config, tmp_path)
+    step, state = state_of(config, tmp_path)
+    assert_bit_equal(state.params, state_of(rl_config(folder), plain)[1].params)
+    assert step == 1 and int(state.step) == 2
+
+
+def test_a_finished_run_started_again_changes_nothing(folder, plain):
+    # Catches lines written twice, a checkpoint saved anew, one more rollout.
+    before = contents(plain)
+    line = rl.train(rl_config(folder), plain)
+    assert contents(plain) == before
+    assert line == {name: value for name, value in read_jsonl(plain / "metrics.jsonl")[-1].items() if name != "step"}
+
+
+def test_a_failed_start_does_not_claim_the_workdir_for_its_config(folder, tmp_path):
+    # Catches a mistyped init_from after which the corrected command is refused, because the config differs from the mistaken one.
+    with pytest.raises(UserError, match="no such folder"):
+        rl.train(rl_config(folder, init_from=str(tmp_path / "nowhere")), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+    rl.train(rl_config(folder), tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_changed_config_is_refused_by_name_and_taken_when_allowed(folder, plain, tmp_path):
+    # Catches a run that goes on under other settings without a word, and a flag that does nothing.
+    rl.train(rl_config(folder), tmp_path)
+    before = contents(tmp_path)
+    longer = rl_config(folder, num_rollouts=4)
+    with pytest.raises(UserError, match="num_rollouts: saved 3, now 4"):
+        rl.train(longer, tmp_path)
+    assert contents(tmp_path) == before
+    rl.train(longer, tmp_path, allow_changed_config=True)
+    lines = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert lines[:3] == read_jsonl(plain / "metrics.jsonl")[:3]
+
+
+def test_a_checkpoint_of_another_model_stops_the_run_and_nothing_is_touched(folder, plain):
+    # Catches a config.json replaced, or metrics cut, by a run that then cannot start.
+    before = contents(plain)
+    with pytest.raises(UserError, match=r"of another model or optimizer: .*saved float32\[.*now float32\["):
+        rl.train(rl_config(folder, **{"model.d_model": 32}), plain, allow_changed_config=True)
+    assert contents(plain) == before
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before_and_the_run_ends_the_same(folder, plain, tmp_path, caplog):
+    # Catches a run that starts from scratch over a damaged checkpoint, or that goes on with damaged arrays.
+    config = rl_config(folder)
+    rl.train(config, tmp_path)
+    largest = max((path for path in (tmp_path / "checkpoints" / "3").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-10])
+    rl.train(config, tmp_path)
+    assert any("falling back to step 2" in record.getMessage() for record in caplog.records)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (plain / "metrics.jsonl").read_bytes()
+    assert_bit_equal(state_of(config, tmp_path)[1], state_of(config, plain)[1])
+
+
+@pytest.mark.parametrize(("updates_per_rollout", "message"), [
+    (2, "rollout 1, update 1: loss or gradient is not finite; the last good checkpoint is step 1"),
+    (1, "step 2: params/.* is not finite; nothing was saved; the last good checkpoint is step 1"),
+])  # fmt: skip
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    folder, tmp_path, updates_per_rollout, message
+):  # fmt: skip
+    # Catches NaN parameters saved over good ones, also where the last update of a rollout made them and no loss has shown it yet.
+    good = rl_config(folder, num_rollouts=1, updates_per_rollout=updates_per_rollout)
+    rl.train(good, tmp_path)
+    kept = contents(tmp_path / "checkpoints")
+    bad = rl_config(folder, updates_per_rollout=updates_per_rollout, **{"optimizer.learning_rate": float("inf")})
+    with pytest.raises(UserError, match=message):
+        rl.train(bad, tmp_path, allow_changed_config=True)
+    assert contents(tmp_path / "checkpoints") == kept
+    _, params = restore_params(tmp_path, rl.prepare(good).abstract.params)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))
+
+
+# ---------------------------------------------------------------------------------------------------- killed and resumed
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder):
+    """The run that the killed ones are compared with; on the way, its compilations are kept for them."""
+    rl.train(stateful_config(folder), folder / "unbroken")
+    return folder / "unbroken"
+
+
+def assert_ends_like(folder, workdir, unbroken):
+    for name in RESULTS:
+        assert (workdir / name).read_bytes() == (unbroken / name).read_bytes(), name
+    (step, state), (want_step, want) = (state_of(stateful_config(folder), path) for path in (workdir, unbroken))
+    assert step == want_step == 4
+    assert_bit_equal(state, want)
+
+
+def test_the_unbroken_run_moves_all_that_it_carries(folder, unbroken):
+    # Catches a comparison of runs that would agree because nothing in them ever changes.
+    run = rl.prepare(stateful_config(folder))
+    _, state = state_of(stateful_config(folder), unbroken)
+    fresh = build.initial_state(stateful_config(folder), run.init, run.abstract)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state, fresh)
+    assert all(jax.tree.leaves(moved)) and state.ref_params is not None and state.entropy_coef is not None
+    lines = read_jsonl(unbroken / "metrics.jsonl")
+    assert len({line["filter_groups/draws"] for line in lines[:4]}) > 1  # so that the data position is no function of the step
+
+
+VICTIM = '''
+"""Runs `stateful_config` and dies at a place: python victim.py PLACE FOLDER WORKDIR"""
+import os, signal, sys
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+
+from gspo import build, checkpoint, rl
+from tests.tiny_runs import stateful_config
+
+place, folder, workdir = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+count = {}
+
+
+def die_at(call, name):
+    count[name] = count.get(name, 0) + 1
+    if place == name and count[name] == call:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hook(owner, attribute, call, name, *, after=False):
+    function = getattr(owner, attribute)
+
+    def hooked(*args, **kwargs):
+        if not after:
+            die_at(call, name)
+        result = function(*args, **kwargs)
+        if after:
+            die_at(call, name)
+        return result
+
+    setattr(owner, attribute, hooked)
+
+
+def sampler_that_dies(make):
+    def make_hooked(*args):
+        sample = make(*args)
+
+        def hooked(*args):
+            result = sample(*args)  # the device works on: jax returns before it has finished
+            if count.get("collect") == 2:
+                die_at(1, "rollout")
+            return result
+
+        return hooked
+
+    return make_hooked
+
+
+hook(rl.Collector, "__call__", 0, "collect")
+build.sampler = sampler_that_dies(build.sampler)  # in the second rollout
+hook(rl, "minibatch", 8, "minibatch")  # before the second update of the fourth rollout
+hook(ocp.CheckpointManager, "save", 2, "save", after=True)  # the writer of the second checkpoint has just begun
+hook(checkpoint, "_seal", 1, "seal")  # the first checkpoint is complete, its seal is not written
+rl.train(stateful_config(folder), workdir)
+'''
+
+
+def test_a_run_killed_anywhere_and_resumed_ends_bit_equal_to_one_never_killed(folder, unbroken, tmp_path):
+    # Catches a lost optimizer, reference, bonus, key or data position; lines of metrics or samples twice or never; half a
+    # checkpoint taken for a whole one.
+    (tmp_path / "victim.py").write_text(VICTIM)
+    places = ("rollout", "minibatch", "save", "seal")
+    victims = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / "victim.py", place, folder, tmp_path / place], cwd=ROOT, text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )
+        for place in places
+    ]  # fmt: skip
+    for place, victim in zip(places, victims, strict=True):
+        _, stderr = victim.communicate()
+        assert victim.returncode == -signal.SIGKILL, (place, stderr)
+    left = {place: set(os.listdir(tmp_path / place / "checkpoints")) for place in places}
+    assert left["rollout"] == set() and "2" in left["minibatch"] and "4" not in left["save"] and "2" in left["seal"]
+    assert not (tmp_path / "seal" / "checkpoints" / "2" / "SEAL").exists()
+    for place in places:
+        rl.train(stateful_config(folder), tmp_path / place)
+        assert_ends_like(folder, tmp_path / place, unbroken)
+
+
+@pytest.mark.parametrize(("number", "code", "call"), [(signal.SIGTERM, 143, 6), (signal.SIGINT, 130, 1)])
+def test_a_signal_saves_says_so_and_leaves_and_the_resumed_run_ends_the_same(
+    folder, unbroken, tmp_path, monkeypatch, capsys, number, code, call
+):  # fmt: skip
+    # Catches a preempted job that loses its work since the last checkpoint, that leaves between two updates of a rollout, or that
+    # a scheduler takes for a success.
+    cuts, cut = [], rl.minibatch
+
+    def minibatch(*args):
+        cuts.append(args)
+        if len(cuts) == call:
+            os.kill(os.getpid(), number)
+        return cut(*args)
+
+    monkeypatch.setattr(rl, "minibatch", minibatch)
+    with pytest.raises(SystemExit) as stopped:
+        rl.train(stateful_config(folder), tmp_path)
+    rollout = (call + 1) // 2
+    assert stopped.value.code == code and len(cuts) == 2 * rollout
+    assert f"stopped by {signal.Signals(number).name}: saved rollout {rollout} in" in capsys.readouterr().err
+    assert state_of(stateful_config(folder), tmp_path)[0] == rollout
+    rl.train(stateful_config(folder), tmp_path)
+    assert_ends_like(folder, tmp_path, unbroken)
+
+
+def test_a_signal_before_the_first_rollout_leaves_what_its_message_says(folder, unbroken, tmp_path, monkeypatch):
+    # Catches "saved rollout 0" where nothing was saved.
+    make = rl.make_evaluator
+    evaluator = lambda *args, **kwargs: lambda params: (os.kill(os.getpid(), signal.SIGTERM), make(*args, **kwargs)(params))[1]  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "make_evaluator", evaluator)
+        with pytest.raises(SystemExit):
+            rl.train(stateful_config(folder), tmp_path)
+    assert state_of(stateful_config(folder), tmp_path)[0] == 0
+    rl.train(stateful_config(folder), tmp_path)
+    assert_ends_like(folder, tmp_path, unbroken)
+
+
+# ---------------------------------------------------------------------------------------------------- several devices
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"mesh.data": 2, "mesh.fsdp": 2}, {"mesh.data": 2, "mesh.expert": 2}, {"mesh.tensor": 2}], ids=str)
+def test_a_run_on_several_devices_is_the_run_on_one(folder, plain, tmp_path, mesh):
+    # Catches rows lost or doubled by the sharding, sums taken per device, noise that depends on the mesh.
+    changes = {"mesh.tensor": 1} | mesh | ({"model.num_kv_heads": 2} if "mesh.tensor" in mesh else {})
+    rl.train(rl_config(folder, **changes), tmp_path / "many")
+    rl.train(rl_config(folder, **{"model.num_kv_heads": changes.get("model.num_kv_heads", 1)}), tmp_path / "one")
+    many, one = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("many", "one"))
+    for got, want in zip(many, one, strict=True):
+        assert got.keys() == want.keys()
+        for name in want:
+            assert got[name] == pytest.approx(want[name], rel=1e-3, abs=1e-4), (want["step"], name)
