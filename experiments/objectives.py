@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from gspo import cli, rl, sft
 from gspo.metrics import read_jsonl
 
-COLUMNS = ("preset", "pass@1 before", "pass@1 after", "best", "clipped tokens", "gradient-norm spikes", "entropy, last 5", "s per rollout")
+COLUMNS = ("preset", "pass@1 before", "pass@1 after", "best", "clipped tokens", "gradient spikes", "entropy, last 5", "s per rollout")
 SPIKE, WINDOW = 3.0, 10
 
 
