@@ -84,4 +84,4 @@ def curve(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
 
 if __name__ == "__main__":
     cli.define_flags()
-    cli.run(main)
+    cli.run(main, needs="arms")

@@ -10,15 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from gspo.learner import (
-    _deal,
-    _undeal,
-    make_ref_sync,
-    make_scorer,
-    make_train_step,
-    negative_log_likelihood,
-    score_completions,
-)
+from gspo.learner import make_ref_sync, make_scorer, make_train_step, negative_log_likelihood, score_completions
 from gspo.microbatch import minibatch
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer
@@ -173,17 +165,6 @@ def test_a_scorer_in_micro_batches_returns_the_rows_in_their_order(micro_batch_s
             assert whole.router_logp_LBCX[l, b, t, x] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_dealing_and_undealing_are_inverse_and_keep_every_row_once():
-    # Catches a reshape in the wrong order: rows would mix with their neighbours' routes.
-    x = np.arange(2 * 6 * 3).reshape(2, 6, 3)
-    dealt = _deal(x, 3, axis=1)
-    assert dealt.shape == (3, 2, 2, 3)
-    for part in range(3):
-        np.testing.assert_array_equal(dealt[part], x[:, part::3])
-    np.testing.assert_array_equal(_undeal(dealt, axis=1), x)
-    np.testing.assert_array_equal(_undeal(_deal(x[0], 2)), x[0])
-
-
 # ---------------------------------------------------------------- the gradient
 
 
@@ -318,14 +299,10 @@ def rollout_batch():
     )
 
 
-def test_minibatches_are_the_rollout_cut_in_order_with_its_old_log_probs():
-    # Catches old log-probs recomputed between updates (the ratio would stay 1), rows trained twice, routes cut along layers.
-    batch = rollout_batch().replace(old_router_logp_LBCX=np.arange(2 * 8 * C * 2.0).reshape(2, 8, C, 2))
-    parts = [minibatch(batch, j, 2) for j in range(2)]
-    for name, whole in vars(batch).items():
-        if whole is not None:
-            axis = 1 if name in ("routes_LBTX", "old_router_logp_LBCX") else 0
-            np.testing.assert_array_equal(np.concatenate([getattr(part, name) for part in parts], axis), whole, err_msg=name)
+def test_a_replaying_step_refuses_a_batch_without_routes():
+    # Catches a run that is called "with replay" and routes freely all the way.
+    with pytest.raises(ValueError, match="nothing to replay"):
+        step_of(*GSPO_MOE)(fresh_state(MOE), make_batch().replace(routes_LBTX=None))
 
 
 def test_the_ratio_is_one_before_the_first_update_and_moves_after_it():
