@@ -20,7 +20,7 @@ def get_config():
         "DAPO": {
             "objective": {"preset": "dapo"}, "filter_groups": {"enable": True}, "overlong_buffer": {"len": 2},
         },
-        "Dr. GRPO": {"objective": {"preset": "dr_grpo", "loss_norm_length": 16}, "scale_rewards": "none"},
+        "Dr GRPO": {"objective": {"preset": "dr_grpo", "loss_norm_length": 16}, "scale_rewards": "none"},
         "CISPO": {"objective": {"preset": "cispo"}},
         "GMPO": {"objective": {"preset": "gmpo"}},
         "SAPO": {"objective": {"preset": "sapo"}},

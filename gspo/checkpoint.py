@@ -48,6 +48,11 @@ def _named(tree: Any) -> dict[str, Any]:
     return named
 
 
+@jax.jit
+def _all_finite(named: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(leaf).all() for name, leaf in named.items()}
+
+
 def _describe(leaf: Any) -> str:
     """float32[3, 4]"""
     return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
@@ -236,7 +241,7 @@ class Checkpointer:
         if target.exists() and not force:
             return False
         named = _named(state)
-        finite = jax.device_get({name: jnp.isfinite(leaf).all() for name, leaf in named.items() if name.startswith("params/")})
+        finite = jax.device_get(_all_finite({name: leaf for name, leaf in named.items() if name.startswith("params/")}))
         if not all(finite.values()):
             raise UserError(f"step {step}: {min(finite, key=finite.get)} is not finite; nothing was saved{self.last_good()}")
         replaced = self._set_aside(target, "replaced") if target.exists() else None

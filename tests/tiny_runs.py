@@ -39,6 +39,7 @@ def common(config: ConfigDict, folder: Path, changes: dict) -> ConfigDict:
     config.max_prompt_length = 4
     config.max_completion_length = 6
     config.model.update(num_layers=1, d_model=16, num_heads=2, num_kv_heads=1, head_width=8, num_experts=4, d_expert=8)
+    config.model.moe_backend = "dense"  # the quickest to compile
     config.eval.update(every=2, num_prompts=4, num_generations_eval=4)
     config.checkpoint.update(every=1, keep_last=2, keep_best=False)
     config.log.samples_every = 1
@@ -61,7 +62,7 @@ def stateful_config(folder: Path, **changes) -> ConfigDict:
         "seed": 2, "num_rollouts": 4, "checkpoint.every": 2, "checkpoint.keep_best": True, "optimizer.learning_rate": 0.01,
         "optimizer.schedule": "cosine", "optimizer.warmup_steps": 2, "objective.beta": 0.01, "sync_ref_model": True,
         "ref_model_sync_steps": 1, "entropy_target": 1.5, "filter_groups.enable": True, "filter_groups.max_num_gen_batches": 3,
-        "overlong_buffer.len": 2,
+        "overlong_buffer.len": 2, "model.moe_backend": "blocked",
     } | changes)  # fmt: skip
 
 
