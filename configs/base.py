@@ -11,6 +11,7 @@ def model() -> ConfigDict:
     """The toy Mixture of Experts: 4 layers, 8 experts of which 2 run, about 450k parameters."""
     return ConfigDict(
         dict(
+            vocab_size=0,  # 0: the tokenizer's; imported models may have rows that no token uses
             num_layers=4,
             d_model=64,
             num_heads=4,
@@ -22,8 +23,10 @@ def model() -> ConfigDict:
             d_expert=64,
             norm_topk_prob=True,
             rope_theta=1e4,
+            rope_scaling=(),  # Llama 3.1's (factor, low, high, trained length)
             rms_eps=1e-6,
             qk_norm=True,
+            qk_norm_over="head",  # head | projection
             tie_embeddings=False,
             dtype="float32",  # of the matmuls; router, softmax, log-probs and parameters are float32 always
             moe_backend="blocked",  # dense | blocked | ragged
@@ -79,7 +82,7 @@ def common() -> ConfigDict:
         )
     )
     config.checkpoint = ConfigDict(dict(every=5, keep_last=2, keep_best=True))
-    config.log = ConfigDict(dict(samples_every=5, num_samples=2, tensorboard=False, wandb=False))
+    config.log = ConfigDict(dict(samples_every=5, num_samples=2, router_kl=False, tensorboard=False, wandb=False))
     return config
 
 
@@ -147,5 +150,8 @@ def rl() -> ConfigDict:
     config.mask_truncated_completions = False
     config.filter_groups = ConfigDict(dict(enable=False, max_num_gen_batches=4))  # dynamic sampling
     config.router_replay = ConfigDict(dict(mode="disabled"))  # disabled | R2 | R3
+    config.mismatch = ConfigDict(  # a sampler that differs from the learner on purpose; gspo/mismatch.py explains
+        dict(params="float32", router_noise=0.0, expert_swap=0.0, stale_rollouts=0)
+    )
     config.check_tolerance = placeholder(float)  # largest |log-ratio| allowed before the first update; None: by dtype
     return config

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from gspo import objectives, presets
+from gspo import mismatch, objectives, presets
 from gspo.checkpoint import restore_params
 from gspo.critic import Critic
 from gspo.data import batches, rewards, tasks
@@ -73,7 +73,11 @@ def demonstration_source(config: ConfigDict, tokenizer: Tokenizer) -> batches.De
 
 
 def model(config: ConfigDict, tokenizer: Tokenizer) -> Transformer:
-    return Transformer(ModelSpec(vocab_size=tokenizer.vocab_size, **config.model.to_dict()))
+    fields = config.model.to_dict()
+    if 0 < fields["vocab_size"] < tokenizer.vocab_size:
+        raise UserError(f"model.vocab_size={fields['vocab_size']}: the tokenizer has {tokenizer.vocab_size} ids (0: as many as it has)")
+    fields["vocab_size"] = fields["vocab_size"] or tokenizer.vocab_size
+    return Transformer(ModelSpec(**fields))
 
 
 def objective(config: ConfigDict) -> tuple[objectives.Objective, dict[str, Any]]:
@@ -122,6 +126,23 @@ def sampler(config: ConfigDict, model: Transformer, tokenizer: Tokenizer, sampli
     )
 
 
+def mismatched(config: ConfigDict, model: Transformer) -> Transformer:
+    """The model as the sampler runs it: the learner's, or one that differs on purpose (config.mismatch)."""
+    m = config.mismatch
+    if m.params not in mismatch.ROUNDINGS:
+        raise UserError(f"mismatch.params={m.params!r}: choose one of {', '.join(mismatch.ROUNDINGS)}")
+    if m.router_noise < 0 or not 0 <= m.expert_swap <= 1 or m.stale_rollouts < 0:
+        raise UserError("mismatch: router_noise and stale_rollouts must not be negative, and expert_swap lies in [0, 1]")
+    differs = m.params != "float32" or m.router_noise or m.expert_swap or m.stale_rollouts
+    if differs and config.old_logps != "learner":
+        raise UserError("mismatch: the sampler's log-probs are then not the old policy's; set old_logps='learner'")
+    if (m.router_noise or m.expert_swap) and not model.spec.num_experts:
+        raise UserError("mismatch.router_noise and mismatch.expert_swap: a dense model has no routers")
+    if m.expert_swap and model.spec.experts_per_token == model.spec.num_experts:
+        raise UserError("mismatch.expert_swap: all experts run, there is none to swap in")
+    return model.clone(router_noise=m.router_noise, router_swap=m.expert_swap)
+
+
 def micro_batch_size(config: ConfigDict, rows: int, what: str) -> int:
     """config.micro_batch_size, checked against the rows of one update."""
     size = config.micro_batch_size
@@ -162,6 +183,7 @@ def state_on_mesh(
     *,
     with_ref: bool = False,
     entropy_coef: float | None = None,
+    num_stale: int = 0,
 ) -> tuple[Callable[[jax.Array], TrainState], TrainState]:
     """Returns (init, abstract): a jitted `init(key) -> TrainState` whose arrays are born on their devices, never whole on one; and
     the same state as ShapeDtypeStructs with shardings, which a checkpoint is restored into.
@@ -172,7 +194,8 @@ def state_on_mesh(
     def init(key) -> TrainState:
         params = nn.unbox(model.init_params(key))
         coef = None if entropy_coef is None else jnp.float32(entropy_coef)
-        return TrainState(jnp.int32(0), params, optimizer.init(params), params if with_ref else None, coef)
+        ref_params, stale_params = params if with_ref else None, (params,) * num_stale
+        return TrainState(jnp.int32(0), params, optimizer.init(params), ref_params, coef, stale_params=stale_params)
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     everywhere = named_sharding(mesh)
@@ -184,6 +207,7 @@ def state_on_mesh(
         ),
         ref_params=param_shardings if with_ref else None,
         entropy_coef=None if entropy_coef is None else everywhere,
+        stale_params=(param_shardings,) * num_stale,
     )
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return jax.jit(init, out_shardings=shardings), abstract
@@ -213,7 +237,8 @@ def initial_state(config: ConfigDict, init: Callable[[jax.Array], TrainState], a
     if critic is not None:
         body = {name: copy_tree(params[name]) for name in critic.params["body"]}
         critic = critic.replace(params=critic.params | {"body": body})
-    return state.replace(params=params, ref_params=ref_params, critic=critic)
+    stale_params = tuple(copy_tree(params) for _ in state.stale_params)
+    return state.replace(params=params, ref_params=ref_params, critic=critic, stale_params=stale_params)
 
 
 def copy_tree(params: Params) -> Params:

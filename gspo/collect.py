@@ -21,6 +21,8 @@ from gspo.data.rewards import Example, overlong_penalty
 from gspo.data.tokenizer import Tokenizer
 from gspo.masked import masked_mean
 from gspo.metrics import Timer
+from gspo.mismatch import make_rounding
+from gspo.model.routing import experts_changed
 from gspo.types import Batch, Rollout, TrainState, UserError, completion_mask
 
 
@@ -61,24 +63,26 @@ class Collector:
         self.config, self.mesh, self.tokenizer, self.source = config, mesh, tokenizer, source
         self.sampler, self.scorer, self.needs, self.value_fn = sampler, scorer, needs, value_fn
         self.rewards = build.reward_functions(config, source)
+        self.rounding = make_rounding(config.mismatch.params)
         self.advantage_fn = advantages.ADVANTAGES[config.scale_rewards]
 
     def __call__(self, state: TrainState, cursor: int, key: jax.Array, timer: Timer) -> Experience:
-        draws = [self.draw(state.params, cursor, key, timer)]
+        params = self.rounding(state.stale_params[0] if state.stale_params else state.params)
+        draws = [self.draw(params, cursor, key, timer)]
         if self.config.filter_groups.enable:
             while self._mixed(draws) < self.config.num_prompts and len(draws) < self.config.filter_groups.max_num_gen_batches:
                 cursor += self.config.num_prompts
-                draws.append(self.draw(state.params, cursor, jax.random.fold_in(key, len(draws)), timer))
+                draws.append(self.draw(params, cursor, jax.random.fold_in(key, len(draws)), timer))
         with timer("reward"):
             draw = self.select(draws)
         with timer("old_logps"):
-            batch = self.score(state, draw.rollout)
+            batch, measured = self.score(state, draw.rollout)
             jax.block_until_ready(batch)
         with timer("reward"):
             lengths_B, truncated_B = jax.device_get((draw.rollout.completion_lengths_B, draw.rollout.truncated_B))
             shaped_B = self.shape(draw, lengths_B)
             batch = self.compare(state, batch, shaped_B, draw.rollout.truncated_B)
-        metrics = self.metrics(draw, lengths_B, truncated_B, shaped_B)
+        metrics = self.metrics(draw, lengths_B, truncated_B, shaped_B) | measured
         if self.config.filter_groups.enable:
             metrics["filter_groups/draws"] = len(draws)
         return Experience(batch, metrics, self.samples(draw), cursor + self.config.num_prompts)
@@ -124,8 +128,10 @@ class Collector:
         rewards_B, parts_BR = (np.concatenate([draw[i] for draw in draws])[rows] for i in (3, 4))
         return Draw(rollout, [examples[r] for r in rows], [texts[r] for r in rows], rewards_B, parts_BR)
 
-    def score(self, state: TrainState, rollout: Rollout) -> Batch:
-        """The rollout as the learner sees it, advantages still missing: old log-probs, reference log-probs, routes."""
+    def score(self, state: TrainState, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
+        """The rollout as the learner sees it, advantages still missing: old log-probs, reference log-probs, routes. And how far the
+        sampler's routes are from the learner's, where both are known.
+        """
         config = self.config
         mask_BC = completion_mask(rollout.completion_lengths_B, config.max_completion_length)
         batch = Batch(
@@ -137,18 +143,26 @@ class Collector:
             old_logp_BC=rollout.logp_BC,
             routes_LBTX=rollout.routes_LBTX,
         )
-        rows = (rollout.tokens_BT, rollout.prompt_lengths_B, rollout.routes_LBTX)
-        shifted = "old_router_logp_LBCX" in self.needs
-        if config.old_logps == "learner" or config.router_replay.mode == "R2" or shifted:
-            old = self.scorer(state.params, *rows)
-            batch = batch.replace(old_router_logp_LBCX=old.router_logp_LBCX if shifted else None)
-            if config.router_replay.mode == "R2":
-                batch = batch.replace(routes_LBTX=old.routes_LBTX)
+        mode, measured = config.router_replay.mode, {}
+        rows = (rollout.tokens_BT, rollout.prompt_lengths_B)
+        if config.old_logps == "learner" or mode == "R2" or config.log.router_kl or "old_router_logp_LBCX" in self.needs:
+            # Under R3 the policy in training runs the sampler's experts, so the old policy does too. Else it routes freely, and what it
+            # chose is what drift is measured against and, under R2, what is replayed.
+            old = self.scorer(state.params, *rows, *((rollout.routes_LBTX, True) if mode == "R3" else ()))
+            batch = batch.replace(
+                routes_LBTX=rollout.routes_LBTX if mode == "R3" else old.routes_LBTX,
+                old_router_logp_LBCX=old.router_logp_LBCX,
+                old_router_logits_LBTE=old.router_logits_LBTE,
+            )
             if config.old_logps == "learner":
                 batch = batch.replace(old_logp_BC=old.logp_BC, sampler_logp_BC=rollout.logp_BC)
+            if rollout.routes_LBTX is not None:
+                everywhere_BT = jnp.ones(rollout.tokens_BT.shape, bool)
+                share, _ = experts_changed(rollout.routes_LBTX, old.routes_LBTX, everywhere_BT)
+                measured["routing/sampler_experts_changed"] = float(share.value)
         if state.ref_params is not None:
             batch = batch.replace(ref_logp_BC=self.scorer(state.ref_params, *rows).logp_BC)
-        return batch
+        return batch, measured
 
     def shape(self, draw: Draw, lengths_B: np.ndarray) -> np.ndarray:
         """Raw rewards plus DAPO's soft penalty on the last tokens of the frame, [B] float32."""

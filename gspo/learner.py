@@ -16,7 +16,16 @@ import optax
 from gspo.masked import Mean, masked_mean
 from gspo.microbatch import accumulated_gradient, deal, num_parts, undeal_fields
 from gspo.model.distribution import Sampling, entropy, log_prob, shape_logits
-from gspo.model.routing import experts_changed, load_imbalance
+from gspo.model.routing import (
+    by_layer,
+    changed,
+    experts_changed,
+    load_by_layer,
+    recorded,
+    router_kl,
+    router_margin,
+    variance_share,
+)
 from gspo.model.transformer import Transformer
 from gspo.types import Batch, Params, TrainState
 
@@ -30,14 +39,20 @@ class ObjectiveFn(Protocol):
 
 
 class Scores(NamedTuple):
-    """Completion log-probs and entropies (nats), float32 [B, C]. For MoE models the routers' free choices, and the log-probs that
-    the routers give to the experts of the routes they were called with, at the columns that predict a token.
+    """Completion log-probs and entropies (nats), float32 [B, C]. For MoE models also, None where not asked for:
+
+    routes_LBTX         the routers' free choices; margin_LBT: distance in logits from the last chosen expert to the next
+    router_logp_LBCX    log-probs the routers give to the experts of the given routes (else their own), where a token is predicted
+    router_logits_LBTE  the routers' logits; router_kl_LBT: KL from the old routers' softmax to theirs
     """
 
     logp_BC: chex.Array
     entropy_BC: chex.Array
     routes_LBTX: chex.Array | None = None
+    margin_LBT: chex.Array | None = None
     router_logp_LBCX: chex.Array | None = None
+    router_logits_LBTE: chex.Array | None = None
+    router_kl_LBT: chex.Array | None = None
 
 
 def score_completions(
@@ -51,21 +66,19 @@ def score_completions(
     chunk: int = 128,
     routes_LBTX: chex.Array | None = None,
     replay: bool = False,
+    old_router_logits_LBTE: chex.Array | None = None,
 ) -> Scores:
     """Log-prob of every completion column under `params`, shaped as the sampler shapes it. Values past a row's end are junk: mask them.
 
-    routes_LBTX: experts whose router log-probs are wanted; with `replay`, the experts that run. Logits exist for `chunk` columns at a
-    time, forward and backward (remat), so no [B, T, V] array is ever made.
+    routes_LBTX: experts whose router log-probs are wanted; with `replay`, the experts that run. Token logits exist for `chunk` columns
+    at a time, forward and backward (remat), so no [B, T, V] array is ever made.
     """
     B, T = tokens_BT.shape
     C, P = completion_width, T - completion_width
     out = model.apply({"params": params}, tokens_BT, P - prompt_lengths_B, routes_LBTX if replay else None)
-    routers = (out.routes_LBTX, None)
-    if out.routes_LBTX is not None and routes_LBTX is not None:
-        predicting = slice(P - 1, T - 1)
-        router_logp_LBCE = jax.nn.log_softmax(out.router_logits_LBTE[:, :, predicting], axis=-1)
-        experts_LBCX = jnp.maximum(routes_LBTX[:, :, predicting].astype(jnp.int32), 0)  # -1, not recorded: a column that is masked
-        routers = (out.routes_LBTX, jnp.take_along_axis(router_logp_LBCE, experts_LBCX, axis=-1))
+    routers = {}
+    if out.routes_LBTX is not None:
+        routers = _router_scores(model.spec, out, routes_LBTX, slice(P - 1, T - 1), old_router_logits_LBTE)
     hidden_BCD = out.hidden_BTD[:, P - 1 : T - 1]  # column t predicts column t + 1
     target_BC = tokens_BT[:, P:]
 
@@ -76,7 +89,7 @@ def score_completions(
         return log_prob(logits_BcV, target_Bc), entropy(logits_BcV)
 
     if chunk >= C:
-        return Scores(*score_chunk(hidden_BCD, target_BC), *routers)
+        return Scores(*score_chunk(hidden_BCD, target_BC), **routers)
     pieces = -(-C // chunk)
     pad = pieces * chunk - C
 
@@ -86,20 +99,46 @@ def score_completions(
 
     _, scored = jax.lax.scan(lambda _, xs: (None, score_chunk(*xs)), None, (cut(hidden_BCD), cut(target_BC)))
     logp_BC, entropy_BC = (jnp.moveaxis(x, 0, 1).reshape(B, pieces * chunk)[:, :C] for x in scored)
-    return Scores(logp_BC, entropy_BC, *routers)
+    return Scores(logp_BC, entropy_BC, **routers)
 
 
-def make_scorer(model: Transformer, *, completion_width: int, sampling: Sampling, chunk: int, micro_batch_size: int = 0):
-    """Returns jitted `scorer(params, tokens_BT, prompt_lengths_B, routes_LBTX) -> Scores`: old or reference log-probs, computed in
-    micro-batches of rows. Routes only say whose router log-probs are wanted; nothing is replayed.
+def _router_scores(spec, out, routes_LBTX, predicting: slice, old_logits_LBTE) -> dict[str, chex.Array]:
+    """What `Scores` says of routers. What a caller does not use is never computed under jit."""
+    logits_LBTE = out.router_logits_LBTE
+    logp_LBCE = jax.nn.log_softmax(logits_LBTE[:, :, predicting], axis=-1)
+    experts_LBTX = out.routes_LBTX if routes_LBTX is None else routes_LBTX
+    experts_LBCX = jnp.maximum(experts_LBTX[:, :, predicting].astype(jnp.int32), 0)  # -1, not recorded: a column that is masked
+    return {
+        "routes_LBTX": out.routes_LBTX,
+        "margin_LBT": router_margin(logits_LBTE, spec.experts_per_token),
+        "router_logp_LBCX": jnp.take_along_axis(logp_LBCE, experts_LBCX, axis=-1),
+        "router_logits_LBTE": logits_LBTE,
+        "router_kl_LBT": None if old_logits_LBTE is None else router_kl(old_logits_LBTE, logits_LBTE),
+    }
+
+
+def make_scorer(
+    model: Transformer,
+    *,
+    completion_width: int,
+    sampling: Sampling,
+    chunk: int,
+    micro_batch_size: int = 0,
+    keep: tuple[str, ...] = ("logp_BC", "entropy_BC", "routes_LBTX"),
+):
+    """Returns jitted `scorer(params, tokens_BT, prompt_lengths_B, routes_LBTX=None, replay=False) -> Scores`: old or reference
+    log-probs, computed in micro-batches of rows. Fields of `Scores` that are not in `keep` come back as None. Routes say whose router
+    log-probs are wanted and, with `replay` (static), which experts run.
     """
 
-    def scorer(params, tokens_BT, prompt_lengths_B, routes_LBTX=None) -> Scores:
+    def scorer(params, tokens_BT, prompt_lengths_B, routes_LBTX=None, replay: bool = False) -> Scores:
         def one(rows):
             tokens_BT, prompt_lengths_B, routes_LBTX = rows
-            return score_completions(
-                model, params, tokens_BT, prompt_lengths_B, completion_width, sampling=sampling, chunk=chunk, routes_LBTX=routes_LBTX
-            )
+            scores = score_completions(
+                model, params, tokens_BT, prompt_lengths_B, completion_width, sampling=sampling, chunk=chunk,
+                routes_LBTX=routes_LBTX, replay=replay,
+            )  # fmt: skip
+            return Scores(**{name: x if name in keep else None for name, x in scores._asdict().items()})
 
         parts = num_parts(tokens_BT.shape[0], micro_batch_size)
         if parts == 1:
@@ -107,7 +146,7 @@ def make_scorer(model: Transformer, *, completion_width: int, sampling: Sampling
         routes = None if routes_LBTX is None else deal(routes_LBTX, parts, 1)
         return undeal_fields(jax.lax.map(one, (deal(tokens_BT, parts), deal(prompt_lengths_B, parts), routes)))
 
-    return jax.jit(scorer)
+    return jax.jit(scorer, static_argnames="replay")
 
 
 def make_train_step(
@@ -161,12 +200,13 @@ def make_train_step(
             chunk=chunk,
             routes_LBTX=part.routes_LBTX if replay or with_routers else None,
             replay=replay,
+            old_router_logits_LBTE=part.old_router_logits_LBTE,
         )
         loss, _ = evaluate(scores, part)
         total = loss.total
         if entropy_target is not None:
             total -= entropy_coef * objective.aggregate(scores.entropy_BC, part.loss_mask_BC).total
-        return total, (loss.count, scores)
+        return total, (loss.count, scores._replace(router_logits_LBTE=None))
 
     def step(state: TrainState, batch: Batch):
         if replay and batch.routes_LBTX is None:
@@ -186,23 +226,41 @@ def make_train_step(
             new_state = new_state.replace(entropy_coef=coef)
             metrics["entropy_coef"] = coef
         if scores.routes_LBTX is not None:
-            metrics |= _router_metrics(model.spec.num_experts, scores.routes_LBTX, batch)
+            metrics |= _router_metrics(model.spec.num_experts, scores, batch)
         return new_state, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if state_shardings is None else (state_shardings, None))
 
 
-def _router_metrics(num_experts: int, free_LBTX, batch: Batch) -> Metrics:
-    """Drift of the free choices from the rollout's, and expert load, over the real tokens of the batch."""
-    T = batch.tokens_BT.shape[1]
-    C = batch.loss_mask_BC.shape[1]
+def _router_metrics(num_experts: int, scores: Scores, batch: Batch) -> Metrics:
+    """Drift of the free choices from the rollout's, expert load and margins, over the real tokens of the batch, whole and by layer."""
+    T, C = batch.tokens_BT.shape[1], batch.loss_mask_BC.shape[1]
     P, column_T = T - C, jnp.arange(T)
     real_BT = (column_T >= (P - batch.prompt_lengths_B)[:, None]) & (column_T < (P + batch.completion_lengths_B)[:, None])
-    variation, peak = load_imbalance(free_LBTX, real_BT, num_experts)
-    metrics = {"routing/load_cv": variation, "routing/load_max_over_mean": peak}
+    variation_L, peak_L = load_by_layer(scores.routes_LBTX, real_BT, num_experts)
+    margin_L = by_layer(scores.margin_LBT, real_BT)
+    metrics = {
+        "routing/load_cv": jnp.mean(variation_L),
+        "routing/load_cv_by_layer": variation_L,
+        "routing/load_max_over_mean": jnp.mean(peak_L),
+        "routing/load_max_over_mean_by_layer": peak_L,
+        "routing/margin": jnp.mean(margin_L),
+        "routing/margin_by_layer": margin_L,
+    }
     if batch.routes_LBTX is not None:
-        share, tokens = experts_changed(batch.routes_LBTX, free_LBTX, real_BT)
-        metrics |= {"routing/experts_changed": share.value, "routing/tokens_changed": tokens.value}
+        share, tokens = experts_changed(batch.routes_LBTX, scores.routes_LBTX, real_BT)
+        known_BT = real_BT & recorded(batch.routes_LBTX)
+        changed_LBT = changed(batch.routes_LBTX, scores.routes_LBTX)
+        moved_BC = (jnp.any(changed_LBT > 0, axis=0) & known_BT)[:, P - 1 : T - 1]  # where a token is predicted
+        metrics |= {
+            "routing/experts_changed": share.value,
+            "routing/experts_changed_by_layer": by_layer(changed_LBT, known_BT),
+            "routing/tokens_changed": tokens.value,
+            "routing/variance_share": variance_share(scores.logp_BC - batch.old_logp_BC, moved_BC, batch.loss_mask_BC),
+        }
+    if scores.router_kl_LBT is not None:
+        kl_L = by_layer(scores.router_kl_LBT, real_BT)
+        metrics |= {"routing/kl": jnp.mean(kl_L), "routing/kl_by_layer": kl_L}
     return metrics
 
 

@@ -69,7 +69,8 @@ def prepare(config: ConfigDict) -> Run:
         raise UserError("router_replay.mode and router_shift_floor: a dense model has no routes; switch them off")
     optimizer, learning_rate = build.optimizer(config, total_steps=config.num_rollouts * updates)
     adaptive = None if config.entropy_target is None else settings["entropy_coef"]
-    init, abstract = build.state_on_mesh(mesh, model, optimizer, with_ref=with_ref, entropy_coef=adaptive)
+    stale = config.mismatch.stale_rollouts
+    init, abstract = build.state_on_mesh(mesh, model, optimizer, with_ref=with_ref, entropy_coef=adaptive, num_stale=stale)
 
     value_fn = critic_step = None
     if config.critic.enable:
@@ -84,13 +85,19 @@ def prepare(config: ConfigDict) -> Run:
 
     # ------------------------------------------------------------------ steps
     shared = {"sampling": sampling, "micro_batch_size": micro, "chunk": config.logp_chunk}
-    scorer = make_scorer(model, completion_width=config.max_completion_length, **shared | {"micro_batch_size": micro or rows})
-    sampler = build.sampler(config, model, tokenizer, sampling, config.num_generations)
+    kept = ("logp_BC", "routes_LBTX")
+    kept += ("router_logits_LBTE",) if config.log.router_kl else ()
+    kept += ("router_logp_LBCX",) if "old_router_logp_LBCX" in objective.needs else ()
+    scorer = make_scorer(
+        model, completion_width=config.max_completion_length, keep=kept, **shared | {"micro_batch_size": micro or rows}
+    )
+    sampler = build.sampler(config, build.mismatched(config, model), tokenizer, sampling, config.num_generations)
     train_step = make_train_step(
         model, optimizer, objective, **shared, replay=config.router_replay.mode != "disabled",
         entropy_target=config.entropy_target, entropy_step=config.entropy_step, state_shardings=build.shardings_of(mesh, abstract),
     )  # fmt: skip
     same_draw = (Sampling(config.eval.temperature), config.eval.num_generations_eval) == (sampling, config.num_generations)
+    same_draw = same_draw and not (config.mismatch.router_noise or config.mismatch.expert_swap)
     evaluate = make_evaluator(config, mesh, model, tokenizer, sampler=sampler if same_draw else None)
     collector = Collector(config, mesh, tokenizer, source, sampler, scorer, objective.needs, value_fn)
 
@@ -162,6 +169,8 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
             experience = run.collector(state, cursor, jax.random.fold_in(run_key, index), timer)
             cursor = experience.next_cursor
             with timer("update"):
+                if state.stale_params:  # a sampler that lags behind draws from the oldest of these
+                    state = state.replace(stale_params=(*state.stale_params[1:], build.copy_tree(state.params)))
                 steps = []
                 for j in range(updates):
                     part = minibatch(experience.batch, j, updates)
@@ -190,6 +199,7 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
 def check(config: ConfigDict) -> None:
     """Mistakes in the fields of the loop; `collect.check` has those of the experience."""
     build.positive(config, "num_rollouts", "num_prompts", "num_generations", "updates_per_rollout", "logp_chunk")
+    build.positive(config, "max_prompt_length", "max_completion_length")
     collect.check(config)
     rows = config.num_prompts * config.num_generations
     if rows % config.updates_per_rollout:
@@ -226,6 +236,9 @@ def update_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
     """
     line = {}
     for name in steps[0]:
+        if name.endswith("_by_layer"):
+            line[name] = np.asarray(steps[-1][name]).tolist()
+            continue
         values = np.array([float(metrics[name]) for metrics in steps])
         reduce = {"max": np.max, "min": np.min}.get(name.rsplit("/")[-1].rsplit("_")[-1], np.mean)
         line[name] = float(reduce(values))

@@ -47,6 +47,12 @@ def make_sampler(
     rollout is drawn with fold_in(key, i). Compiled once per prompt width P.
     """
     spec, C, G = model.spec, max_completion_length, num_generations
+    injects = model.router_noise > 0 or model.router_swap > 0
+
+    def forward(params, key, step, *args, **kwargs):
+        """The model, with a stream of router noise of its own at every step where a mismatch is injected."""
+        rngs = {"router": jax.random.fold_in(jax.random.fold_in(key, C), step)} if injects else None
+        return model.apply({"params": params}, *args, **kwargs, rngs=rngs)
 
     def draw(params, key, hidden_BD, step):
         """One token per row and its log-prob under the distribution it came from."""
@@ -74,7 +80,7 @@ def make_sampler(
 
         # Prefill: one pass over the prompts, then each row of the cache G times.
         first_Q = P - prompt_lengths_Q
-        out = model.apply({"params": params}, prompt_QP, first_Q, cache=spec.empty_cache(Q, P))
+        out = forward(params, key, 0, prompt_QP, first_Q, cache=spec.empty_cache(Q, P))
         routes_LBTX = None
         if spec.num_experts:
             shape = (spec.num_layers, B, T, spec.experts_per_token)
@@ -96,7 +102,7 @@ def make_sampler(
         def body(state: DecodeState) -> DecodeState:
             last_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BC, state.step - 1, 1, axis=1)
             column = P + state.step - 1
-            out = model.apply({"params": params}, last_B1, first_B, cache=state.cache, start=column)
+            out = forward(params, key, state.step, last_B1, first_B, cache=state.cache, start=column)
             routes_LBTX = state.routes_LBTX
             if routes_LBTX is not None:
                 routes_LBTX = jax.lax.dynamic_update_slice(routes_LBTX, out.routes_LBTX, (0, 0, column, 0))

@@ -80,7 +80,7 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
             with timer("update"):
                 demos = source.batch(index * config.batch_size, config.batch_size)
                 state, metrics = train_step(state, make_batch(mesh, demos, config.max_completion_length))
-                metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                metrics = jax.device_get(metrics)
             if not np.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 raise UserError(
                     f"update {index}: loss or gradient is not finite{checkpointer.last_good()}; lower optimizer.learning_rate"

@@ -56,6 +56,17 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
+def parse_sizes(text: str) -> dict[str, int]:
+    """ "fsdp=4,tensor=2" -> {"fsdp": 4, "tensor": 2}, for command lines; "" -> {}. Raises UserError."""
+    sizes = {}
+    for part in text.split(",") if text else []:
+        axis, _, size = part.partition("=")
+        if axis not in MESH_AXES or not size.removeprefix("-").isdecimal():
+            raise UserError(f"mesh: {part!r} is no size; write AXIS=NUMBER with axes {', '.join(MESH_AXES)}")
+        sizes[axis] = int(size)
+    return sizes
+
+
 def partition_spec(names: tuple[str | None, ...], rules: Mapping[str, tuple[str, ...]] = RULES) -> PartitionSpec:
     """Logical names of an array's axes -> PartitionSpec. Raises ValueError where two axes claim the same mesh axis."""
     taken: dict[str, str] = {}

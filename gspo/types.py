@@ -71,6 +71,7 @@ class Batch:
     sampler_logp_BC float32 log-probs of the distribution that was sampled, where old_logp_BC was recomputed by the learner
     routes_LBTX   int      experts that the rollout policy chose: what drift is measured against, and what a replaying step runs
     old_router_logp_LBCX float32 log-probs that its routers gave to those experts, at the columns that predict a token (RSPO)
+    old_router_logits_LBTE float32 logits of its routers, where the drift of routers is to be measured as a KL
     old_values_BC, returns_BC float32 the critic's values before the updates, and what it should have said (PPO)
     """
 
@@ -84,6 +85,7 @@ class Batch:
     sampler_logp_BC: chex.Array | None = None
     routes_LBTX: chex.Array | None = None
     old_router_logp_LBCX: chex.Array | None = None
+    old_router_logits_LBTE: chex.Array | None = None
     old_values_BC: chex.Array | None = None
     returns_BC: chex.Array | None = None
 
@@ -92,7 +94,8 @@ class Batch:
 class TrainState:
     """Everything an update changes. `step` counts optimizer updates; `ref_params` is None where nothing reads a reference;
     `entropy_coef` is the weight of the entropy bonus, float32, None where it is fixed (then it belongs to the objective); `critic`
-    is the state of the value model, None for methods that compare completions with each other.
+    is the state of the value model, None for methods that compare completions with each other. `stale_params` are the parameters of
+    the last rollouts, oldest first, from which a sampler that lags behind on purpose draws.
     """
 
     step: chex.Array
@@ -101,3 +104,4 @@ class TrainState:
     ref_params: Params | None = None
     entropy_coef: chex.Array | None = None
     critic: "TrainState | None" = None
+    stale_params: tuple[Params, ...] = ()

@@ -1,8 +1,8 @@
 """The decoder, the router, the sampled distribution and the GSPO loss once more: float64 NumPy loops over single tokens.
 
-Written from the papers' sums, for one sequence without padding at a time, so that nothing here can share a mistake with the frames,
-scans, masks and batched matmuls of the library. Sources: RMSNorm (1910.07467), RoPE (2104.09864) in the "rotate half" layout, grouped
-queries (2305.13245), SwiGLU (2002.05202), Qwen3 (2505.09388), GSPO (2507.18071).
+Written from the papers' sums, for one sequence without padding at a time, so that nothing here can share a mistake with the
+frames, scans, masks and batched matmuls of the library. Sources: RMSNorm (1910.07467), RoPE (2104.09864) in the "rotate half"
+layout, grouped queries (2305.13245), SwiGLU (2002.05202), Qwen3 (2505.09388), GSPO (2507.18071).
 """
 
 import functools
@@ -17,8 +17,9 @@ import pytest
 from gspo.model.transformer import ModelSpec, Transformer
 
 DENSE = ModelSpec(
-    vocab_size=11, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_width=6, d_ff=20, rope_theta=100.0, tie_embeddings=True
-)
+    vocab_size=11, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_width=6, rope_theta=100.0,
+    d_ff=20, tie_embeddings=True,
+)  # fmt: skip
 MOE = ModelSpec(
     vocab_size=11, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_width=6, rope_theta=100.0,
     num_experts=5, experts_per_token=2, d_expert=10,
@@ -53,7 +54,7 @@ def build(spec: ModelSpec, seed: int = 0):
 
 @functools.cache
 def forward(spec: ModelSpec):
-    """Jitted (params, tokens_BT, first_B, routes) -> (Output, logits). Shared by the test modules, so each shape compiles once."""
+    """Jitted (params, tokens_BT, first_B, routes) -> (Output, logits). Shared by the tests, so each shape compiles once."""
     model = Transformer(spec)
 
     @jax.jit
@@ -93,12 +94,21 @@ def rms_norm(x, scale, eps):
     return x / np.sqrt(np.mean(x * x) + eps) * scale
 
 
-def rope(x_H, position, theta):
-    """Turns (x_i, x_{i + H/2}) by the angle position · theta^(-2i/H)."""
+def rope(x_H, position, theta, scaling=()):
+    """Turns (x_i, x_{i + H/2}) by position · theta^(-2i/H). scaling: (factor, low, high, trained length) of Llama 3.1."""
     half = len(x_H) // 2
     turned = np.empty_like(x_H)
     for i in range(half):
-        angle = position * theta ** (-2 * i / len(x_H))
+        frequency = theta ** (-2 * i / len(x_H))
+        if scaling:
+            factor, low, high, length = scaling
+            wave = 2 * np.pi / frequency
+            if wave > length / low:
+                frequency = frequency / factor
+            elif wave > length / high:
+                smooth = (length / wave - low) / (high - low)
+                frequency = (1 - smooth) * frequency / factor + smooth * frequency
+        angle = position * frequency
         turned[i] = x_H[i] * np.cos(angle) - x_H[i + half] * np.sin(angle)
         turned[i + half] = x_H[i + half] * np.cos(angle) + x_H[i] * np.sin(angle)
     return turned
@@ -125,13 +135,14 @@ def attention(p, spec, h_TD):
     q = (h_TD @ p["query"]).reshape(T, N, H)
     k = (h_TD @ p["key"]).reshape(T, K, H)
     v = (h_TD @ p["value"]).reshape(T, K, H)
-    for t in range(T):
-        for n in range(N):
-            x = rms_norm(q[t, n], p["query_norm"]["scale"], spec.rms_eps) if spec.qk_norm else q[t, n]
-            q[t, n] = rope(x, t, spec.rope_theta)
-        for n in range(K):
-            x = rms_norm(k[t, n], p["key_norm"]["scale"], spec.rms_eps) if spec.qk_norm else k[t, n]
-            k[t, n] = rope(x, t, spec.rope_theta)
+    for x, name in (q, "query_norm"), (k, "key_norm"):
+        for t in range(T):
+            if spec.qk_norm and spec.qk_norm_over == "projection":
+                x[t] = rms_norm(x[t].reshape(-1), p[name]["scale"], spec.rms_eps).reshape(x[t].shape)
+            for n in range(x.shape[1]):
+                if spec.qk_norm and spec.qk_norm_over == "head":
+                    x[t, n] = rms_norm(x[t, n], p[name]["scale"], spec.rms_eps)
+                x[t, n] = rope(x[t, n], t, spec.rope_theta, spec.rope_scaling)
     mixed = np.zeros((T, N, H))
     for t in range(T):
         for n in range(N):
@@ -143,7 +154,7 @@ def attention(p, spec, h_TD):
 
 
 def decoder(params, spec, tokens, given_LTX=None):
-    """One sequence without padding -> (logits [T, V], free routes [L, T, X], router logits [L, T, E]; the last two None if dense).
+    """One sequence without padding -> (logits [T, V], free routes [L, T, X], router logits [L, T, E]; both None if dense).
 
     params: a float64 tree. given_LTX: experts to run instead of the routers' choice; a token with a -1 routes freely.
     """

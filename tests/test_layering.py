@@ -14,7 +14,7 @@ TOWER = [
     "advantages", "sharding", "optim", "distributed", "metrics",
     "model.attention", "model.routing", "model.moe", "model.transformer", "model.distribution",
     "data.tokenizer", "data.rewards", "data.tasks", "data.batches",
-    "sampler", "learner", "critic", "checkpoint", "hf",
+    "sampler", "learner", "critic", "mismatch", "checkpoint", "hf_families", "hf",
     "build", "cli", "collect",
     "evaluate", "sft", "rl", "aot",
 ]  # fmt: skip

@@ -11,12 +11,10 @@ import optax
 import pytest
 
 from gspo.learner import make_ref_sync, make_scorer, make_train_step, negative_log_likelihood, score_completions
-from gspo.microbatch import minibatch
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer
 from gspo.objectives import preset
-from gspo.sampler import make_sampler
-from gspo.types import Batch, TrainState, completion_mask
+from gspo.types import Batch, TrainState
 from tests import model_oracle as oracle
 from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
@@ -56,7 +54,7 @@ def old_policy():
 
 
 def make_batch(prompt_width=P, width=C, order=range(B), recorded=True):
-    """The rows above in a frame of any width. Junk, NaN included, wherever no real token stands. recorded: routes, else all -1."""
+    """The rows above in a frame of any width; junk, NaN included, wherever no real token stands. recorded: routes, else -1."""
     rows, (old_logps, row_routes) = rows_of(), old_policy()
     order = list(order)
     old_BC = np.full((B, width), np.nan, np.float32)
@@ -88,12 +86,15 @@ def gspo(*arrays, **others):
 
 
 @functools.cache
-def step_of(spec, objective, micro_batch_size=None, chunk=4):
-    if micro_batch_size is None:
-        micro_batch_size = 2 if objective is gspo else 0
+def step_of(spec, objective, micro_batch_size=2, chunk=4):
     return make_train_step(
         Transformer(spec), OPTIMIZER, objective, sampling=WARM, micro_batch_size=micro_batch_size, chunk=chunk, replay=True
     )
+
+
+@functools.cache
+def scorer_of(micro_batch_size):
+    return make_scorer(Transformer(MOE), completion_width=C, sampling=WARM, chunk=128, micro_batch_size=micro_batch_size)
 
 
 def fresh_state(spec):
@@ -111,7 +112,13 @@ def assert_same_gradients(one, other, rtol=1e-4, atol=1e-6):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), one, other)
 
 
-GSPO_MOE = (MOE, gspo)  # in micro-batches of 2 rows, unless told otherwise
+def assert_same_metrics(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+GSPO_MOE = (MOE, gspo)
 SFT_DENSE = (DENSE, negative_log_likelihood)
 
 
@@ -129,7 +136,8 @@ SFT_DENSE = (DENSE, negative_log_likelihood)
     ],
 )
 def test_scores_equal_the_float64_model_in_any_chunks(spec, sampling, chunk):
-    # Catches log-probs shifted by one column, a last chunk that is cut off (4 does not divide 6), a cut that the sampler applies alone.
+    # Catches log-probs shifted by one column, a last chunk that is cut off (4 does not divide 6), a cut that the sampler applies
+    # alone.
     model, params = oracle.build(spec)
     score = jax.jit(functools.partial(score_completions, model, completion_width=C, sampling=sampling, chunk=chunk))
     scores = score(params, frame(rows_of()), PROMPT_LENGTHS.astype(np.int32))
@@ -144,15 +152,12 @@ def test_scores_equal_the_float64_model_in_any_chunks(spec, sampling, chunk):
 
 @pytest.mark.parametrize("micro_batch_size", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_scorer_in_micro_batches_returns_the_rows_in_their_order(micro_batch_size):
-    # Catches rows, or routes, that come back in the order in which they were dealt; router log-probs of other columns than those that
-    # predict a token, of free choices instead of the given experts, or renormalised over these.
-    model, params = oracle.build(MOE)
+    # Catches rows, or routes, that come back in the order in which they were dealt; router log-probs of other columns than those
+    # that predict a token, of free choices instead of the given experts, or renormalised over these.
+    params = oracle.build(MOE)[1]
     routes = np.random.default_rng(9).integers(0, 5, (2, B, T, 2)).astype(np.int8)
     rows = frame(rows_of()), PROMPT_LENGTHS.astype(np.int32), routes
-    whole, parts = (
-        make_scorer(model, completion_width=C, sampling=WARM, chunk=128, micro_batch_size=size)(params, *rows)
-        for size in (0, micro_batch_size)
-    )
+    whole, parts = (scorer_of(size)(params, *rows) for size in (0, micro_batch_size))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6), parts, whole)
     assert parts.routes_LBTX.shape == (2, B, T, 2) and parts.router_logp_LBCX.shape == (2, B, C, 2)
     exact = oracle.float64(params)
@@ -168,48 +173,54 @@ def test_a_scorer_in_micro_batches_returns_the_rows_in_their_order(micro_batch_s
 # ---------------------------------------------------------------- the gradient
 
 
-def test_loss_and_gradient_of_a_gspo_step_equal_the_float64_loss_of_the_float64_model():
-    # Catches whatever stands between the two: chunks, micro-batches, temperature, masks, the division by the count, replay, and NaN
-    # under the padding.
-    exact, (old_logps, routes) = oracle.float64(oracle.build(MOE)[1]), old_policy()
+@pytest.mark.parametrize("case", [GSPO_MOE, SFT_DENSE], ids=["gspo-moe", "sft-dense"])
+def test_loss_and_gradient_of_a_step_equal_the_float64_loss_of_the_float64_model(case):
+    # Catches whatever stands between the two: chunks, micro-batches (a mean of means: rows have 6, 1, 3 and 4 tokens),
+    # temperature, masks, replay, and NaN under the padding.
+    spec = case[0]
+    exact, (old_logps, routes) = oracle.float64(oracle.build(spec)[1]), old_policy()
 
     def exact_loss(params):
-        logps = [oracle.score(params, MOE, *row, routes[b], temperature=0.8)[0] for b, row in enumerate(rows_of())]
+        given = routes if spec.num_experts else [None] * B
+        logps = [oracle.score(params, spec, *row, given[b], temperature=0.8)[0] for b, row in enumerate(rows_of())]
+        if case == SFT_DENSE:
+            return -np.mean(np.concatenate(logps))
         return oracle.gspo_loss(logps, old_logps, ADVANTAGES, EPSILON, EPSILON_HIGH)
 
-    grads, metrics = gradients(*GSPO_MOE, make_batch())
-    assert metrics["clip_ratio/sequences_low"] == metrics["clip_ratio/sequences_high"] == 0.25  # and two rows are not clipped
+    grads, metrics = gradients(*case, make_batch())
     assert metrics["loss"] == pytest.approx(exact_loss(exact), rel=1e-5)
     checks = oracle.directional_derivatives(exact_loss, exact, np.random.default_rng(3))
     leaves = jax.tree.leaves(grads)
     for (name, direction, expected), grad in zip(checks, leaves, strict=True):
         assert np.sum(grad.astype(np.float64) * direction) == pytest.approx(expected, rel=1e-3, abs=2e-6), name
     assert metrics["grad_norm"] == pytest.approx(np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in leaves)), rel=1e-5)
-    assert np.abs(grads["blocks"]["moe"]["router"]).max() > 1e-4  # the router learns under replay
+    if case == GSPO_MOE:
+        assert metrics["clip_ratio/sequences_low"] == metrics["clip_ratio/sequences_high"] == 0.25  # and two rows are not clipped
+        assert np.abs(grads["blocks"]["moe"]["router"]).max() > 1e-4  # the router learns under replay
 
 
 @pytest.mark.parametrize(
     ("spec", "objective", "keywords"),
-    [(*SFT_DENSE, {"micro_batch_size": 2, "chunk": 6})]
-    + [
+    [
         pytest.param(*case, keywords, marks=pytest.mark.slow)
         for case in (GSPO_MOE, SFT_DENSE)
         for keywords in ({"micro_batch_size": 0}, {"micro_batch_size": 1}, {"micro_batch_size": 4}, {"chunk": 1}, {"chunk": 6})
     ]
-    + [pytest.param(dataclasses.replace(MOE, moe_backend=backend, remat=True), gspo, {"micro_batch_size": 2}, marks=pytest.mark.slow)
-       for backend in ("dense", "blocked", "ragged")],
+    + [
+        pytest.param(dataclasses.replace(MOE, moe_backend=backend, remat=True), gspo, {}, marks=pytest.mark.slow)
+        for backend in ("dense", "blocked", "ragged")
+    ],
     ids=lambda x: ",".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else None,
 )  # fmt: skip
 def test_micro_batches_and_chunks_do_not_change_gradient_and_metrics(spec, objective, keywords):
-    # Catches a mean of means (rows have 6, 1, 3 and 4 tokens), metrics of the last part only, routes dealt differently from tokens.
+    # Catches a mean of means (rows have 6, 1, 3 and 4 tokens), metrics of the last part only, routes dealt differently from
+    # tokens.
     batch = make_batch()
     base = dataclasses.replace(spec, moe_backend="blocked", remat=False)
     expected, metrics = gradients(base, objective, batch)
     found, other = gradients(spec, objective, batch, **keywords) if spec == base else replayed(spec, objective, batch, keywords)
     assert_same_gradients(found, expected)
-    assert other.keys() == metrics.keys()
-    for name in metrics:
-        assert other[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
+    assert_same_metrics(other, metrics)
 
 
 def replayed(spec, objective, batch, keywords):
@@ -220,12 +231,12 @@ def replayed(spec, objective, batch, keywords):
 
 @pytest.mark.parametrize("case", [SFT_DENSE, pytest.param(GSPO_MOE, marks=pytest.mark.slow)], ids=["sft-dense", "gspo-moe"])
 def test_more_padding_changes_nothing(case):
-    # Catches a loss divided by the frame's width, padding that counts as tokens, positions or routes tied to the frame's left edge.
+    # Catches a loss divided by the frame's width, padding that counts as tokens, positions or routes tied to the frame's left
+    # edge.
     expected, metrics = gradients(*case, make_batch())
     found, other = gradients(*case, make_batch(prompt_width=P + 2, width=C + 3))
     assert_same_gradients(found, expected)
-    for name in metrics:
-        assert other[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
+    assert_same_metrics(other, metrics)
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["replay", "free"])
@@ -279,26 +290,6 @@ def test_entropy_is_averaged_over_completion_tokens():
 # ---------------------------------------------------------------- several updates per rollout
 
 
-@functools.cache
-def rollout_batch():
-    """8 rows from the sampler, as the loop hands them on: the sampler's log-probs are the old ones, its routes are replayed."""
-    model, params = oracle.build(MOE)
-    sample = make_sampler(model, num_generations=4, max_completion_length=C, eos_ids=(1,), pad_id=0, sampling=WARM)
-    prompts, first = oracle.left_padded([[4, 9, 2], [5, 3, 8, 7]], P, np.random.default_rng(4), V)
-    rollout = sample(params, prompts, P - first, jax.random.key(5))
-    mask_BC = completion_mask(rollout.completion_lengths_B, C)
-    advantages_B = np.random.default_rng(6).standard_normal(8).astype(np.float32)
-    return Batch(
-        tokens_BT=rollout.tokens_BT,
-        prompt_lengths_B=rollout.prompt_lengths_B,
-        completion_lengths_B=rollout.completion_lengths_B,
-        loss_mask_BC=mask_BC,
-        advantages_BC=jnp.where(mask_BC, advantages_B[:, None], 0),
-        old_logp_BC=rollout.logp_BC,
-        routes_LBTX=rollout.routes_LBTX,
-    )
-
-
 def test_a_replaying_step_refuses_a_batch_without_routes():
     # Catches a run that is called "with replay" and routes freely all the way.
     with pytest.raises(ValueError, match="nothing to replay"):
@@ -307,11 +298,13 @@ def test_a_replaying_step_refuses_a_batch_without_routes():
 
 def test_the_ratio_is_one_before_the_first_update_and_moves_after_it():
     # Catches stale or missing old log-probs: a ratio that is off at once, or one that is 1 for ever and clips nothing.
-    batch, state = rollout_batch(), fresh_state(MOE)
+    batch, state = make_batch(), fresh_state(MOE)
+    scores = scorer_of(0)(state.params, batch.tokens_BT, batch.prompt_lengths_B, batch.routes_LBTX)
+    batch = batch.replace(old_logp_BC=scores.logp_BC)
     step = step_of(*GSPO_MOE)
     gaps, clipped = [], []
-    for j in (0, 1, 0):
-        state, metrics = step(state, minibatch(batch, j, 2))
+    for _ in range(3):
+        state, metrics = step(state, batch)
         gaps.append(float(metrics["log_ratio/abs_max"]))
         clipped.append(float(metrics["clip_ratio/sequences"]))
     assert gaps[0] < 2e-5 and clipped[0] == 0
@@ -321,13 +314,12 @@ def test_the_ratio_is_one_before_the_first_update_and_moves_after_it():
 
 def test_the_given_state_is_donated_and_later_calls_do_not_trace_again():
     # Catches two copies of parameters and optimizer in memory, and a compilation for every update.
-    batch, state = rollout_batch(), fresh_state(MOE)
-    step = step_of(*GSPO_MOE)
-    new_state, _ = step(state, minibatch(batch, 0, 2))
+    state, step = fresh_state(MOE), step_of(*GSPO_MOE)
+    new_state, _ = step(state, make_batch())
     before = TRACES["gspo"]
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
-    for j in (1, 0):
-        new_state, _ = step(new_state, minibatch(batch, j, 2))
+    for order in ([1, 0, 2, 3], [3, 2, 1, 0]):
+        new_state, _ = step(new_state, make_batch(order=order))
     assert TRACES["gspo"] == before > 0
 
 
@@ -345,8 +337,8 @@ def test_supervised_updates_raise_the_likelihood_of_the_demonstrations():
 
 
 def test_the_entropy_bonus_adapts_to_its_target_and_pulls_with_its_coefficient():
-    # Catches a coefficient that moves the wrong way or below 0, a penalty for a bonus, and one that is weighed by other means than the
-    # loss. The coefficient is data: one compiled step serves all of its values.
+    # Catches a coefficient that moves the wrong way or below 0, a penalty for a bonus, and one that is weighed by other means
+    # than the loss. The coefficient is data: one compiled step serves all of its values.
     model, params = oracle.build(DENSE)
     exact, rows = oracle.float64(params), rows_of()
     target = np.concatenate([oracle.score(exact, DENSE, *row)[1] for row in rows]).mean()
@@ -383,7 +375,7 @@ def wide_case(vocab, width, chunk):
     """A step over a large vocabulary and long completions, lowered for abstract arguments."""
     spec = dataclasses.replace(DENSE, vocab_size=vocab, d_model=8, num_layers=1, d_ff=8)
     model = Transformer(spec)
-    step = make_train_step(model, optax.adam(1e-3), preset("gspo"), chunk=chunk)
+    step = make_train_step(model, optax.adam(1e-3), negative_log_likelihood, chunk=chunk)
     params = oracle.build(spec)[1]
     state = TrainState(jnp.int32(0), params, optax.adam(1e-3).init(params))
     arrays = jnp.zeros((B, width))

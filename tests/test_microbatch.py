@@ -11,21 +11,18 @@ from gspo.microbatch import accumulated_gradient, deal, minibatch, num_parts, un
 from gspo.types import Batch
 
 
-def make_batch(rows=6, P=2, C=3, seed=0):
-    """A batch in which every optional array is there, and no two entries of an array are alike."""
-    shapes = {
-        "tokens_BT": (rows, P + C), "prompt_lengths_B": (rows,), "completion_lengths_B": (rows,), "loss_mask_BC": (rows, C),
-        "routes_LBTX": (2, rows, P + C, 2), "old_router_logp_LBCX": (2, rows, C, 2),
-    }  # fmt: skip
-    rng = np.random.default_rng(seed)
-    return Batch(**{
-        name: rng.permutation(np.prod(shapes.get(name, (rows, C)))).reshape(shapes.get(name, (rows, C))).astype(np.float32)
-        for name in Batch.__dataclass_fields__
-    })  # fmt: skip
+def make_batch(rows=6):
+    """A batch in which every optional array is there, with the shape that its name says, and no two entries of an array are alike."""
+    sizes = {"L": 2, "B": rows, "C": 3, "T": 5, "X": 2, "E": 4}
+    arrays, rng = {}, np.random.default_rng(0)
+    for name in Batch.__dataclass_fields__:
+        shape = [sizes[letter] for letter in name.rsplit("_")[-1]]
+        arrays[name] = rng.permutation(np.prod(shape)).reshape(shape).astype(np.float32)
+    return Batch(**arrays)
 
 
 def row_axis(name):
-    return 1 if name in ("routes_LBTX", "old_router_logp_LBCX") else 0
+    return name.rsplit("_")[-1].index("B")
 
 
 def test_dealing_and_undealing_are_inverse_and_keep_every_row_once():
@@ -40,7 +37,8 @@ def test_dealing_and_undealing_are_inverse_and_keep_every_row_once():
 
 
 def test_minibatches_are_the_rollout_cut_in_order_with_its_old_log_probs():
-    # Catches old log-probs recomputed between updates (the ratio would stay 1), rows trained twice, an array cut along its layers.
+    # Catches old log-probs recomputed between updates (the ratio would stay 1), rows trained twice, an array cut along its
+    # layers.
     batch = make_batch()
     parts = [minibatch(batch, j, 3) for j in range(3)]
     for name, whole in vars(batch).items():

@@ -75,8 +75,8 @@ BOTH = pytest.mark.parametrize("case", [PLAIN, CUT], ids=["moe-pad-is-eos", "den
     ids=["moe", "dense-cuts", "moe-cuts", "dense", "moe-ragged", "moe-top-k", "moe-top-p", "moe-min-p"],
 )
 def test_log_probs_equal_those_of_the_learner(case):
-    # Catches a temperature or a cut that only one of the two applies, positions that differ under padding, a log-prob of the wrong
-    # token: each makes the first ratio differ from 1 before anything was learned.
+    # Catches a temperature or a cut that only one of the two applies, positions that differ under padding, a log-prob of the
+    # wrong token: each makes the first ratio differ from 1 before anything was learned.
     spec, sampling, _, _ = case
     model, params = oracle.build(spec)
     score = jax.jit(functools.partial(score_completions, model, completion_width=C, sampling=sampling))
@@ -95,6 +95,23 @@ def test_log_probs_equal_those_of_the_learner(case):
             assert rollout.routes_LBTX.dtype == np.int8
         else:
             assert rollout.routes_LBTX is None
+
+
+def test_replaying_the_routes_of_a_sampler_with_another_router_restores_its_log_probs():
+    # Catches R3 that replays anything but what ran: routes off by a column (the last token drawn is fed one step later), or those
+    # of another layer. Here the sampler's router swaps the last expert of every token: a learner that routes freely disagrees.
+    model, params = oracle.build(MOE)
+    other = Transformer(MOE, router_swap=1.0)
+    sample = make_sampler(other, num_generations=G, max_completion_length=C, eos_ids=(1,), pad_id=0)
+    rollout = jax.tree.map(np.asarray, sample(params, *prompt_frames(), jax.random.key(0)))
+    score = jax.jit(functools.partial(score_completions, model, completion_width=C, replay=True))
+    routes = {"free": np.full_like(rollout.routes_LBTX, -1), "R3": rollout.routes_LBTX}
+    mask_BC = np.arange(C) < rollout.completion_lengths_B[:, None]
+    gap = {}
+    for name, routes_LBTX in routes.items():
+        scores = score(params, rollout.tokens_BT, rollout.prompt_lengths_B, routes_LBTX=routes_LBTX)
+        gap[name] = np.abs(np.asarray(scores.logp_BC) - rollout.logp_BC)[mask_BC].max()
+    assert gap["R3"] < 1e-5 and gap["free"] > 0.05
 
 
 @pytest.mark.slow
@@ -145,7 +162,8 @@ def test_a_row_ends_with_its_first_end_token_and_is_padding_after_it(case):
 
 
 def test_decoding_stops_when_all_rows_have_ended_and_not_before():
-    # Catches a loop that always runs to the maximum, one that stops at the first end, and an end token drawn first that is missed.
+    # Catches a loop that always runs to the maximum, one that stops at the first end, and an end token drawn first that is
+    # missed.
     z = np.zeros(V)
     z[1] = 200.0
     at_once = roll(*PLAIN, params=always(z))
@@ -173,8 +191,8 @@ def test_each_row_and_each_step_draws_its_own_noise_from_the_key():
 
 
 def test_completions_follow_the_distribution_of_the_oracle():
-    # Catches noise added twice, a temperature that multiplies, a cut that is off by one token, steps that share their noise: in pairs of
-    # tokens each shows. 20,000 completions of two tokens, chi-square with a fixed key.
+    # Catches noise added twice, a temperature that multiplies, a cut that is off by one token, steps that share their noise: in
+    # pairs of tokens each shows. 20,000 completions of two tokens, chi-square with a fixed key.
     sampling = Sampling(temperature=0.8, top_k=5, min_p=0.05)
     rows = 20_000
     model, params = oracle.build(DENSE)
@@ -201,7 +219,8 @@ def test_completions_follow_the_distribution_of_the_oracle():
 
 @pytest.mark.parametrize("spec", [MOE, pytest.param(DENSE, marks=pytest.mark.slow)], ids=["moe", "dense"])
 def test_greedy_decoding_equals_the_argmax_of_a_full_forward_of_each_prompt_alone(spec):
-    # Catches a cache of the wrong row or column, prompts of a batch that see each other, a first token taken from the wrong hidden state.
+    # Catches a cache of the wrong row or column, prompts of a batch that see each other, a first token taken from the wrong
+    # hidden state.
     eos_ids = (1,)
     rollout = roll(spec, Sampling(temperature=0), eos_ids, 0)
     exact = oracle.float64(oracle.build(spec)[1])

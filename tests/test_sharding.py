@@ -117,7 +117,8 @@ def batch_of(spec, recorded):
 def place(mesh, batch):
     """Rows over the devices: axis 0, in routes axis 1."""
     def one(name, x):
-        return None if x is None else jax.device_put(x, named_sharding(mesh, *((None, "rows") if name == "routes_LBTX" else ("rows",))))
+        axes = (None, "rows") if name == "routes_LBTX" else ("rows",)
+        return None if x is None else jax.device_put(x, named_sharding(mesh, *axes))
 
     return Batch(**{name: one(name, x) for name, x in vars(batch).items()})
 
@@ -167,14 +168,14 @@ def on_one_device(spec):
     ("spec", "mesh"),
     [
         pytest.param(spec, mesh, id=f"{name}-{mesh}", marks=() if (name, mesh) in KEPT else pytest.mark.slow)
-        for KEPT in [(("moe", "data2-expert4"), ("moe", "fsdp2-expert2-tensor2"))]
+        for KEPT in [(("moe", "fsdp8"), ("moe", "fsdp2-expert2-tensor2"))]
         for name, spec in (("dense", DENSE), ("moe", MOE))
         for mesh in MESHES
     ],
 )
 def test_every_mesh_gives_the_loss_gradients_and_greedy_tokens_of_one_device(spec, mesh):
-    # Catches a reduction over the rows of one device only, experts that lose the tokens of other devices, routes cut along another axis
-    # than tokens, a cache written by the wrong device; and parameters that come back from an update lying elsewhere.
+    # Catches a reduction over the rows of one device only, experts that lose the tokens of other devices, routes cut along
+    # another axis than tokens, a cache written by the wrong device; and parameters that come back from an update lying elsewhere.
     expected, expected_rollout = on_one_device(spec)
     mesh = make_mesh(MESHES[mesh])
     found, rollout, state = results(spec, mesh)
@@ -185,10 +186,11 @@ def test_every_mesh_gives_the_loss_gradients_and_greedy_tokens_of_one_device(spe
         expected_grads, expected_metrics = expected[recorded]
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), grads, expected_grads)
         for name, value in metrics.items():
-            assert value == pytest.approx(expected_metrics[name], rel=1e-4, abs=2e-5), name
+            np.testing.assert_allclose(value, expected_metrics[name], rtol=1e-4, atol=2e-5, err_msg=name)
 
     for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings_of(spec, mesh)), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     wide = state.params["blocks"]["moe"]["gate"] if spec.num_experts else state.params["blocks"]["mlp"]["gate"]
     parts = wide.size // wide.addressable_shards[0].data.size
-    assert parts == np.prod([size for axis, size in mesh.shape.items() if axis != "data" and (spec.num_experts or axis != "expert")])
+    cutting = ("fsdp", "expert", "tensor") if spec.num_experts else ("fsdp", "tensor")
+    assert parts == np.prod([mesh.shape[axis] for axis in cutting])

@@ -61,7 +61,7 @@ def stateful_config(folder: Path, **changes) -> ConfigDict:
     return rl_config(folder, **{
         "seed": 2, "num_rollouts": 4, "checkpoint.every": 2, "checkpoint.keep_best": True, "optimizer.learning_rate": 0.01,
         "optimizer.schedule": "cosine", "optimizer.warmup_steps": 2, "objective.beta": 0.01, "sync_ref_model": True,
-        "ref_model_sync_steps": 1, "entropy_target": 1.5, "filter_groups.enable": True, "filter_groups.max_num_gen_batches": 3,
+        "ref_model_sync_steps": 1, "entropy_target": 2.0, "filter_groups.enable": True, "filter_groups.max_num_gen_batches": 3,
         "overlong_buffer.len": 2, "model.moe_backend": "blocked",
     } | changes)  # fmt: skip
 

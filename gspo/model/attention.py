@@ -24,9 +24,20 @@ class RMSNorm(nn.Module):
         return (x32 * scale).astype(x.dtype)
 
 
-def rope_tables(positions_BT: chex.Array, head_width: int, theta: float) -> tuple[chex.Array, chex.Array]:
-    """Positions -> float32 (cos, sin), each [B, T, H/2]: angle p · θ^(-2i/H) (Su et al. 2021, "rotate half" layout of Llama)."""
+def rope_tables(
+    positions_BT: chex.Array, head_width: int, theta: float, scaling: tuple[float, ...] = ()
+) -> tuple[chex.Array, chex.Array]:
+    """Positions -> float32 (cos, sin), each [B, T, H/2]: angle p · θ^(-2i/H) (Su et al. 2021, "rotate half" layout of Llama).
+
+    scaling: () or (factor, low, high, trained_length), the rule of Llama 3.1: waves that turn more than `high` times within the
+    trained length stay, those that turn less than `low` times are slowed down by `factor`, and those between are interpolated.
+    """
     frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    if scaling:
+        factor, low, high, trained_length = scaling
+        turns = trained_length * frequency / (2 * jnp.pi)
+        kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequency = frequency * (kept + (1 - kept) / factor)
     angle = positions_BT[:, :, None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -92,7 +103,9 @@ def attend(q_BTNH: chex.Array, k_BSKH: chex.Array, v_BSKH: chex.Array, visible_B
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with optional RMSNorm on queries and keys, per head, before RoPE (Qwen3)."""
+    """Grouped-query attention with optional RMSNorm on queries and keys before RoPE: over each head (Qwen3), or over the whole
+    projection, all heads together (OLMoE).
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -100,12 +113,19 @@ class Attention(nn.Module):
     qk_norm: bool
     rms_eps: float
     dtype: jnp.dtype
+    qk_norm_over: str = "head"
 
     def _project(self, name: str, x_BTD, heads: int, axis: str):
         kernel_init_ = nn.with_partitioning(kernel_init, ("embed", axis))
         kernel = self.param(name, kernel_init_, (x_BTD.shape[-1], heads * self.head_width), jnp.float32)
         y = x_BTD @ kernel.astype(self.dtype)
         return y.reshape(*x_BTD.shape[:2], heads, self.head_width)
+
+    def _norm(self, name: str, x_BTNH):
+        norm = RMSNorm(self.rms_eps, name=name)
+        if self.qk_norm_over == "projection":
+            return norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)
+        return norm(x_BTNH)
 
     @nn.compact
     def __call__(self, x_BTD, rope, visible_BTS, cache: KVCache | None, layer, start):
@@ -114,8 +134,8 @@ class Attention(nn.Module):
         k_BTKH = self._project("key", x_BTD, self.num_kv_heads, "kv_heads")
         v_BTKH = self._project("value", x_BTD, self.num_kv_heads, "kv_heads")
         if self.qk_norm:
-            q_BTNH = RMSNorm(self.rms_eps, name="query_norm")(q_BTNH)
-            k_BTKH = RMSNorm(self.rms_eps, name="key_norm")(k_BTKH)
+            q_BTNH = self._norm("query_norm", q_BTNH)
+            k_BTKH = self._norm("key_norm", k_BTKH)
         q_BTNH, k_BTKH = apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope)
         if cache is None:
             k_BSKH, v_BSKH = k_BTKH, v_BTKH

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gspo.model.attention import kernel_init
-from gspo.model.routing import route
+from gspo.model.routing import route, swap_experts, top_k_experts
 
 
 def _swiglu(gate, up):
@@ -125,6 +125,8 @@ class MoE(nn.Module):
     norm_topk_prob: bool
     backend: str
     dtype: jnp.dtype
+    noise: float = 0.0
+    swap: float = 0.0
 
     @nn.compact
     def __call__(self, x_BTD, given_BTX=None):
@@ -139,8 +141,14 @@ class MoE(nn.Module):
         router_DE = weight("router", (D, E), "embed", None)
         # float32 whatever the compute dtype: a rounded logit can change an expert, and then the whole token changes.
         logits_ME = jnp.matmul(x_MD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
+        if self.noise:  # mismatch injection: a router that is not the learner's
+            logits_ME += self.noise * jax.random.normal(self.make_rng("router"), logits_ME.shape)
         given_MX = None if given_BTX is None else given_BTX.reshape(B * T, X)
+        if self.swap:
+            given_MX = swap_experts(self.make_rng("router"), top_k_experts(logits_ME, X), E, self.swap)
         gates_MX, used_MX, free_MX = route(logits_ME, X, renormalise=self.norm_topk_prob, given_MX=given_MX)
+        if self.swap:
+            free_MX = used_MX  # the swapped experts are the choice of this router
         chex.assert_shape(gates_MX, (B * T, X))
         w_gate = weight("gate", (E, D, F), "expert", "embed", "mlp").astype(self.dtype)
         w_up = weight("up", (E, D, F), "expert", "embed", "mlp").astype(self.dtype)

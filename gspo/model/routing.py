@@ -43,27 +43,81 @@ def route(
     return jnp.exp(chosen_MX - jax.nn.logsumexp(logits_ME, axis=-1, keepdims=True)), used_MX, free_MX
 
 
+def swap_experts(key: chex.PRNGKey, experts_MX: chex.Array, num_experts: int, rate: float) -> chex.Array:
+    """With probability `rate`, replaces a token's last expert by one of those it did not choose, uniformly: what a sampler with
+    another router would do, at a known rate. Mismatch injection; M tokens, E experts, X < E of them chosen.
+    """
+    M = experts_MX.shape[0]
+    coin_key, pick_key = jax.random.split(key)
+    score_ME = jax.random.uniform(pick_key, (M, num_experts))
+    chosen_ME = jnp.any(experts_MX[:, :, None] == jnp.arange(num_experts), axis=1)
+    other_M = jnp.argmax(jnp.where(chosen_ME, -1.0, score_ME), axis=1).astype(experts_MX.dtype)
+    last_M = jnp.where(jax.random.bernoulli(coin_key, rate, (M,)), other_M, experts_MX[:, -1])
+    return experts_MX.at[:, -1].set(last_M)
+
+
 def route_dtype(num_experts: int) -> jnp.dtype:
     """The smallest signed integer type that holds every expert index and -1."""
     return jnp.int8 if num_experts <= 128 else jnp.int16
 
 
-def experts_changed(old_LBTX: chex.Array, new_LBTX: chex.Array, mask_BT: chex.Array) -> tuple[Mean, Mean]:
-    """Share of chosen experts that changed, 1 - |old ∩ new| / X, over the masked tokens of all layers; and share of tokens with a
-    change in any layer. Choices are compared as sets, and a token with a -1 in `old` is not counted.
-    """
+def changed(old_LBTX: chex.Array, new_LBTX: chex.Array) -> chex.Array:
+    """[L, B, T] float32 share of chosen experts that changed, 1 - |old ∩ new| / X. Choices are compared as sets."""
     chex.assert_equal_shape([old_LBTX, new_LBTX])
-    recorded_BT = mask_BT & jnp.all(old_LBTX >= 0, axis=(0, 3))
     kept_LBTX = jnp.any(old_LBTX[..., :, None] == new_LBTX.astype(old_LBTX.dtype)[..., None, :], axis=-1)
-    changed_LBT = 1.0 - jnp.mean(kept_LBTX, axis=-1, dtype=jnp.float32)
-    any_layer_BT = jnp.any(changed_LBT > 0, axis=0)
-    return masked_mean(changed_LBT, recorded_BT[None]), masked_mean(any_layer_BT, recorded_BT)
+    return 1.0 - jnp.mean(kept_LBTX, axis=-1, dtype=jnp.float32)
 
 
-def load_imbalance(routes_LBTX: chex.Array, mask_BT: chex.Array, num_experts: int) -> tuple[chex.Array, chex.Array]:
-    """Expert load over the masked tokens: (coefficient of variation, max/mean - 1), each averaged over layers."""
+def recorded(routes_LBTX: chex.Array) -> chex.Array:
+    """[B, T] bool: tokens without a -1 in any layer."""
+    return jnp.all(routes_LBTX >= 0, axis=(0, 3))
+
+
+def experts_changed(old_LBTX: chex.Array, new_LBTX: chex.Array, mask_BT: chex.Array) -> tuple[Mean, Mean]:
+    """Share of chosen experts that changed over the masked tokens of all layers; and share of tokens with a change in any layer.
+
+    A token with a -1 in `old` is not counted.
+    """
+    changed_LBT, mask_BT = changed(old_LBTX, new_LBTX), mask_BT & recorded(old_LBTX)
+    return masked_mean(changed_LBT, mask_BT[None]), masked_mean(jnp.any(changed_LBT > 0, axis=0), mask_BT)
+
+
+def by_layer(x_LBT: chex.Array, mask_BT: chex.Array) -> chex.Array:
+    """[L] mean over the masked tokens of each layer."""
+    return jnp.sum(jnp.where(mask_BT, x_LBT, 0.0), axis=(1, 2)) / jnp.maximum(jnp.sum(mask_BT), 1)
+
+
+def router_margin(logits: chex.Array, k: int) -> chex.Array:
+    """[..., E] -> [...] distance between the k-th largest router logit and the next: how far a choice is from changing. 0 for k = E."""
+    if k == logits.shape[-1]:
+        return jnp.zeros(logits.shape[:-1], logits.dtype)
+    largest = jax.lax.top_k(logits, k + 1)[0]
+    return largest[..., k - 1] - largest[..., k]
+
+
+def router_kl(old_logits: chex.Array, new_logits: chex.Array) -> chex.Array:
+    """[..., E] -> [...] KL(p_old ‖ p_new) of the routers' softmax over all experts, in nats."""
+    old_logp, new_logp = jax.nn.log_softmax(old_logits, axis=-1), jax.nn.log_softmax(new_logits, axis=-1)
+    return jnp.sum(jnp.exp(old_logp) * (old_logp - new_logp), axis=-1)
+
+
+def variance_share(x_BC: chex.Array, part_BC: chex.Array, mask_BC: chex.Array) -> chex.Array:
+    """Share of the variance of x over the mask that sits on the elements of `part`: Σ_part (x - mean)² / Σ (x - mean)²."""
+    squared_BC = jnp.square(x_BC - masked_mean(x_BC, mask_BC).value)
+    whole = jnp.sum(jnp.where(mask_BC, squared_BC, 0.0))
+    return jnp.sum(jnp.where(mask_BC & part_BC, squared_BC, 0.0)) / jnp.where(whole > 0, whole, 1.0)
+
+
+def load_by_layer(routes_LBTX: chex.Array, mask_BT: chex.Array, num_experts: int) -> tuple[chex.Array, chex.Array]:
+    """Expert load over the masked tokens, [L] each: coefficient of variation, and max/mean - 1."""
     ids_E = jnp.arange(num_experts, dtype=routes_LBTX.dtype)
     hits_LBTXE = (routes_LBTX[..., None] == ids_E) & mask_BT[None, :, :, None, None]
     load_LE = jnp.sum(hits_LBTXE, axis=(1, 2, 3), dtype=jnp.float32)
     mean_L = jnp.maximum(jnp.mean(load_LE, axis=1), 1e-9)
-    return jnp.mean(jnp.std(load_LE, axis=1) / mean_L), jnp.mean(jnp.max(load_LE, axis=1) / mean_L - 1.0)
+    return jnp.std(load_LE, axis=1) / mean_L, jnp.max(load_LE, axis=1) / mean_L - 1.0
+
+
+def load_imbalance(routes_LBTX: chex.Array, mask_BT: chex.Array, num_experts: int) -> tuple[chex.Array, chex.Array]:
+    """`load_by_layer`, averaged over layers."""
+    variation_L, peak_L = load_by_layer(routes_LBTX, mask_BT, num_experts)
+    return jnp.mean(variation_L), jnp.mean(peak_L)

@@ -2,9 +2,9 @@
 
     (tokens, cache, routes) -> (hidden, cache, routes)
 
-One module serves dense and Mixture-of-Experts models of the Qwen3, Mixtral and Llama kind; a `ModelSpec` says which. It is called
-on whole frames (learner), on prompts with an empty cache (prefill) and on one token with a full one (decode): always with the frame
-column of the first real token, from which positions and visibility follow.
+One module serves Qwen3, Qwen3-MoE, Mixtral, Llama and OLMoE; a `ModelSpec` says which (`gspo.hf_families` reads it from a config.json).
+It is called on whole frames (learner), on prompts with an empty cache (prefill) and on one token with a full one (decode): always with
+the frame column of the first real token, from which positions and visibility follow.
 """
 
 import dataclasses
@@ -26,6 +26,8 @@ class ModelSpec:
     """Everything that fixes the shape and the arithmetic of a model. Hashable, so that jit may take it as static.
 
     num_experts = 0 is a dense model of feed-forward width d_ff; else every layer holds experts of width d_expert.
+    rope_scaling is () or the four numbers of Llama 3.1's rule (`gspo.model.attention.rope_tables`). qk_norm_over is "head" (Qwen3) or
+    "projection" (OLMoE).
     dtype is that of the matmuls ("float32" or "bfloat16"); parameters, router, softmax, norms and log-probs are float32.
     """
 
@@ -41,8 +43,10 @@ class ModelSpec:
     d_expert: int = 0
     norm_topk_prob: bool = True
     rope_theta: float = 1e6
+    rope_scaling: tuple[float, ...] = ()
     rms_eps: float = 1e-6
     qk_norm: bool = True
+    qk_norm_over: str = "head"
     tie_embeddings: bool = False
     dtype: str = "float32"
     moe_backend: str = "blocked"
@@ -57,6 +61,10 @@ class ModelSpec:
             need(getattr(self, field) > 0, field, "must be positive")
         need(self.num_heads % self.num_kv_heads == 0, "num_heads", f"must be a multiple of num_kv_heads={self.num_kv_heads}")
         need(self.head_width % 2 == 0, "head_width", "must be even for rotary positions")
+        scaling = self.rope_scaling
+        need(not scaling or (len(scaling) == 4 and min(scaling) > 0 and scaling[1] < scaling[2]), "rope_scaling",
+             "give (factor, low, high, trained_length), all positive and low < high, or () for none")  # fmt: skip
+        need(self.qk_norm_over in ("head", "projection"), "qk_norm_over", "choose 'head' or 'projection'")
         need(self.dtype in ("float32", "bfloat16"), "dtype", "choose 'float32' or 'bfloat16'")
         need(self.moe_backend in BACKENDS, "moe_backend", f"choose one of {', '.join(BACKENDS)}")
         if self.num_experts:
@@ -104,12 +112,16 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)). A scan body: (carry, layer inputs) -> (carry, layer outputs)."""
 
     spec: ModelSpec
+    router_noise: float
+    router_swap: float
 
     @nn.compact
     def __call__(self, carry, layer, given_BTX, rope, visible_BTS, start):
         x_BTD, cache = carry
         s = self.spec
-        attention = Attention(s.num_heads, s.num_kv_heads, s.head_width, s.qk_norm, s.rms_eps, s.compute_dtype, name="attention")
+        attention = Attention(
+            s.num_heads, s.num_kv_heads, s.head_width, s.qk_norm, s.rms_eps, s.compute_dtype, s.qk_norm_over, name="attention"
+        )
         normed_BTD = RMSNorm(s.rms_eps, name="attention_norm")(x_BTD)
         mixed_BTD, cache = attention(normed_BTD, rope, visible_BTS, cache, layer, start)
         x_BTD = x_BTD + mixed_BTD
@@ -117,16 +129,23 @@ class Block(nn.Module):
         if not s.num_experts:
             return (x_BTD + SwiGLU(s.d_ff, s.compute_dtype, name="mlp")(h_BTD), cache), (None, None)
         moe = MoE(
-            s.num_experts, s.experts_per_token, s.d_expert, s.norm_topk_prob, s.moe_backend, s.compute_dtype, name="moe"
-        )
+            s.num_experts, s.experts_per_token, s.d_expert, s.norm_topk_prob, s.moe_backend, s.compute_dtype,
+            self.router_noise, self.router_swap, name="moe",
+        )  # fmt: skip
         y_BTD, free_BTX, logits_BTE = moe(h_BTD, given_BTX)
         return (x_BTD + y_BTD, cache), (free_BTX.astype(route_dtype(s.num_experts)), logits_BTE)
 
 
 class Transformer(nn.Module):
-    """Embedding, L blocks, final norm; `logits` maps hidden states to the vocabulary."""
+    """Embedding, L blocks, final norm; `logits` maps hidden states to the vocabulary.
+
+    router_noise, router_swap: mismatch injection, for samplers that are to differ from the learner on purpose. Standard deviation of
+    noise on the router logits, and the rate at which a token's last expert is swapped; both draw from the rng stream "router".
+    """
 
     spec: ModelSpec
+    router_noise: float = 0.0
+    router_swap: float = 0.0
 
     def setup(self):
         s = self.spec
@@ -139,11 +158,11 @@ class Transformer(nn.Module):
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "router": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=s.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(s)
+        )(s, self.router_noise, self.router_swap)
         self.final_norm = RMSNorm(s.rms_eps)
 
     def __call__(
@@ -164,7 +183,7 @@ class Transformer(nn.Module):
         chex.assert_shape(first_B, (B,))
         x_BTD = jnp.take(self.embedding, tokens_BT, axis=0).astype(s.compute_dtype)
         positions_BT = jnp.maximum(start + jnp.arange(T) - first_B[:, None], 0)
-        rope = rope_tables(positions_BT, s.head_width, s.rope_theta)
+        rope = rope_tables(positions_BT, s.head_width, s.rope_theta, s.rope_scaling)
         keys = T if cache is None else cache.k_LBSKH.shape[2]
         seen_BTS = visible(first_B, start, T, keys)
         layers = jnp.arange(s.num_layers)

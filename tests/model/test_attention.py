@@ -9,7 +9,7 @@ from gspo.model.attention import KVCache, RMSNorm, apply_rope, attend, rope_tabl
 from tests import model_oracle as oracle
 from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
-attend, apply_rope, rope_tables = jax.jit(attend), jax.jit(apply_rope), jax.jit(rope_tables, static_argnums=(1, 2))
+attend, apply_rope, rope_tables = jax.jit(attend), jax.jit(apply_rope), jax.jit(rope_tables, static_argnums=(1, 2, 3))
 
 
 def draws(seed, *shapes):
@@ -46,8 +46,19 @@ def test_rope_turns_the_pairs_half_a_head_apart():
         np.testing.assert_allclose(turned[b, t, n], expected, atol=1e-5)
 
 
+def test_scaled_rope_slows_down_long_waves_and_leaves_short_ones():
+    # Catches low and high swapped, a jump where Llama 3.1 interpolates, and wave lengths without their 2π.
+    (x,) = draws(11, (1, 1, 1, 16))
+    scaling = (8.0, 1.0, 4.0, 64.0)
+    frequency = 100.0 ** (-np.arange(0, 16, 2) / 16)
+    turns = 64 * frequency / (2 * np.pi)
+    assert (turns > 4).any() and (turns < 1).any() and ((turns > 1) & (turns < 4)).any()
+    turned = apply_rope(x, *rope_tables(np.array([[23]]), 16, 100.0, scaling))
+    np.testing.assert_allclose(turned[0, 0, 0], oracle.rope(x[0, 0, 0].astype(np.float64), 23, 100.0, scaling), atol=1e-5)
+
+
 def test_rope_makes_scores_depend_on_the_distance_alone():
-    # Catches absolute positions: with them a prompt scores differently when it stands further right in its frame.
+    # Catches queries and keys that are turned by different angles at the same position.
     q, k = draws(3, (1, 1, 1, 8), (1, 1, 1, 8))
 
     def score(q_at, k_at):

@@ -41,7 +41,8 @@ def name(case):
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_the_sampled_distribution_equals_the_sorted_loop(case):
-    # Catches cuts before the temperature, top-p that drops the token which crosses it, min-p against 1 and not the largest probability.
+    # Catches cuts before the temperature, top-p that drops the token which crosses it, min-p against 1 and not the largest
+    # probability.
     z = logits_of()
     shaped = shape_logits(z, Sampling(**case))
     found = np.exp(np.stack([log_prob(shaped, np.full(ROWS, v)) for v in range(V)], axis=1))
@@ -144,7 +145,9 @@ def test_logits_that_are_not_float32_are_refused():
         shape_logits(jnp.zeros((2, V), jnp.bfloat16), Sampling())
 
 
-@pytest.mark.parametrize(("field", "value"), [("temperature", -0.1), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", 1.0)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("temperature", -0.1), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", 1.0)]
+)
 def test_a_cut_out_of_its_range_is_a_one_line_error_that_names_the_field(field, value):
     # Catches top_p = 0, which would keep nothing, and a negative top_k that means "all" in one library and "none" in another.
     with pytest.raises(UserError, match=field) as error:

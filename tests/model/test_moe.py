@@ -75,8 +75,8 @@ def test_every_backend_equals_the_loop_over_tokens(backend):
 
 @pytest.mark.parametrize("kind", ["random", "first", "last", "even"])
 def test_backends_agree_in_value_and_all_gradients(kind):
-    # Catches a capacity ("first", "last": two experts take all, four are empty) and a buffer that is one block short ("even": 9 pairs
-    # for each expert, one more than a block of 8). 27 tokens fill no whole number of blocks.
+    # Catches a capacity ("first", "last": two experts take all, four are empty) and a buffer that is one block short ("even": 9
+    # pairs for each expert, one more than a block of 8). 27 tokens fill no whole number of blocks.
     assert_backends_agree(27, 6, 2, kind)
 
 
@@ -133,7 +133,7 @@ def test_a_block_holds_about_half_a_group_within_bounds(pairs, experts, block):
     assert block_size(pairs, experts) == block
 
 
-@pytest.mark.parametrize("backend", ["blocked"] + [pytest.param(backend, marks=pytest.mark.slow) for backend in ("dense", "ragged")])
+@pytest.mark.parametrize("backend", ["blocked"] + [pytest.param(name, marks=pytest.mark.slow) for name in ("dense", "ragged")])
 def test_under_replay_gradients_reach_the_router_and_exactly_the_experts_that_ran(backend):
     # Catches a stop_gradient around the gates, weights that get a gradient without having run, and replay that runs free choices.
     moe = MoE(4, 2, F, True, backend, jnp.float32)

@@ -5,7 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspo.model.routing import experts_changed, load_imbalance, route, route_dtype, top_k_experts
+from gspo.model.routing import (
+    by_layer,
+    experts_changed,
+    load_imbalance,
+    route,
+    route_dtype,
+    router_kl,
+    router_margin,
+    swap_experts,
+    top_k_experts,
+    variance_share,
+)
 from tests import model_oracle as oracle
 from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
@@ -148,11 +159,63 @@ def test_load_imbalance_equals_a_count(experts):
     np.testing.assert_allclose(measured, oracle.count_load(routes, mask_BT, experts), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("experts", "dtype"), [(1, jnp.int8), (8, jnp.int8), (128, jnp.int8), (129, jnp.int16), (512, jnp.int16)])
+@pytest.mark.parametrize(("experts", "dtype"), [(1, jnp.int8), (128, jnp.int8), (129, jnp.int16), (300, jnp.int16)])
 def test_routes_are_stored_in_the_smallest_type_that_holds_them_and_minus_one(experts, dtype):
     # Catches an unsigned type, which has no -1, and an int8 for 129 experts, whose last index would be -128.
     assert route_dtype(experts) == dtype
     assert jnp.iinfo(route_dtype(experts)).max >= experts - 1 and jnp.iinfo(route_dtype(experts)).min <= -1
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_the_margin_is_the_distance_from_the_last_chosen_expert_to_the_next(k):
+    # Catches a distance to the first choice, or between the chosen ones. With k = E there is no next.
+    z = logits_of(9)
+    falling = -np.sort(-z, axis=1)
+    expected = falling[:, k - 1] - falling[:, k] if k < E else np.zeros(M)
+    np.testing.assert_allclose(router_margin(z, k), expected, rtol=1e-6)
+
+
+def test_the_router_kl_is_that_of_the_old_softmax_to_the_new_one():
+    # Catches the two swapped, and a KL over the chosen experts alone. It is 0 for logits that differ by a constant.
+    old, new = logits_of(10), logits_of(11)
+    expected = []
+    for m in range(M):
+        p, q = oracle.softmax(old[m].astype(np.float64)), oracle.softmax(new[m].astype(np.float64))
+        expected.append(sum(p[e] * np.log(p[e] / q[e]) for e in range(E)))
+    np.testing.assert_allclose(router_kl(old, new), expected, rtol=1e-5)
+    np.testing.assert_allclose(router_kl(old, old + 3), 0, atol=1e-6)
+
+
+def test_means_by_layer_count_masked_tokens_only():
+    # Catches padding in a mean, or NaN under it that gets out, and an average over layers.
+    rng = np.random.default_rng(12)
+    x, mask = rng.standard_normal((3, 2, 4)).astype(np.float32), rng.random((2, 4)) < 0.6
+    expected = [np.mean([x[l, b, t] for b, t in np.ndindex(2, 4) if mask[b, t]]) for l in range(3)]
+    np.testing.assert_allclose(by_layer(np.where(mask, x, np.nan), mask), expected, rtol=1e-5)
+
+
+def test_the_share_of_variance_is_a_sum_of_squares_around_the_common_mean():
+    # Catches squares around each part's own mean, a share of tokens for a share of variance, NaN past the end of a row.
+    rng = np.random.default_rng(14)
+    x, part, mask = rng.standard_normal((3, 5)).astype(np.float32), rng.random((3, 5)) < 0.4, rng.random((3, 5)) < 0.7
+    mean = np.mean(x[mask])
+    expected = np.sum((x[mask & part] - mean) ** 2) / np.sum((x[mask] - mean) ** 2)
+    assert float(variance_share(np.where(mask, x, np.nan), part, mask)) == pytest.approx(expected, rel=1e-5)
+    assert float(variance_share(np.ones((3, 5), np.float32), part, mask)) == 0
+
+
+def test_swapped_experts_are_others_at_the_rate_asked_for():
+    # Catches a swap to an expert that runs already (it would run twice), a biased pick, and coins shared by all tokens.
+    tokens, E, rate = 6000, 5, 0.3
+    chosen = np.stack([np.random.default_rng(15).permutation(E)[:2] for _ in range(tokens)]).astype(np.int32)
+    swapped = np.asarray(jax.jit(swap_experts, static_argnums=(2, 3))(jax.random.key(0), chosen, E, rate))
+    np.testing.assert_array_equal(swapped[:, 0], chosen[:, 0])
+    assert (swapped[:, 0] != swapped[:, 1]).all()
+    moved = swapped[:, 1] != chosen[:, 1]
+    assert moved.mean() == pytest.approx(rate, abs=0.03)
+    counts = np.bincount(swapped[moved, 1], minlength=E)
+    others = [e for e in range(E) if e not in chosen[0]]
+    assert counts[chosen[0]].sum() == 0 and counts[others].min() > 0.28 * moved.sum()
 
 
 def test_tokens_are_routed_one_by_one():

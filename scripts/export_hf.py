@@ -1,0 +1,88 @@
+"""Writes the parameters of a run as a Hugging Face folder, which `transformers`, vLLM and scripts/import_hf.py load.
+
+    python scripts/export_hf.py --checkpoint=runs/gspo --out=exports/gspo --dtype=bfloat16
+
+--checkpoint is a workdir (its latest checkpoint is taken), or the folder of one step in it, or what scripts/import_hf.py wrote. The
+model is described by the config.json or model.json beside it. The tokenizer's files, and the keys of config.json that are no matter of
+ours, are taken over from --tokenizer-dir; default: the folder of the run's tokenizer, where it has one.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gspo import hf
+from gspo.checkpoint import restore_params
+from gspo.data.tokenizer import make_tokenizer
+from gspo.hf_families import family_of
+from gspo.model.transformer import ModelSpec
+from gspo.sharding import make_mesh, parse_sizes
+from gspo.types import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkpoint", "--workdir", required=True, help="a workdir, or the folder of one step in it")
+    parser.add_argument("--out", required=True, help="folder to write; must be new or empty")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the tensors; float32 loses nothing")
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file, in 10^9 bytes")
+    parser.add_argument("--tokenizer-dir", default=None, help="folder whose tokenizer files are taken over")
+    parser.add_argument("--mesh", default="", help="devices along mesh axes, as in fsdp=8; default: the first device")
+    return parser.parse_args(argv)
+
+
+def describe(checkpoint: Path) -> tuple[ModelSpec, Path | None]:
+    """The model of a checkpoint folder and the folder of its tokenizer, from the model.json or config.json at or above it."""
+    for folder in (checkpoint, *checkpoint.absolute().parents[:2]):
+        for name in ("model.json", "config.json"):
+            if (folder / name).is_file():
+                return _described_by(folder / name)
+    raise UserError(f"--checkpoint={checkpoint}: there is no config.json or model.json in it or above it")
+
+
+def _described_by(path: Path) -> tuple[ModelSpec, Path | None]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        imported = path.name == "model.json"
+        fields = content if imported else content["model"]
+        fields = {field: tuple(value) if isinstance(value, list) else value for field, value in fields.items()}
+        tokenizer = str(path.parent / "hf") if imported else content["tokenizer"]
+        if not fields.get("vocab_size"):
+            fields["vocab_size"] = make_tokenizer(tokenizer).vocab_size
+        spec = ModelSpec(**fields)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not describe a model: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+    source = Path(tokenizer) if not tokenizer.startswith("chars:") and Path(tokenizer).exists() else None
+    return spec, source.parent if source and source.is_file() else source
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    if args.shard_gb <= 0:
+        raise UserError(f"--shard-gb={args.shard_gb}: must be positive")
+    if args.tokenizer_dir and not Path(args.tokenizer_dir).is_dir():
+        raise UserError(f"--tokenizer-dir={args.tokenizer_dir}: there is no such folder")
+    spec, source = describe(Path(args.checkpoint))
+    name = family_of(spec)
+    mesh = make_mesh(parse_sizes(args.mesh))
+    step, params = restore_params(args.checkpoint, hf.abstract_params(spec, mesh))
+    carried = hf.export_params(
+        params, spec, args.out, dtype=args.dtype, shard_bytes=int(args.shard_gb * 1e9), source=args.tokenizer_dir or source
+    )
+    print(f"{args.out}: {name} of step {step}, {args.dtype}; carried over: {', '.join(carried) or 'no tokenizer files'}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,81 @@
+"""Makes a checkpoint of a Hugging Face folder, to start runs from.
+
+    python scripts/import_hf.py --model-dir=models/Qwen3-0.6B --out=runs/qwen3-0.6b
+
+The folder holds config.json and safetensors; Qwen3, Qwen3-MoE, Mixtral, Llama and OLMoE are known. Writes under --out:
+
+    checkpoints/0/   the parameters, for config.init_from
+    hf/              config.json and the tokenizer's files, for config.tokenizer and for scripts/export_hf.py
+    model.json       the fields of config.model
+
+and prints the flags that start a run from it. --mesh=fsdp=8 (axes data, fsdp, expert, tensor; -1: the rest) reads the weights straight
+into their shardings over several devices.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+
+from gspo import hf
+from gspo.checkpoint import Checkpointer
+from gspo.hf_families import family_of, read_config, spec_from_hf
+from gspo.sharding import make_mesh, parse_sizes
+from gspo.types import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model-dir", required=True, help="folder with config.json and safetensors")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--mesh", default="", help="devices along mesh axes, as in fsdp=8; default: the first device")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    folder, out = Path(args.model_dir), Path(args.out)
+    if not folder.is_dir():
+        raise UserError(f"--model-dir={folder}: there is no such folder")
+    if (out / "checkpoints").exists():
+        raise UserError(f"--out={out} already holds checkpoints: choose another folder")
+    spec = spec_from_hf(read_config(folder))
+    params = hf.import_params(folder, spec, hf.abstract_params(spec, make_mesh(parse_sizes(args.mesh))))
+    try:
+        (out / "hf").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / "config.json", out / "hf" / "config.json")
+        carried = hf.carry_over(folder, out / "hf")
+        (out / "model.json").write_text(json.dumps(dataclasses.asdict(spec), indent=2) + "\n")
+        with Checkpointer(out, keep_last=1, async_save=False) as checkpointer:
+            checkpointer.save(0, {"params": params}, {"imported_from": str(folder)})
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror}") from None
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(f"{out}: {family_of(spec)}, {spec.num_layers} layers, {count:,} parameters")
+    flags = {f"model.{field}": value for field, value in dataclasses.asdict(spec).items()}
+    flags |= {"init_from": str(out)} | ({"tokenizer": str(out / "hf")} if "tokenizer.json" in carried else {})
+    print("start from it with: " + " ".join(f"--config.{field}={_flag(value)}" for field, value in flags.items()))
+    return 0
+
+
+def _flag(value) -> str:
+    """A value as the shell and config_flags read it."""
+    return f"'{value}'" if isinstance(value, tuple) else str(value)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,114 @@
+"""pass@1 and pass@k against counts by hand, and the evaluation of a finished run."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from gspo import build, rl
+from gspo.evaluate import evaluate_workdir, make_evaluator
+from gspo.types import Rollout, UserError
+from tests.tiny_runs import command, contents, kept_compiles, rl_config  # noqa: F401 - fixtures
+
+K, C = 4, 6
+
+
+def written(texts_Qk, tokenizer, prompt_QP, prompt_lengths_Q, truncated=()):
+    """The rollout in which row r of prompt q is texts_Qk[q][r]; an end-of-sequence token follows it unless it was cut off."""
+    rows, lengths, cut = [], [], []
+    for text in (text for texts in texts_Qk for text in texts):
+        ids = tokenizer.encode(text) + ([] if text in truncated else [tokenizer.eos_ids[0]])
+        lengths.append(len(ids))
+        cut.append(text in truncated)
+        rows.append(ids + [tokenizer.pad_id] * (C - len(ids)))
+    tokens_BT = np.concatenate([np.repeat(np.asarray(prompt_QP), K, axis=0), np.array(rows)], axis=1)
+    return Rollout(tokens_BT, np.repeat(prompt_lengths_Q, K), np.array(lengths), np.zeros((len(rows), C)), None, np.array(cut), C)
+
+
+@pytest.mark.parametrize(("count", "num_prompts"), [(5, 2), (5, 8), (4, 4), (1, 4)])
+def test_pass_at_1_and_pass_at_k_are_those_counted_by_hand(tmp_path, count, num_prompts):
+    # Catches rows of one prompt counted for another, the surplus of the last call counted too, pass@k of a mean, half rewards taken
+    # for correct, lengths without the end token.
+    config = rl_config(tmp_path, num_prompts=num_prompts, **{"eval.num_prompts": count, "eval.num_generations_eval": K})
+    tokenizer = build.tokenizer(config)
+    rng, seen = np.random.default_rng(0), []
+
+    def sampler(params, prompt_QP, prompt_lengths_Q, key):
+        assert len(prompt_QP) == min(count, num_prompts)
+        texts_Qk = []
+        for row, length in zip(np.asarray(prompt_QP), np.asarray(prompt_lengths_Q), strict=True):
+            prompt = tokenizer.decode(row[-length:])
+            right = prompt[-2]
+            texts_Qk.append([right if solved else rng.choice(["", "0101", right * 2, "111111"]) for solved in rng.random(K) < 0.4])
+            seen.append((prompt, texts_Qk[-1]))
+        return written(texts_Qk, tokenizer, prompt_QP, prompt_lengths_Q, truncated=("111111",))
+
+    metrics, samples = make_evaluator(config, build.mesh(config), build.model(config, tokenizer), tokenizer, sampler=sampler)({})
+    drawn = seen[:count]
+    solved = [[text == prompt[-2] for text in texts] for prompt, texts in drawn]
+    texts = [text for _, row in drawn for text in row]
+    means = [sum(row) / K for row in solved]
+    assert metrics["eval/pass@1"] == pytest.approx(sum(map(sum, solved)) / (count * K))
+    assert metrics["eval/pass@4"] == pytest.approx(sum(map(any, solved)) / count)
+    spread = (sum((m - sum(means) / count) ** 2 for m in means) / (count - 1) / count) ** 0.5 if count > 1 else 0
+    assert metrics["eval/pass@1_stderr"] == pytest.approx(spread)
+    assert metrics["eval/mean_length"] == pytest.approx(np.mean([min(len(text) + 1, C) for text in texts]))
+    assert metrics["eval/clipped_ratio"] == pytest.approx(np.mean([len(text) == C for text in texts]))
+    assert [(s["prompt"], s["completion"]) for s in samples] == [(prompt, texts[0]) for prompt, texts in drawn]
+    assert [s["reward"] for s in samples] == [float(row[0]) for row in solved]
+
+
+def test_every_call_draws_the_same_prompts_with_the_same_keys_and_calls_differ(tmp_path):
+    # Catches evaluations that cannot be compared because their noise differs, and batches of one evaluation that share theirs.
+    config = rl_config(tmp_path, **{"eval.num_prompts": 8})
+    tokenizer = build.tokenizer(config)
+    calls = []
+
+    def sampler(params, prompt_QP, lengths_Q, key):
+        calls.append((np.asarray(prompt_QP).tolist(), jax.random.key_data(key).tolist()))
+        return written([["0"] * K] * len(prompt_QP), tokenizer, prompt_QP, lengths_Q)
+
+    evaluate = make_evaluator(config, build.mesh(config), build.model(config, tokenizer), tokenizer, sampler=sampler)
+    evaluate({})
+    evaluate({})
+    assert len(calls) == 4 and calls[:2] == calls[2:]
+    assert calls[0][1] != calls[1][1] and calls[0][0] != calls[1][0]
+
+
+def test_evaluation_reads_the_evaluation_split_and_the_reward_of_the_task(tmp_path):
+    # Catches evaluation on training prompts, or by a reward that was shaped for training.
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"prompt": {"train": "0=", "test": "1="}[split], "answer": "1"}) + "\n")
+    config = rl_config(tmp_path, **{"task.name": f"jsonl:{tmp_path}/{{split}}.jsonl", "rewards": ("format_hash",)})
+    tokenizer = build.tokenizer(config)
+
+    def sampler(params, prompt_QP, lengths_Q, key):
+        return written([["1"] * K], tokenizer, prompt_QP, lengths_Q)
+
+    evaluate = make_evaluator(config, build.mesh(config), build.model(config, tokenizer), tokenizer, sampler=sampler)
+    metrics, samples = evaluate({})
+    assert metrics["eval/pass@1"] == 1 and samples[0]["prompt"] == "1="
+
+
+@pytest.mark.parametrize("field", ["eval.num_prompts", "eval.num_generations_eval"])
+def test_an_evaluation_of_nothing_is_refused(tmp_path, field):
+    # Catches a mean over no prompts, which is NaN.
+    config = rl_config(tmp_path, **{field: 0})
+    with pytest.raises(UserError, match=f"{field}=0: must be positive"):
+        rl.prepare(config)
+
+
+def test_a_finished_run_is_evaluated_as_the_run_evaluated_itself_and_left_alone(tmp_path, command):  # noqa: F811
+    # Catches other parameters than the last ones, other prompts or other noise than in training, and a script that writes.
+    line = rl.train(rl_config(tmp_path), tmp_path / "run")
+    before = contents(tmp_path / "run")
+    step, metrics, samples = evaluate_workdir(rl_config(tmp_path), tmp_path / "run")
+    assert step == 3 and metrics == line and len(samples) == 4
+    (tmp_path / "config.py").write_text(f"from tests.tiny_runs import rl_config\nget_config = lambda: rl_config({str(tmp_path)!r})\n")
+    code, stdout, stderr = command("evaluate", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run")
+    *printed, last = map(json.loads, stdout.splitlines())
+    assert (code, stderr) == (0, "") and last == {"step": 3} | metrics and printed == samples[:2]
+    code, stdout, stderr = command("evaluate", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/nowhere")
+    assert (code, stdout) == (2, "") and stderr.startswith(f"error: no checkpoint in {tmp_path}/nowhere") and stderr.count("\n") == 1
+    assert contents(tmp_path / "run") == before and not (tmp_path / "nowhere").exists()
