@@ -1,0 +1,136 @@
+"""Routing drift during training, and routing replay under injected mismatch between sampler and learner.
+
+python experiments/routing_drift.py --config=configs/routing_drift.py --workdir=runs/routing_drift
+
+Leaves drift.png (routing change per update; variance of token and sequence log-ratios by length), replay.md (a table), and the runs.
+
+FINDINGS
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+import compare
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+from ml_collections import ConfigDict
+
+from gspo import cli, rl, sft
+from gspo.metrics import Timer, read_jsonl
+from gspo.microbatch import minibatch
+
+COLUMNS = (
+    "sampler", "replay", "experts that differ: sampler, learner", "experts replayed otherwise", "sampler-learner k3",
+    "max |Δ log p|", "token log-ratio variance after 3 updates",
+)  # fmt: skip
+
+
+def main() -> None:
+    config, workdir = cli.FLAGS.config, Path(cli.FLAGS.workdir)
+    options = {"allow_changed_config": cli.FLAGS.allow_changed_config}
+    cold = workdir / "cold"
+    sft.train(config.cold_start, str(cold), title="cold start", **options)
+
+    drift = changed(config.base, cold)
+    rl.train(drift, str(workdir / "drift"), title="drift", **options)
+    (workdir / "by_length.json").write_text(json.dumps(variance_by_length(drift, rollouts=config.mismatch_rollouts)))
+    draw(read_jsonl(workdir / "drift" / "metrics.jsonl"), json.loads((workdir / "by_length.json").read_text()), workdir / "drift.png")
+
+    rows = []
+    for injection, mismatch in config.injections.items():
+        for mode in config.modes:
+            arm = changed(config.base, cold, num_rollouts=config.mismatch_rollouts, mismatch=mismatch, router_replay={"mode": mode})
+            arm.eval.num_prompts = arm.num_prompts
+            folder = workdir / f"{injection} {mode}".replace(" ", "_").replace("%", "")
+            rl.train(arm, str(folder), title=f"{injection}, {mode}", **options)
+            rows.append(row(injection, mode, [line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]))
+            (workdir / "replay.md").write_text(compare.markdown(rows, COLUMNS))
+    compare.show(rows, COLUMNS)
+
+
+def changed(base: ConfigDict, cold: Path, **changes) -> ConfigDict:
+    config = ConfigDict(base.to_dict())
+    config.update({name: value.to_dict() if isinstance(value, ConfigDict) else value for name, value in changes.items()})
+    config.init_from = str(cold)
+    return config
+
+
+def row(injection: str, mode: str, lines: list[dict]) -> list[str]:
+    """Means over the rollouts. Under R3 the experts that run are the sampler's, by definition none of them is replayed otherwise."""
+
+    def mean(name):
+        return statistics.mean(line[name] for line in lines)
+
+    differ = mean("routing/sampler_experts_changed")
+    return [
+        injection,
+        mode,
+        f"{differ:.2%}",
+        "0%" if mode == "R3" else f"{differ:.2%}",
+        f"{mean('sampler/k3'):.2e}",
+        f"{mean('sampler/abs_max'):.3f}",
+        f"{mean('log_ratio/token_var'):.2e}",
+    ]
+
+
+def variance_by_length(config: ConfigDict, rollouts: int) -> dict[str, list[float]]:
+    """Variance of token log-ratios and of log s_i, over prefixes of the completions of 1, 2, ... tokens, after 3 updates of a rollout.
+
+    A prefix of n tokens stands for a completion of length n: log s is then the mean of its n token log-ratios.
+    """
+    run = rl.prepare(config)
+    state = rl.build.initial_state(config, run.init, run.abstract)
+    key = jax.random.fold_in(jax.random.key(config.seed), rl.ROLLOUT_STREAM)
+    token_parts, cursor = [], 0
+    for index in range(rollouts):
+        experience = run.collector(state, cursor, jax.random.fold_in(key, index), Timer())
+        cursor = experience.next_cursor
+        for j in range(config.updates_per_rollout):
+            if j == config.updates_per_rollout - 1:
+                part = minibatch(experience.batch, j, config.updates_per_rollout)
+                now = run.collector.scorer(state.params, part.tokens_BT, part.prompt_lengths_B)
+                gap_BC = np.where(part.loss_mask_BC, now.logp_BC - part.old_logp_BC, np.nan)
+                token_parts.append(gap_BC)
+            state, _ = run.train_step(state, minibatch(experience.batch, j, config.updates_per_rollout))
+    gaps_BC = np.concatenate(token_parts)
+    lengths = range(1, int(np.nanmax(np.sum(~np.isnan(gaps_BC), axis=1))) + 1)
+    whole = [gaps_BC[~np.isnan(gaps_BC[:, n - 1])][:, :n] for n in lengths]
+    return {
+        "length": [n for n, rows in zip(lengths, whole, strict=True) if len(rows) > 50],
+        "token": [float(rows.var()) for rows in whole if len(rows) > 50],
+        "sequence": [float(rows.mean(axis=1).var()) for rows in whole if len(rows) > 50],
+    }
+
+
+def draw(lines: list[dict], lengths: dict[str, list[float]], out: Path) -> None:
+    updates = [line for line in lines if "loss" in line]
+    steps = [line["step"] for line in updates]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    for name, label, color in (
+        ("routing/experts_changed_per_update", "after 1 update", "#56B4E9"), ("routing/experts_changed", "after 3 updates", "#0072B2"),
+    ):  # fmt: skip
+        left.plot(steps, [100 * line[name] for line in updates], color=color, label=label)
+    left.set(xlabel="Rollout", ylabel="Experts changed [%]", ylim=(0, None))
+    layers = np.array([line["routing/experts_changed_by_layer"] for line in updates])
+    for layer in range(layers.shape[1]):
+        shade = plt.get_cmap("viridis")(layer / max(layers.shape[1] - 1, 1) * 0.85)
+        middle.plot(steps, 100 * layers[:, layer], color=shade, label=f"layer {layer + 1}")
+    middle.set(xlabel="Rollout", ylabel="Experts changed, by layer [%]", ylim=(0, None))
+    right.plot(lengths["length"], lengths["token"], color="#D55E00", label="token log-ratios")
+    right.plot(lengths["length"], lengths["sequence"], color="#0072B2", label="log s, the sequence's mean")
+    reference = np.array(lengths["token"]) / np.array(lengths["length"])
+    right.plot(lengths["length"], reference, color="0.6", linestyle="--", label="token variance / length")
+    right.set(xlabel="Length [tokens]", ylabel="Variance of log-ratio", yscale="log")
+    for letter, axes in zip("abc", (left, middle, right), strict=True):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(letter, loc="left", fontweight="bold", fontsize=10)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(out, dpi=200)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    cli.define_flags()
+    cli.run(main, needs="injections")
