@@ -82,7 +82,7 @@ def common() -> ConfigDict:
         )
     )
     config.checkpoint = ConfigDict(dict(every=5, keep_last=2, keep_best=True))
-    config.log = ConfigDict(dict(samples_every=5, num_samples=2, router_kl=False, tensorboard=False, wandb=False))
+    config.log = ConfigDict(dict(num_samples=2, tensorboard=False, wandb=False))
     return config
 
 
@@ -153,5 +153,6 @@ def rl() -> ConfigDict:
     config.mismatch = ConfigDict(  # a sampler that differs from the learner on purpose; gspo/mismatch.py explains
         dict(params="float32", router_noise=0.0, expert_swap=0.0, stale_rollouts=0)
     )
+    config.log.update(samples_every=5, router_kl=False)  # rollouts between samples; whether the routers' KL is measured
     config.check_tolerance = placeholder(float)  # largest |log-ratio| allowed before the first update; None: by dtype
     return config

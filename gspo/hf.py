@@ -204,6 +204,8 @@ def export_params(
             total = sum(leaf.size for leaf in leaves.values()) * kind.itemsize
             weight_map = {row.tensor(at): file for file, shard in zip(files, shards, strict=True) for row, at in shard}
             (out / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
+            for file in files:
+                shutil.copymode(out / INDEX, out / file)  # the library's are for their owner only
             carried = carry_over(source, out) if source else []
             (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     except OSError as error:

@@ -31,6 +31,20 @@ class DecodeState:
     routes_LBTX: chex.Array | None
 
 
+def append(state: DecodeState, token_B: chex.Array, logp_B: chex.Array, eos_ids: Sequence[int], pad_id: int) -> DecodeState:
+    """Writes one token to every row that has not ended; pads the others."""
+    live_B = ~state.ended_B
+    at = (0, state.step)
+    is_end_B = jnp.any(token_B[:, None] == jnp.asarray(eos_ids, jnp.int32), axis=1)
+    return state.replace(
+        step=state.step + 1,
+        tokens_BC=jax.lax.dynamic_update_slice(state.tokens_BC, jnp.where(live_B, token_B, pad_id)[:, None], at),
+        logp_BC=jax.lax.dynamic_update_slice(state.logp_BC, jnp.where(live_B, logp_B, 0.0)[:, None], at),
+        lengths_B=state.lengths_B + live_B,
+        ended_B=state.ended_B | is_end_B,
+    )
+
+
 def make_sampler(
     model: Transformer,
     *,
@@ -60,19 +74,6 @@ def make_sampler(
         token_B = jax.random.categorical(jax.random.fold_in(key, step), logits_BV).astype(jnp.int32)
         return token_B, log_prob(logits_BV, token_B)
 
-    def put(state: DecodeState, token_B, logp_B) -> DecodeState:
-        """Writes one token to every row that has not ended."""
-        live_B = ~state.ended_B
-        at = (0, state.step)
-        is_end_B = jnp.any(token_B[:, None] == jnp.asarray(eos_ids, jnp.int32), axis=1)
-        return state.replace(
-            step=state.step + 1,
-            tokens_BC=jax.lax.dynamic_update_slice(state.tokens_BC, jnp.where(live_B, token_B, pad_id)[:, None], at),
-            logp_BC=jax.lax.dynamic_update_slice(state.logp_BC, jnp.where(live_B, logp_B, 0.0)[:, None], at),
-            lengths_B=state.lengths_B + live_B,
-            ended_B=state.ended_B | is_end_B,
-        )
-
     def sample(params, prompt_QP, prompt_lengths_Q, key) -> Rollout:
         Q, P = prompt_QP.shape
         B, T = Q * G, P + C
@@ -96,7 +97,7 @@ def make_sampler(
             cache=out.cache.fan_out(G, T),
             routes_LBTX=routes_LBTX,
         )
-        state = put(state, *draw(params, key, jnp.repeat(out.hidden_BTD[:, -1], G, axis=0), state.step))
+        state = append(state, *draw(params, key, jnp.repeat(out.hidden_BTD[:, -1], G, axis=0), state.step), eos_ids, pad_id)
 
         # Decode: feed the last token, draw the next.
         def body(state: DecodeState) -> DecodeState:
@@ -107,7 +108,7 @@ def make_sampler(
             if routes_LBTX is not None:
                 routes_LBTX = jax.lax.dynamic_update_slice(routes_LBTX, out.routes_LBTX, (0, 0, column, 0))
             state = state.replace(cache=out.cache, routes_LBTX=routes_LBTX)
-            return put(state, *draw(params, key, out.hidden_BTD[:, 0], state.step))
+            return append(state, *draw(params, key, out.hidden_BTD[:, 0], state.step), eos_ids, pad_id)
 
         state = jax.lax.while_loop(lambda s: (s.step < C) & ~jnp.all(s.ended_B), body, state)
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from gspo import cli, rl
+from gspo import cli
 from tests.tiny_runs import ROOT, command, contents, kept_compiles  # noqa: F401 - fixtures
 
 CONFIG_FILE = """
@@ -153,7 +153,7 @@ RL_MISTAKES = [
     ("init_from=/nowhere", "no checkpoint in /nowhere: no such folder"),
 ]  # fmt: skip
 SFT_MISTAKES = [
-    ("micro_batch_size=3", "micro_batch_size=3: must divide the 4 rows of a batch .batch_size"),
+    ("micro_batch_size=3", "micro_batch_size=3: must divide the 8 rows of a batch .batch_size"),
     ("batch_size=0", "batch_size=0: must be positive"),
     ("num_updates=0", "num_updates=0: must be positive"),
     ("max_completion_length=1", "14 of 14 demonstrations are longer than max_completion_length=1"),
@@ -237,4 +237,3 @@ def test_a_second_ctrl_c_ends_the_run_at_once():
     with pytest.raises(KeyboardInterrupt), cli.StopSignal():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-    assert rl.StopSignal is cli.StopSignal

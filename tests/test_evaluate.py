@@ -8,22 +8,10 @@ import pytest
 
 from gspo import build, rl
 from gspo.evaluate import evaluate_workdir, make_evaluator
-from gspo.types import Rollout, UserError
-from tests.tiny_runs import command, contents, kept_compiles, rl_config  # noqa: F401 - fixtures
+from gspo.types import UserError
+from tests.tiny_runs import command, contents, kept_compiles, rl_config, written  # noqa: F401 - fixtures
 
 K, C = 4, 6
-
-
-def written(texts_Qk, tokenizer, prompt_QP, prompt_lengths_Q, truncated=()):
-    """The rollout in which row r of prompt q is texts_Qk[q][r]; an end-of-sequence token follows it unless it was cut off."""
-    rows, lengths, cut = [], [], []
-    for text in (text for texts in texts_Qk for text in texts):
-        ids = tokenizer.encode(text) + ([] if text in truncated else [tokenizer.eos_ids[0]])
-        lengths.append(len(ids))
-        cut.append(text in truncated)
-        rows.append(ids + [tokenizer.pad_id] * (C - len(ids)))
-    tokens_BT = np.concatenate([np.repeat(np.asarray(prompt_QP), K, axis=0), np.array(rows)], axis=1)
-    return Rollout(tokens_BT, np.repeat(prompt_lengths_Q, K), np.array(lengths), np.zeros((len(rows), C)), None, np.array(cut), C)
 
 
 @pytest.mark.parametrize(("count", "num_prompts"), [(5, 2), (5, 8), (4, 4), (1, 4)])

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from gspo.learner import make_ref_sync, make_scorer, make_train_step, negative_log_likelihood, score_completions
+from gspo.learner import Scores, make_ref_sync, make_scorer, make_train_step, negative_log_likelihood, score_completions
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer
 from gspo.objectives import preset
@@ -47,23 +47,26 @@ def frame(rows, prompt_width=P, width=C, seed=1):
 
 @functools.cache
 def old_policy():
-    """Old log-probs of each row: those of MOE and a drift of some percent per token. And the routes of the real tokens."""
+    """Of each row: old log-probs, those of MOE and a drift of some percent per token; routes; router logits, drifted too."""
     exact, rng = oracle.float64(oracle.build(MOE)[1]), np.random.default_rng(8)
     logps = [oracle.score(exact, MOE, *row, temperature=0.8)[0] + 0.05 * rng.standard_normal(len(row[1])) for row in rows_of()]
-    return logps, [oracle.decoder(exact, MOE, [*prompt, *completion])[1] for prompt, completion in rows_of()]
+    routed = [oracle.decoder(exact, MOE, [*prompt, *completion])[1:] for prompt, completion in rows_of()]
+    return logps, [routes for routes, _ in routed], [z + 0.3 * rng.standard_normal(z.shape) for _, z in routed]
 
 
 def make_batch(prompt_width=P, width=C, order=range(B), recorded=True):
     """The rows above in a frame of any width; junk, NaN included, wherever no real token stands. recorded: routes, else -1."""
-    rows, (old_logps, row_routes) = rows_of(), old_policy()
+    rows, (old_logps, row_routes, router_logits) = rows_of(), old_policy()
     order = list(order)
     old_BC = np.full((B, width), np.nan, np.float32)
     routes = np.full((2, B, prompt_width + width, 2), -1, np.int8)
+    old_router = np.full((2, B, prompt_width + width, 5), np.nan, np.float32)
     for b, i in enumerate(order):
         old_BC[b, : LENGTHS[i]] = old_logps[i]
-        first = prompt_width - PROMPT_LENGTHS[i]
+        columns = slice(prompt_width - PROMPT_LENGTHS[i], prompt_width + LENGTHS[i])
+        old_router[:, b, columns] = router_logits[i]
         if recorded:
-            routes[:, b, first : first + row_routes[i].shape[1]] = row_routes[i]
+            routes[:, b, columns] = row_routes[i]
     mask_BC = np.arange(width) < LENGTHS[order][:, None]
     return Batch(
         tokens_BT=frame([rows[i] for i in order], prompt_width, width, seed=prompt_width + order[0]),
@@ -73,6 +76,7 @@ def make_batch(prompt_width=P, width=C, order=range(B), recorded=True):
         advantages_BC=np.where(mask_BC, ADVANTAGES[order][:, None], 0),
         old_logp_BC=old_BC,
         routes_LBTX=routes,
+        old_router_logits_LBTE=old_router,
     )
 
 
@@ -94,7 +98,9 @@ def step_of(spec, objective, micro_batch_size=2, chunk=4):
 
 @functools.cache
 def scorer_of(micro_batch_size):
-    return make_scorer(Transformer(MOE), completion_width=C, sampling=WARM, chunk=128, micro_batch_size=micro_batch_size)
+    return make_scorer(
+        Transformer(MOE), completion_width=C, sampling=WARM, chunk=128, micro_batch_size=micro_batch_size, keep=Scores._fields
+    )
 
 
 def fresh_state(spec):
@@ -158,6 +164,7 @@ def test_a_scorer_in_micro_batches_returns_the_rows_in_their_order(micro_batch_s
     routes = np.random.default_rng(9).integers(0, 5, (2, B, T, 2)).astype(np.int8)
     rows = frame(rows_of()), PROMPT_LENGTHS.astype(np.int32), routes
     whole, parts = (scorer_of(size)(params, *rows) for size in (0, micro_batch_size))
+    assert parts.router_kl_LBT is None and whole.margin_LBT.shape == (2, B, T)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6), parts, whole)
     assert parts.routes_LBTX.shape == (2, B, T, 2) and parts.router_logp_LBCX.shape == (2, B, C, 2)
     exact = oracle.float64(params)
@@ -178,7 +185,7 @@ def test_loss_and_gradient_of_a_step_equal_the_float64_loss_of_the_float64_model
     # Catches whatever stands between the two: chunks, micro-batches (a mean of means: rows have 6, 1, 3 and 4 tokens),
     # temperature, masks, replay, and NaN under the padding.
     spec = case[0]
-    exact, (old_logps, routes) = oracle.float64(oracle.build(spec)[1]), old_policy()
+    exact, (old_logps, routes, _) = oracle.float64(oracle.build(spec)[1]), old_policy()
 
     def exact_loss(params):
         given = routes if spec.num_experts else [None] * B
@@ -266,10 +273,19 @@ def test_other_routes_give_another_loss_and_are_not_what_drift_is_measured_on():
     exact = oracle.float64(oracle.build(MOE)[1])
     free = np.zeros_like(routes)
     real_BT = np.zeros((B, T), bool)
+    kl, margin = [], []  # [2] for each real token
     for b, (prompt, completion) in enumerate(rows_of()):
         columns = slice(P - len(prompt), P + len(completion))
-        free[:, b, columns] = oracle.decoder(exact, MOE, [*prompt, *completion], routes[:, b, columns])[1]
+        _, free[:, b, columns], z = oracle.decoder(exact, MOE, [*prompt, *completion], routes[:, b, columns])
         real_BT[b, columns] = True
+        for t in range(z.shape[1]):
+            old_z = old_policy()[2][b][:, t]
+            p, q = [oracle.softmax(old) for old in old_z], [oracle.softmax(new) for new in z[:, t]]
+            kl.append([sum(p[l][e] * np.log(p[l][e] / q[l][e]) for e in range(5)) for l in range(2)])
+            margin.append([np.sort(z[l, t])[-2] - np.sort(z[l, t])[-3] for l in range(2)])
+    for name, values in (("kl", kl), ("margin", margin)):
+        np.testing.assert_allclose(other[f"routing/{name}_by_layer"], np.mean(values, axis=0), rtol=1e-4)
+        assert other[f"routing/{name}"] == pytest.approx(np.mean(values), rel=1e-4)
     share, tokens = oracle.count_changes(routes, free, real_BT)
     assert share > 0.3
     assert other["routing/experts_changed"] == pytest.approx(share, rel=1e-5)

@@ -12,7 +12,7 @@ from gspo.types import Batch
 
 
 def make_batch(rows=6):
-    """A batch in which every optional array is there, with the shape that its name says, and no two entries of an array are alike."""
+    """A batch with every optional array, of the shape that its name says; no two entries of an array are alike."""
     sizes = {"L": 2, "B": rows, "C": 3, "T": 5, "X": 2, "E": 4}
     arrays, rng = {}, np.random.default_rng(0)
     for name in Batch.__dataclass_fields__:

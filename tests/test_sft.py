@@ -42,14 +42,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("sft")
 
 
-def config_of(folder, **changes):
-    return sft_config(folder, **{"optimizer.learning_rate": 0.02, "optimizer.schedule": "cosine", "num_updates": 30, "eval.every": 5,
-                                 "checkpoint.every": 5, "log.num_samples": 3, "batch_size": 8} | changes)  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def plain(folder):
-    sft.train(config_of(folder), folder / "plain")
+    sft.train(sft_config(folder), folder / "plain")
     return folder / "plain"
 
 
@@ -82,7 +77,7 @@ def test_the_policy_learns_to_imitate_the_demonstrations(plain):
 
 def test_the_first_loss_is_the_mean_negative_log_likelihood_of_the_demonstrations(folder, plain):
     # Catches prompts or padding counted in the loss, an end token that is not learned, a mean of means over rows.
-    config = config_of(folder)
+    config = sft_config(folder)
     tokenizer = build.tokenizer(config)
     source = build.demonstration_source(config, tokenizer)
     model = build.model(config, tokenizer)
@@ -139,11 +134,11 @@ def test_a_run_that_dies_and_is_resumed_ends_bit_equal_to_one_that_did_not(folde
         else:
             patch.setattr(Checkpointer, "save", dies(Checkpointer.save, 3))
         with pytest.raises(Death):
-            sft.train(config_of(folder), tmp_path)
-    step, _ = state_of(config_of(folder), tmp_path)
+            sft.train(sft_config(folder), tmp_path)
+    step, _ = state_of(sft_config(folder), tmp_path)
     assert step == {"in an update": 10, "in an evaluation": 10, "after a save": 15}[place]
-    sft.train(config_of(folder), tmp_path)
-    assert_ends_like(tmp_path, plain, config_of(folder))
+    sft.train(sft_config(folder), tmp_path)
+    assert_ends_like(tmp_path, plain, sft_config(folder))
 
 
 def test_SIGTERM_saves_says_so_and_leaves_and_the_resumed_run_ends_the_same(folder, plain, tmp_path, monkeypatch, capsys):
@@ -159,17 +154,17 @@ def test_SIGTERM_saves_says_so_and_leaves_and_the_resumed_run_ends_the_same(fold
     with monkeypatch.context() as patch:
         patch.setattr(sft, "make_batch", make_batch)
         with pytest.raises(SystemExit) as stopped:
-            sft.train(config_of(folder), tmp_path)
+            sft.train(sft_config(folder), tmp_path)
     assert stopped.value.code == 143 and "stopped by SIGTERM: saved update 10 in" in capsys.readouterr().err
-    assert state_of(config_of(folder), tmp_path)[0] == 10
-    sft.train(config_of(folder), tmp_path)
-    assert_ends_like(tmp_path, plain, config_of(folder))
+    assert state_of(sft_config(folder), tmp_path)[0] == 10
+    sft.train(sft_config(folder), tmp_path)
+    assert_ends_like(tmp_path, plain, sft_config(folder))
 
 
 def test_a_finished_run_started_again_changes_nothing(folder, plain):
     # Catches a last line, samples or a checkpoint written twice.
     before = contents(plain)
-    line = sft.train(config_of(folder), plain)
+    line = sft.train(sft_config(folder), plain)
     assert contents(plain) == before and line["eval/pass@1"] == read_jsonl(plain / "metrics.jsonl")[-1]["eval/pass@1"]
 
 
@@ -184,14 +179,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_is
 
     monkeypatch.setattr(sft, "make_batch", poisoned)
     with pytest.raises(UserError, match="update 12: loss or gradient is not finite; the last good checkpoint is step 10; lower"):
-        sft.train(config_of(folder), tmp_path)
-    step, params = restore_params(tmp_path, abstract_of(config_of(folder)).params)
+        sft.train(sft_config(folder), tmp_path)
+    step, params = restore_params(tmp_path, abstract_of(sft_config(folder)).params)
     assert step == 10 and all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))
 
 
 def test_init_from_starts_from_the_parameters_of_another_run(folder, plain, tmp_path):
     # Catches a second stage that starts from random parameters.
-    sft.train(config_of(folder, init_from=str(plain)), tmp_path)
+    sft.train(sft_config(folder, init_from=str(plain)), tmp_path)
     assert read_jsonl(tmp_path / "metrics.jsonl")[0]["loss"] < 0.4
 
 
@@ -199,6 +194,6 @@ def test_examples_that_were_dropped_are_counted_in_the_log(folder, tmp_path, cap
     # Catches training on half of the data without a word.
     data = (folder / "digits.jsonl").read_text() + 3 * '{"prompt": "00000=", "answer": "0", "demonstration": "0"}\n'
     (tmp_path / "longer.jsonl").write_text(data)
-    config = config_of(folder, overlong_prompts="drop", **{"task.name": f"jsonl:{tmp_path}/longer.jsonl"})
+    config = sft_config(folder, overlong_prompts="drop", **{"task.name": f"jsonl:{tmp_path}/longer.jsonl"})
     sft.train(config, tmp_path / "run")
     assert "SFT: 3 examples longer than the frame were dropped" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from configs import base
 from gspo import cli, rl  # noqa: F401 - cli brings absl's own flags, which `command` leaves alone
 from gspo.checkpoint import Checkpointer
-from gspo.types import TrainState
+from gspo.types import Rollout, TrainState
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,7 +42,6 @@ def common(config: ConfigDict, folder: Path, changes: dict) -> ConfigDict:
     config.model.moe_backend = "dense"  # the quickest to compile
     config.eval.update(every=2, num_prompts=4, num_generations_eval=4)
     config.checkpoint.update(every=1, keep_last=2, keep_best=False)
-    config.log.samples_every = 1
     config.mesh.data = 1
     config.update_from_flattened_dict(changes)
     return config
@@ -52,6 +51,7 @@ def rl_config(folder: Path, **changes) -> ConfigDict:
     """3 rollouts of 4 x 4 completions, 2 updates each. changes: **{"a.b": value}; so are those of the others."""
     config = base.rl()
     config.update(num_rollouts=3, num_prompts=4, num_generations=4, updates_per_rollout=2, rewards=("numeric_answer",))
+    config.log.samples_every = 1
     return common(config, folder, changes)
 
 
@@ -59,18 +59,39 @@ def stateful_config(folder: Path, **changes) -> ConfigDict:
     """4 rollouts with all that a run can carry from one to the next: optimizer, reference, adaptive bonus, a data position that
     depends on the rewards, the best checkpoint. No field is without effect."""
     return rl_config(folder, **{
-        "seed": 2, "num_rollouts": 4, "checkpoint.every": 2, "checkpoint.keep_best": True, "optimizer.learning_rate": 0.01,
+        "num_rollouts": 4, "checkpoint.every": 2, "checkpoint.keep_best": True, "optimizer.learning_rate": 0.01,
         "optimizer.schedule": "cosine", "optimizer.warmup_steps": 2, "objective.beta": 0.01, "sync_ref_model": True,
         "ref_model_sync_steps": 1, "entropy_target": 2.0, "filter_groups.enable": True, "filter_groups.max_num_gen_batches": 3,
-        "overlong_buffer.len": 2, "model.moe_backend": "blocked",
+        "overlong_buffer.len": 2, "model.moe_backend": "blocked", "critic.enable": True, "old_logps": "learner",
+        "mismatch.stale_rollouts": 1, "log.router_kl": True,
     } | changes)  # fmt: skip
 
 
 def sft_config(folder: Path, **changes) -> ConfigDict:
-    """4 updates of 4 demonstrations."""
+    """30 updates of 8 demonstrations: enough to learn the task."""
     config = base.sft()
-    config.update(num_updates=4, batch_size=4)
-    return common(config, folder, changes)
+    config.update(num_updates=30, batch_size=8)
+    return common(config, folder, {
+        "optimizer.learning_rate": 0.02, "optimizer.schedule": "cosine", "eval.every": 5, "checkpoint.every": 5, "log.num_samples": 3,
+    } | changes)  # fmt: skip
+
+
+def written(texts_QG, tokenizer, prompt_QP, prompt_lengths_Q, *, width=6, truncated=()) -> Rollout:
+    """The rollout in which completion g of prompt q is texts_QG[q][g]; an end-of-sequence token follows unless it is in `truncated`."""
+    texts = [text for group in texts_QG for text in group]
+    rows = [tokenizer.encode(text) + ([] if text in truncated else [tokenizer.eos_ids[0]]) for text in texts]
+    tokens_BC = np.array([row + [tokenizer.pad_id] * (width - len(row)) for row in rows])
+    lengths_B = np.array([len(row) for row in rows])
+    B, G = len(rows), len(texts_QG[0])
+    return Rollout(
+        tokens_BT=np.concatenate([np.repeat(np.asarray(prompt_QP), G, axis=0), tokens_BC], axis=1),
+        prompt_lengths_B=np.repeat(np.asarray(prompt_lengths_Q), G),
+        completion_lengths_B=lengths_B,
+        logp_BC=np.where(np.arange(width) < lengths_B[:, None], -np.arange(1.0, B + 1)[:, None], 0.0).astype(np.float32),
+        routes_LBTX=None,
+        truncated_B=np.array([text in truncated for text in texts]),
+        decode_steps=np.int32(lengths_B.max()),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------- results

@@ -1,0 +1,212 @@
+"""Experience: dynamic sampling, shaping and comparison, with completions written by hand in place of a sampler."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gspo import build
+from gspo.collect import Collector
+from gspo.learner import Scores
+from gspo.metrics import Timer
+from gspo.types import TrainState
+from tests.tiny_runs import rl_config, written
+
+RIGHT, WRONG = "right", "wrong"
+
+
+class Pen:
+    """A sampler that writes what it is told: one list of groups per call, each completion RIGHT, WRONG or a text."""
+
+    def __init__(self, config, *calls, truncated=()):
+        self.tokenizer, self.width, self.truncated = build.tokenizer(config), config.max_completion_length, truncated
+        self.calls, self.seen = iter(calls), []
+
+    def __call__(self, params, prompt_QP, lengths_Q, key):
+        prompts = [self.tokenizer.decode(row[-n:]) for row, n in zip(np.asarray(prompt_QP), np.asarray(lengths_Q), strict=True)]
+        groups = next(self.calls)
+        texts = [[{RIGHT: p[-2], WRONG: "="}.get(c, c) for c in group] for p, group in zip(prompts, groups, strict=True)]
+        self.seen.append((params, prompts, jax.random.key_data(key).tolist()))
+        rollout = written(texts, self.tokenizer, prompt_QP, lengths_Q, width=self.width, truncated=self.truncated)
+        return jax.tree.map(jnp.asarray, rollout)
+
+
+def collect(config, pen, *, cursor=0, state=None, scorer=None, needs=()):
+    tokenizer = build.tokenizer(config)
+    source = build.prompt_source(config, "train", tokenizer)
+    collector = Collector(config, build.mesh(config), tokenizer, source, pen, scorer, needs)
+    state = TrainState(jnp.int32(0), "params", None) if state is None else state
+    return collector(state, cursor, jax.random.key(0), Timer())
+
+
+def tokens_of(experience, config):
+    P = experience.batch.tokens_BT.shape[1] - config.max_completion_length
+    return [row[P:P + n].tolist() for row, n in zip(experience.batch.tokens_BT, experience.batch.completion_lengths_B, strict=True)]
+
+
+MIXED, SAME, NONE = [RIGHT, WRONG, WRONG, RIGHT], [RIGHT] * 4, [WRONG] * 4
+
+
+# ---------------------------------------------------------------------------------------------------- dynamic sampling
+
+
+def test_groups_that_teach_nothing_are_replaced_by_groups_of_further_draws(tmp_path):
+    # Catches rows of one group under the prompt of another, a batch whose shape depends on luck, prompts drawn twice, and noise
+    # shared by the draws.
+    config = rl_config(tmp_path, **{"filter_groups.enable": True, "task.train_split": "train"})
+    pen = Pen(config, [SAME, MIXED, NONE, MIXED], [MIXED, SAME, SAME, MIXED], [SAME] * 4)
+    experience = collect(config, pen, cursor=8)
+    source = build.prompt_source(config, "train", build.tokenizer(config))
+    prompts = [example.prompt for example in source.batch(8, 8).examples]
+    assert [seen[1] for seen in pen.seen] == [prompts[:4], prompts[4:]] and pen.seen[0][2] != pen.seen[1][2]
+    assert experience.next_cursor == 16 and experience.metrics["filter_groups/draws"] == 2
+    kept = [prompts[1], prompts[3], prompts[4], prompts[7]]
+    P = config.max_prompt_length
+    for row, (tokens, length) in enumerate(zip(experience.batch.tokens_BT, experience.batch.prompt_lengths_B, strict=True)):
+        assert pen.tokenizer.decode(tokens[P - length : P].tolist()) == kept[row // 4]
+    right = [pen.tokenizer.decode(tokens[:-1]) == kept[row // 4][-2] for row, tokens in enumerate(tokens_of(experience, config))]
+    assert right == [True, False, False, True] * 4
+    assert experience.metrics["reward/mean"] == 0.5 and experience.metrics["frac_reward_zero_std"] == 0
+    assert [sample["prompt"] for sample in experience.samples] == [kept[0]] * 2
+
+
+def test_the_number_of_draws_is_bounded_and_the_batch_keeps_its_shape(tmp_path):
+    # Catches a run that draws for ever on a task it has solved, and one that trains on fewer rows than it was compiled for.
+    config = rl_config(tmp_path, **{"filter_groups.enable": True, "filter_groups.max_num_gen_batches": 3})
+    pen = Pen(config, [SAME, NONE, SAME, SAME], [SAME, SAME, MIXED, SAME], [SAME] * 4)
+    experience = collect(config, pen)
+    assert experience.metrics["filter_groups/draws"] == 3 and experience.next_cursor == 12
+    assert experience.batch.tokens_BT.shape == (16, 4 + 6)
+    assert experience.metrics["frac_reward_zero_std"] == 0.75 and experience.metrics["reward/mean"] == pytest.approx(10 / 16)
+
+
+def test_the_raw_reward_decides_which_groups_are_kept(tmp_path):
+    # Catches a penalty on length that makes every group look mixed.
+    config = rl_config(tmp_path, **{"filter_groups.enable": True, "filter_groups.max_num_gen_batches": 2, "overlong_buffer.len": 3})
+    long_and_short = ["=", "==", "====", "====="]  # all wrong, of different lengths
+    pen = Pen(config, [long_and_short] * 4, [MIXED] * 4)
+    experience = collect(config, pen)
+    assert experience.metrics["filter_groups/draws"] == 2 and experience.metrics["reward/mean"] == 0.5
+
+
+def test_without_dynamic_sampling_one_draw_is_taken_as_it_is(tmp_path):
+    # Catches filtering that nobody asked for.
+    config = rl_config(tmp_path)
+    experience = collect(config, Pen(config, [SAME, NONE, SAME, SAME]), cursor=4)
+    assert experience.next_cursor == 8 and experience.metrics["frac_reward_zero_std"] == 1
+    assert "filter_groups/draws" not in experience.metrics
+
+
+# ---------------------------------------------------------------------------------------------------- shaping
+
+
+def test_the_penalty_on_long_completions_counts_tokens(tmp_path):
+    # Catches characters counted for tokens, the end token left out, and a raw reward that is logged shaped.
+    config = rl_config(tmp_path, tokenizer="bytes", max_completion_length=10, scale_rewards="none", num_prompts=1)
+    config.overlong_buffer.update(len=4, penalty_factor=0.5)
+    texts = ["=====", "é" * 3, "é" * 4, "=" * 10]  # 6, 7, 9 and, cut off, 10 tokens
+    experience = collect(config, Pen(config, [texts], truncated=texts[3:]))
+    shaped = np.array([0, -1 / 4, -3 / 4, -1]) * 0.5
+    np.testing.assert_allclose(experience.batch.advantages_BC[:, 0], shaped - shaped.mean(), atol=1e-6)
+    assert experience.metrics["reward/shaped_mean"] == pytest.approx(shaped.mean()) and experience.metrics["reward/mean"] == 0
+    assert experience.metrics["completions/max_length"] == 10 and experience.metrics["num_tokens"] == 6 + 7 + 9 + 10
+    assert experience.metrics["completions/clipped_ratio"] == 0.25
+
+
+def test_a_penalty_on_the_distance_to_the_reference_is_summed_over_the_completion(tmp_path):
+    # Catches a mean in place of the sum, columns past the end counted, and the sign.
+    config = rl_config(tmp_path, reward_kl_coef=0.1, scale_rewards="none", num_prompts=1)
+    texts = ["=", "==", "===", "===="]
+
+    def scorer(params, tokens_BT, *_):
+        assert params == "reference"
+        return Scores(jnp.full((4, 6), -2.0), None)
+
+    experience = collect(config, Pen(config, [texts]), state=TrainState(0, "params", None, ref_params="reference"), scorer=scorer)
+    rewards = [-0.1 * sum(-row - (-2.0) for _ in range(len(text) + 1)) for row, text in enumerate(texts, 1)]
+    want = np.array(rewards) - np.mean(rewards)
+    np.testing.assert_allclose(experience.batch.advantages_BC[:, 0], want, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------- comparison
+
+
+def test_advantages_compare_with_the_group_and_are_zero_outside_of_the_completion(tmp_path):
+    # Catches a comparison over the batch or across prompts, and advantages that leak into the padding.
+    config = rl_config(tmp_path, num_prompts=2, updates_per_rollout=1)
+    experience = collect(config, Pen(config, [[RIGHT, WRONG, WRONG, WRONG], MIXED]))
+    rewards = np.array([[1, 0, 0, 0], [1, 0, 0, 1]], float)
+    want_B = ((rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, ddof=1, keepdims=True) + 1e-6)).reshape(-1)
+    want_BC = np.where(np.arange(6) < 2, want_B[:, None], 0)  # each is one character and the end token
+    np.testing.assert_allclose(experience.batch.advantages_BC, want_BC, atol=1e-5)
+    np.testing.assert_array_equal(experience.batch.loss_mask_BC, np.arange(6) < np.full((8, 1), 2))
+
+
+def test_rows_that_were_cut_off_leave_the_loss_where_the_config_says_so(tmp_path):
+    # Catches a mask that also changes the comparison, and one that ignores the field.
+    texts = [["=" * 6, RIGHT, WRONG, WRONG]]
+    kept, masked = (
+        collect(c, Pen(c, texts, truncated=("=" * 6,))).batch
+        for c in (rl_config(tmp_path, num_prompts=1, mask_truncated_completions=flag) for flag in (False, True))
+    )
+    assert kept.loss_mask_BC[0].all() and not masked.loss_mask_BC[0].any() and not masked.advantages_BC[0].any()
+    np.testing.assert_array_equal(masked.loss_mask_BC[1:], kept.loss_mask_BC[1:])
+    np.testing.assert_array_equal(masked.advantages_BC[1:], kept.advantages_BC[1:])
+
+
+def test_weights_by_sign_scale_the_advantages(tmp_path):
+    # Catches weights given to the wrong sign.
+    configs = [
+        rl_config(tmp_path, num_prompts=1, advantage_weight_pos=positive, advantage_weight_neg=negative)
+        for positive, negative in ((1.0, 1.0), (0.5, 2.0))
+    ]
+    plain, weighted = (np.asarray(collect(config, Pen(config, [MIXED])).batch.advantages_BC) for config in configs)
+    np.testing.assert_allclose(weighted, np.where(plain > 0, 0.5, 2.0) * plain, rtol=1e-6)
+
+
+def test_several_rewards_are_weighted_and_reported_one_by_one(tmp_path):
+    # Catches weights in the order of another list, and a metric of the weighted part.
+    config = rl_config(tmp_path, num_prompts=1, rewards=("task", "format_hash"), reward_weights=(2.0, 0.5), tokenizer="chars:01=# ")
+    experience = collect(config, Pen(config, [[RIGHT, "####1", WRONG, WRONG]]))
+    assert experience.metrics["reward/mean"] == pytest.approx((2 + 0.5) / 4)
+    assert experience.metrics["rewards/task"] == 0.25 and experience.metrics["rewards/format_hash"] == 0.25
+
+
+# ---------------------------------------------------------------------------------------------------- which old policy
+
+
+@pytest.mark.parametrize("mode", ["disabled", "R2", "R3"])
+@pytest.mark.parametrize("whose", ["sampler", "learner"])
+def test_old_log_probs_and_routes_are_those_that_the_config_names(tmp_path, whose, mode):
+    # Catches R2 and R3 swapped, the learner's log-probs taken unasked, a pass over the model that nobody needs, and an old policy
+    # under R3 that does not run the experts which the new one will run.
+    config = rl_config(tmp_path, num_prompts=1, old_logps=whose, **{"router_replay.mode": mode})
+    pen, calls = Pen(config, [MIXED]), []
+    of_sampler, of_learner = jnp.zeros((1, 4, 10, 2), jnp.int8), jnp.ones((1, 4, 10, 2), jnp.int8)
+
+    def scorer(params, tokens_BT, lengths_B, routes_LBTX=None, replay=False):
+        calls.append((params, replay, routes_LBTX))
+        return Scores(jnp.full((4, 6), -7.0), None, of_learner)
+
+    batch = collect(config, lambda *args: pen(*args).replace(routes_LBTX=of_sampler), scorer=scorer).batch
+    assert len(calls) == (whose == "learner" or mode == "R2")
+    assert all(params == "params" and replay == (mode == "R3") for params, replay, _ in calls)
+    assert bool((batch.old_logp_BC == -7).all()) == (whose == "learner")
+    assert (batch.sampler_logp_BC is not None) == (whose == "learner")
+    replayed = {"R2": of_learner, "R3": of_sampler}.get(mode)
+    if replayed is not None:
+        np.testing.assert_array_equal(batch.routes_LBTX, replayed)
+        assert all(routes is None for *_, routes in calls) if mode == "R2" else all(routes is of_sampler for *_, routes in calls)
+
+
+def test_a_sampler_that_lags_behind_draws_from_the_oldest_parameters(tmp_path):
+    # Catches a lag of another length than was asked for, and one that reaches the learner's log-probs.
+    config = rl_config(tmp_path, num_prompts=1, old_logps="learner", **{"mismatch.stale_rollouts": 2})
+    pen, scored = Pen(config, [MIXED]), []
+
+    def scorer(params, *_):
+        scored.append(params)
+        return Scores(jnp.zeros((4, 6)), None)
+
+    collect(config, pen, state=TrainState(0, "now", None, stale_params=("oldest", "older")), scorer=scorer)
+    assert pen.seen[0][0] == "oldest" and scored == ["now"]
