@@ -94,7 +94,7 @@ def test_a_run_keeps_its_colour_and_a_run_that_never_clips_is_named_on_the_log_p
 def test_panels_without_data_are_dropped_and_length_stands_in_for_entropy(tmp_path, figures):
     # Catches: empty axes for a dense model; null and absent values drawn as zero.
     gone = dict.fromkeys(["routing/experts_changed", "eval/pass@1"], lambda step: "absent")
-    run = write_run(tmp_path / "dense", **gone, **{"entropy": lambda step: None})
+    run = write_run(tmp_path / "dense", **gone, entropy=lambda step: None)
     script.plot_curves([run], None, tmp_path / "out.png")
     assert titles(figures[0]) == ["Reward", "Clipped tokens", "Length of completions"]
 
