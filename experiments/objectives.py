@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from gspo import cli, rl, sft
 from gspo.metrics import read_jsonl
 
-COLUMNS = ("preset", "pass@1 before", "pass@1 after", "best", "clipped tokens", "gradient spikes", "entropy, last 5", "s per rollout")
+COLUMNS = ("preset", "pass@1 before", "pass@1 after", "best", "clipped tokens", "gradient spikes", "entropy, last 5")
 SPIKE, WINDOW = 3.0, 10
 
 
@@ -29,7 +29,7 @@ def main() -> None:
         arm_config = compare.arm_config(config, arm, config.seeds[0], workdir / "cold")
         rl.train(arm_config, str(folder), title=arm, **options)
         runs[arm] = read_jsonl(folder / "metrics.jsonl")
-        rows.append(row(arm, runs[arm], read_jsonl(folder / "timings.jsonl")))
+        rows.append(row(arm, runs[arm]))
     (workdir / "table.md").write_text(compare.markdown(rows, COLUMNS))
     draw(runs, workdir / "objectives.png")
     compare.show(rows, COLUMNS)
@@ -40,7 +40,7 @@ def spikes(norms: list[float]) -> int:
     return sum(norm > SPIKE * statistics.median(norms[i - WINDOW : i]) for i, norm in enumerate(norms) if i >= WINDOW)
 
 
-def row(arm: str, metrics: list[dict], timings: list[dict]) -> list[str]:
+def row(arm: str, metrics: list[dict]) -> list[str]:
     updates = [line for line in metrics if "loss" in line]
     solved = [line["eval/pass@1"] for line in metrics if "eval/pass@1" in line]
     return [
@@ -51,7 +51,6 @@ def row(arm: str, metrics: list[dict], timings: list[dict]) -> list[str]:
         f"{statistics.mean(line['clip_ratio/tokens'] for line in updates):.2%}",
         str(spikes([line["grad_norm/max"] for line in updates])),
         f"{statistics.mean(line['entropy'] for line in updates[-5:]):.3f}",
-        f"{statistics.median(sum(line[phase] for phase in rl.PHASES) for line in timings):.2f}",
     ]
 
 
