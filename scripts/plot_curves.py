@@ -48,7 +48,7 @@ class Panel(NamedTuple):
 
 REWARD = Panel("reward/mean", "Reward", "Mean reward, pass@1", points="eval/pass@1")
 CLIPPED = Panel("clip_ratio/tokens", "Clipped tokens", "Share of tokens [%]", factor=100, log=True)
-EXPERTS = Panel("routing/experts_changed", "Experts changed per update", "Share of choices [%]", factor=100)
+EXPERTS = Panel("routing/experts_changed", "Experts changed per rollout", "Share of choices [%]", factor=100)
 ENTROPY = Panel("entropy", "Entropy of the policy", "Nats per token")
 LENGTH = Panel("completions/mean_length", "Length of completions", "Tokens")
 

@@ -44,7 +44,7 @@ def test_two_runs_give_four_lettered_panels_and_one_legend(tmp_path, figures):
     workdirs = [write_run(tmp_path / "gspo"), write_run(tmp_path / "grpo", shift=-0.1)]
     out = script.plot_curves(workdirs, ["GSPO", "GRPO"], tmp_path / "curves.png", title="toy")
     (figure,) = figures
-    assert titles(figure) == ["Reward", "Clipped tokens", "Experts changed per update", "Entropy of the policy"]
+    assert titles(figure) == ["Reward", "Clipped tokens", "Experts changed per rollout", "Entropy of the policy"]
     assert [axes.texts[-1].get_text() for axes in figure.axes] == list("abcd")
     assert all(axes.get_xlabel() == "Rollout" and axes.get_ylabel() and axes.get_legend() is None for axes in figure.axes)
     (legend,) = figure.legends

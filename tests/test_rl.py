@@ -135,7 +135,7 @@ FAST = {"updates_per_rollout": 4, "scale_rewards": "reinforce++", "optimizer.lea
 
 def test_all_minibatches_of_a_rollout_share_its_old_log_probs_and_move_away_from_them(folder, updates, monkeypatch):
     # Catches a rollout redone for each minibatch, old log-probs recomputed after each update (the ratio is then always 1), rows
-    # used twice or left out, and a clip that never acts.
+    # used twice or left out, a clip that never acts, and rollouts that all take the same prompts.
     draws, cuts, cut = [], [], rl.minibatch
     monkeypatch.setattr(rl, "minibatch", lambda batch, j, count: (cuts.append((batch, j, cut(batch, j, count))), cuts[-1][2])[1])
     replace_sampler(monkeypatch, lambda sample, *_: lambda *args: (draws.append(sample(*args)), draws[-1])[1])
@@ -143,6 +143,7 @@ def test_all_minibatches_of_a_rollout_share_its_old_log_probs_and_move_away_from
     rl.train(config, folder / "fast")
     drawn = draws[:2]
     assert len(draws) == 3  # the third is the evaluation at the end
+    assert len({tuple(row[:4].tolist()) for rollout in drawn for row in rollout.tokens_BT}) == 8  # of the 14 in an epoch
     for rollout in range(2):
         wholes, indices, parts = zip(*cuts[4 * rollout : 4 * rollout + 4], strict=True)
         assert indices == (0, 1, 2, 3) and len({id(whole) for whole in wholes}) == 1

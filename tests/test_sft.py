@@ -102,6 +102,16 @@ def test_the_first_loss_is_the_mean_negative_log_likelihood_of_the_demonstration
     assert read_jsonl(plain / "metrics.jsonl")[0]["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
+def test_every_example_comes_once_in_an_epoch(folder, tmp_path, monkeypatch):
+    # Catches one batch used for ever, and batches that overlap.
+    seen, make = [], sft.make_batch
+    monkeypatch.setattr(sft, "make_batch", lambda mesh, demos, width: (seen.extend(demos.tokens_BT.tolist()), make(mesh, demos, width))[1])
+    sft.train(sft_config(folder, num_updates=7, **{"eval.every": 0}), tmp_path)
+    epochs = [sorted(map(tuple, seen[start : start + 14])) for start in range(0, 56, 14)]
+    assert len(set(epochs[0])) == 14 and all(epoch == epochs[0] for epoch in epochs)
+    assert seen[:14] != seen[14:28]
+
+
 def test_samples_are_those_of_the_evaluations_once_each(plain):
     # Catches samples that are written again by a resume, or never.
     assert [s["step"] for s in read_jsonl(plain / "samples.jsonl")] == [step for step in range(0, 31, 5) for _ in range(3)]
@@ -132,11 +142,11 @@ def test_a_run_that_dies_and_is_resumed_ends_bit_equal_to_one_that_did_not(folde
             make = sft.make_evaluator
             patch.setattr(sft, "make_evaluator", lambda *args: dies(make(*args), 4))
         else:
-            patch.setattr(Checkpointer, "save", dies(Checkpointer.save, 3))
+            patch.setattr(Checkpointer, "save", dies(Checkpointer.save, 2))
         with pytest.raises(Death):
             sft.train(sft_config(folder), tmp_path)
     step, _ = state_of(sft_config(folder), tmp_path)
-    assert step == {"in an update": 10, "in an evaluation": 10, "after a save": 15}[place]
+    assert step == {"in an update": 10, "in an evaluation": 10, "after a save": 20}[place]
     sft.train(sft_config(folder), tmp_path)
     assert_ends_like(tmp_path, plain, sft_config(folder))
 
@@ -147,7 +157,7 @@ def test_SIGTERM_saves_says_so_and_leaves_and_the_resumed_run_ends_the_same(fold
 
     def make_batch(*args):
         batches.append(0)
-        if len(batches) == 10:
+        if len(batches) == 7:
             os.kill(os.getpid(), signal.SIGTERM)
         return make(*args)
 
@@ -155,8 +165,8 @@ def test_SIGTERM_saves_says_so_and_leaves_and_the_resumed_run_ends_the_same(fold
         patch.setattr(sft, "make_batch", make_batch)
         with pytest.raises(SystemExit) as stopped:
             sft.train(sft_config(folder), tmp_path)
-    assert stopped.value.code == 143 and "stopped by SIGTERM: saved update 10 in" in capsys.readouterr().err
-    assert state_of(sft_config(folder), tmp_path)[0] == 10
+    assert stopped.value.code == 143 and "stopped by SIGTERM: saved update 7 in" in capsys.readouterr().err
+    assert state_of(sft_config(folder), tmp_path)[0] == 7
     sft.train(sft_config(folder), tmp_path)
     assert_ends_like(tmp_path, plain, sft_config(folder))
 

@@ -72,7 +72,7 @@ def sft_config(folder: Path, **changes) -> ConfigDict:
     config = base.sft()
     config.update(num_updates=30, batch_size=8)
     return common(config, folder, {
-        "optimizer.learning_rate": 0.02, "optimizer.schedule": "cosine", "eval.every": 5, "checkpoint.every": 5, "log.num_samples": 3,
+        "optimizer.learning_rate": 0.02, "optimizer.schedule": "cosine", "eval.every": 5, "checkpoint.every": 10, "log.num_samples": 3,
     } | changes)  # fmt: skip
 
 
