@@ -71,11 +71,13 @@ def test_groups_that_teach_nothing_are_replaced_by_groups_of_further_draws(tmp_p
 
 
 def test_the_number_of_draws_is_bounded_and_the_batch_keeps_its_shape(tmp_path):
-    # Catches a run that draws for ever on a task it has solved, and one that trains on fewer rows than it was compiled for.
+    # Catches a run that draws for ever on a task it has solved, one that trains on fewer rows than it was compiled for, and draws
+    # that share their noise.
     config = rl_config(tmp_path, **{"filter_groups.enable": True, "filter_groups.max_num_gen_batches": 3})
     pen = Pen(config, [SAME, NONE, SAME, SAME], [SAME, SAME, MIXED, SAME], [SAME] * 4)
     experience = collect(config, pen)
     assert experience.metrics["filter_groups/draws"] == 3 and experience.next_cursor == 12
+    assert len({tuple(key) for *_, key in pen.seen}) == 3
     assert experience.batch.tokens_BT.shape == (16, 4 + 6)
     assert experience.metrics["frac_reward_zero_std"] == 0.75 and experience.metrics["reward/mean"] == pytest.approx(10 / 16)
 

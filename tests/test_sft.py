@@ -105,7 +105,7 @@ def test_the_first_loss_is_the_mean_negative_log_likelihood_of_the_demonstration
 def test_every_example_comes_once_in_an_epoch(folder, tmp_path, monkeypatch):
     # Catches one batch used for ever, and batches that overlap.
     seen, make = [], sft.make_batch
-    monkeypatch.setattr(sft, "make_batch", lambda mesh, demos, width: (seen.extend(demos.tokens_BT.tolist()), make(mesh, demos, width))[1])
+    monkeypatch.setattr(sft, "make_batch", lambda mesh, demos, C: (seen.extend(demos.tokens_BT.tolist()), make(mesh, demos, C))[1])
     sft.train(sft_config(folder, num_updates=7, **{"eval.every": 0}), tmp_path)
     epochs = [sorted(map(tuple, seen[start : start + 14])) for start in range(0, 56, 14)]
     assert len(set(epochs[0])) == 14 and all(epoch == epochs[0] for epoch in epochs)
