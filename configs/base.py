@@ -46,6 +46,7 @@ def optimizer() -> ConfigDict:
             eps=1e-8,
             weight_decay=0.0,
             max_grad_norm=1.0,
+            router_lr_scale=1.0,  # learning rate of the routers over that of the rest; 0 freezes them
         )
     )
 
@@ -150,6 +151,8 @@ def rl() -> ConfigDict:
     config.mask_truncated_completions = False
     config.filter_groups = ConfigDict(dict(enable=False, max_num_gen_batches=4))  # dynamic sampling
     config.router_replay = ConfigDict(dict(mode="disabled"))  # disabled | R2 | R3
+    config.router_aux_loss_coef = 0.0  # load-balance loss of the routers on completion tokens
+    config.router_z_loss_coef = 0.0
     config.mismatch = ConfigDict(  # a sampler that differs from the learner on purpose; gspo/mismatch.py explains
         dict(params="float32", router_noise=0.0, expert_swap=0.0, stale_rollouts=0)
     )

@@ -17,6 +17,7 @@ from gspo.masked import Mean, masked_mean
 from gspo.microbatch import accumulated_gradient, deal, num_parts, undeal_fields
 from gspo.model.distribution import Sampling, entropy, log_prob, shape_logits
 from gspo.model.routing import (
+    balance_loss,
     by_layer,
     changed,
     experts_changed,
@@ -25,6 +26,7 @@ from gspo.model.routing import (
     router_kl,
     router_margin,
     variance_share,
+    z_loss,
 )
 from gspo.model.transformer import Transformer
 from gspo.types import Batch, Params, TrainState
@@ -160,6 +162,8 @@ def make_train_step(
     replay: bool = False,
     entropy_target: float | None = None,
     entropy_step: float = 0.0,
+    router_aux_loss_coef: float = 0.0,
+    router_z_loss_coef: float = 0.0,
     state_shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns jitted `step(state, batch) -> (state, metrics)`; the given state is donated.
@@ -171,6 +175,8 @@ def make_train_step(
     entropy_target (nats per token): with state.entropy_coef, an adaptive entropy bonus. The coefficient rises by entropy_step after
     an update that saw less entropy than the target and falls, not below 0, after one that saw more. Skywork-OR1 (2505.22312) §4.
 
+    router_aux_loss_coef, router_z_loss_coef: weights of the routers' load-balance and z losses over completion tokens, means over rows.
+
     state_shardings: a TrainState of shardings, where the new state lies. Without it the partitioner may move arrays (norm scales onto
     the fsdp axis, say), and every function that is called with the state is compiled a second time. None on one device.
     """
@@ -178,18 +184,14 @@ def make_train_step(
 
     def evaluate(scores: Scores, batch: Batch) -> tuple[Mean, Metrics]:
         return objective(
-            scores.logp_BC,
-            batch.old_logp_BC,
-            batch.advantages_BC,
-            batch.loss_mask_BC,
-            ref_logp_BC=batch.ref_logp_BC,
-            entropy_BC=scores.entropy_BC,
-            sampler_logp_BC=batch.sampler_logp_BC,
-            router_logp_LBCX=scores.router_logp_LBCX,
+            scores.logp_BC, batch.old_logp_BC, batch.advantages_BC, batch.loss_mask_BC, ref_logp_BC=batch.ref_logp_BC,
+            entropy_BC=scores.entropy_BC, sampler_logp_BC=batch.sampler_logp_BC, router_logp_LBCX=scores.router_logp_LBCX,
             old_router_logp_LBCX=batch.old_router_logp_LBCX,
-        )
+        )  # fmt: skip
 
-    def loss_of_part(params, part: Batch, entropy_coef):
+    router_losses = router_aux_loss_coef > 0 or router_z_loss_coef > 0
+
+    def loss_of_part(params, part: Batch, entropy_coef, count_per_row):
         scores = score_completions(
             model,
             params,
@@ -206,12 +208,17 @@ def make_train_step(
         total = loss.total
         if entropy_target is not None:
             total -= entropy_coef * objective.aggregate(scores.entropy_BC, part.loss_mask_BC).total
+        if router_losses:
+            total += count_per_row * _router_loss(scores, part, router_aux_loss_coef, router_z_loss_coef)
         return total, (loss.count, scores._replace(router_logits_LBTE=None))
 
     def step(state: TrainState, batch: Batch):
         if replay and batch.routes_LBTX is None:
             raise ValueError("replay=True, but batch.routes_LBTX is None: there is nothing to replay")
-        loss_fn = partial(loss_of_part, entropy_coef=state.entropy_coef)
+        # What the loss will be divided by, per row: a mean over rows stays one, whatever the objective's aggregation counts.
+        count_per_row = objective.aggregate(jnp.zeros_like(batch.old_logp_BC), batch.loss_mask_BC).count if router_losses else 0.0
+        count_per_row /= jnp.maximum(jnp.sum(jnp.any(batch.loss_mask_BC, axis=1)), 1)
+        loss_fn = partial(loss_of_part, entropy_coef=state.entropy_coef, count_per_row=count_per_row)
         grads, scores = accumulated_gradient(loss_fn, state.params, batch, micro_batch_size)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new_state = state.replace(
@@ -230,6 +237,13 @@ def make_train_step(
         return new_state, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if state_shardings is None else (state_shardings, None))
+
+
+def _router_loss(scores: Scores, part: Batch, aux_coef: float, z_coef: float) -> chex.Array:
+    """Sum over rows of the weighted router losses on completion tokens."""
+    mask_BT = jnp.pad(part.loss_mask_BC, ((0, 0), (part.tokens_BT.shape[1] - part.loss_mask_BC.shape[1], 0)))
+    balance_B = balance_loss(scores.router_logits_LBTE, scores.routes_LBTX, mask_BT)
+    return jnp.sum(aux_coef * balance_B + z_coef * z_loss(scores.router_logits_LBTE, mask_BT))
 
 
 def _router_metrics(num_experts: int, scores: Scores, batch: Batch) -> Metrics:

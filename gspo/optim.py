@@ -50,18 +50,25 @@ def decays(params: Params) -> Any:
 
     By name, because the layers are stacked for the scan: the scale of a norm is [L, D] there, a matrix by its shape.
     """
-    def named(path: Any) -> str:
-        return next((entry.key for entry in reversed(path) if isinstance(entry, jax.tree_util.DictKey)), "")
+    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) not in NOT_DECAYED, params)
 
-    return jax.tree_util.tree_map_with_path(lambda path, _: named(path) not in NOT_DECAYED, params)
+
+def routers(params: Params) -> Any:
+    """Tree of bools: True for the weights of routers."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) == "router", params)
+
+
+def _name(path: Any) -> str:
+    return next((entry.key for entry in reversed(path) if isinstance(entry, jax.tree_util.DictKey)), "")
 
 
 def make_optimizer(*, learning_rate: float, schedule: str = "constant", warmup_steps: int = 0, total_steps: int | None = None,
                    beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,
-                   max_grad_norm: float | None = 1.0) -> optax.GradientTransformation:  # fmt: skip
+                   max_grad_norm: float | None = 1.0, router_lr_scale: float = 1.0) -> optax.GradientTransformation:  # fmt: skip
     """AdamW (Loshchilov & Hutter 2019, with the decay multiplied by the learning rate, as in optax and PyTorch).
 
     max_grad_norm  gradients are scaled down to this global L2 norm before Adam sees them; None: they are not
+    router_lr_scale  learning rate of leaves named "router" over that of the rest; 0 freezes them, and keeps them out of the norm
     The others as in `make_schedule` and `optax.adamw`. Raises: UserError.
     """
     for name, value, limit in (("beta1", beta1, 1), ("beta2", beta2, 1), ("weight_decay", weight_decay, float("inf"))):
@@ -69,8 +76,15 @@ def make_optimizer(*, learning_rate: float, schedule: str = "constant", warmup_s
             raise UserError(f"{name}={value} must lie in [0, {limit})")
     if not eps > 0 or (max_grad_norm is not None and not max_grad_norm > 0):
         raise UserError(f"eps={eps} and max_grad_norm={max_grad_norm} must be positive (max_grad_norm=None: no clipping)")
+    if not router_lr_scale >= 0:
+        raise UserError(f"router_lr_scale={router_lr_scale} must be zero or more (0: frozen routers)")
     learning_rate_at = make_schedule(
         learning_rate=learning_rate, schedule=schedule, warmup_steps=warmup_steps, total_steps=total_steps)  # fmt: skip
     clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
-    return optax.chain(clip, optax.scale_by_adam(beta1, beta2, eps), optax.add_decayed_weights(weight_decay, decays),
-                       optax.scale_by_learning_rate(learning_rate_at))  # fmt: skip
+    chain = [clip, optax.scale_by_adam(beta1, beta2, eps), optax.add_decayed_weights(weight_decay, decays),
+             optax.scale_by_learning_rate(learning_rate_at)]  # fmt: skip
+    if router_lr_scale == 0:
+        chain.insert(0, optax.masked(optax.set_to_zero(), routers))
+    if router_lr_scale != 1:
+        chain.append(optax.masked(optax.scale(router_lr_scale), routers))
+    return optax.chain(*chain)

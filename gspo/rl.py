@@ -65,8 +65,12 @@ def prepare(config: ConfigDict) -> Run:
     source = build.prompt_source(config, config.task.train_split, tokenizer)
     model = build.model(config, tokenizer)
     routed = config.router_replay.mode != "disabled" or "router_logp_LBCX" in objective.needs
+    routed = routed or config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0 or config.log.router_kl
     if routed and not model.spec.num_experts:
-        raise UserError("router_replay.mode and router_shift_floor: a dense model has no routes; switch them off")
+        raise UserError(
+            "router_replay.mode, router_shift_floor, router_aux_loss_coef, router_z_loss_coef, log.router_kl: a dense model has no "
+            "routers; switch them off"
+        )
     optimizer, learning_rate = build.optimizer(config, total_steps=config.num_rollouts * updates)
     adaptive = None if config.entropy_target is None else settings["entropy_coef"]
     stale = config.mismatch.stale_rollouts
@@ -95,6 +99,7 @@ def prepare(config: ConfigDict) -> Run:
     train_step = make_train_step(
         model, optimizer, objective, **shared, replay=config.router_replay.mode != "disabled",
         entropy_target=config.entropy_target, entropy_step=config.entropy_step, state_shardings=build.shardings_of(mesh, abstract),
+        router_aux_loss_coef=config.router_aux_loss_coef, router_z_loss_coef=config.router_z_loss_coef,
     )  # fmt: skip
     same_draw = (Sampling(config.eval.temperature), config.eval.num_generations_eval) == (sampling, config.num_generations)
     same_draw = same_draw and not (config.mismatch.router_noise or config.mismatch.expert_swap)

@@ -130,15 +130,15 @@ def test_every_field_of_the_optimizer_changes_the_update():
     # Catches a field that make_optimizer takes and drops.
     def updates(**changes):
         optimizer = make_optimizer(total_steps=4, **base.optimizer().to_dict() | changes)
-        params = {"w": jnp.array([1.0, -2.0, 3.0])}
+        params = {"w": jnp.array([1.0, -2.0, 3.0]), "router": jnp.ones(2)}
         state, seen = optimizer.init(params), []
         for step in range(3):
-            update, state = optimizer.update({"w": jnp.array([0.3, -2.0, 1.0]) * (step + 1)}, state, params)
-            seen.append(update["w"].tolist())
+            update, state = optimizer.update({"w": jnp.array([0.3, -2.0, 1.0]) * (step + 1), "router": jnp.ones(2)}, state, params)
+            seen.append(jax.tree.map(lambda x: x.tolist(), update))
         return seen
 
     others = {"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 2, "beta1": 0.5, "beta2": 0.5, "eps": 0.1,
-              "weight_decay": 0.1, "max_grad_norm": 3.0}  # fmt: skip
+              "weight_decay": 0.1, "max_grad_norm": 3.0, "router_lr_scale": 0.5}  # fmt: skip
     assert others.keys() == set(base.optimizer().keys())
     for name, value in others.items():
         assert updates(**{name: value}) != updates(), name

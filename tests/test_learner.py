@@ -230,6 +230,20 @@ def test_micro_batches_and_chunks_do_not_change_gradient_and_metrics(spec, objec
     assert_same_metrics(other, metrics)
 
 
+def test_router_losses_add_the_same_gradient_in_any_micro_batches():
+    # Catches a balance loss over the micro-batch, and one that an aggregation over tokens weighs by the tokens of a part.
+    objective = preset("grpo", loss_agg_mode="token-mean")
+    keywords = {"sampling": WARM, "router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
+    batch, found = make_batch(), {}
+    for size in (0, 1):
+        step = make_train_step(Transformer(MOE), OPTIMIZER, objective, micro_batch_size=size, **keywords)
+        found[size] = step(fresh_state(MOE), batch)[0].opt_state[0]
+    plain = make_train_step(Transformer(MOE), OPTIMIZER, objective, sampling=WARM)(fresh_state(MOE), batch)[0].opt_state[0]
+    assert_same_gradients(found[1], found[0])
+    added = np.asarray(found[0]["blocks"]["moe"]["router"] - plain["blocks"]["moe"]["router"])
+    assert np.abs(added).max() > 1e-2
+
+
 def replayed(spec, objective, batch, keywords):
     state = fresh_state(dataclasses.replace(spec, moe_backend="blocked", remat=False))
     state, metrics = step_of(spec, objective, **keywords)(state, batch)

@@ -110,3 +110,19 @@ def test_settings_that_cannot_work_are_one_line_errors(options):
     with pytest.raises(UserError) as error:
         make_optimizer(**{"learning_rate": 1e-3} | options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1])
+def test_routers_learn_at_their_own_rate_and_not_at_all_at_zero(scale):
+    # Catches a frozen router that still decays or fills the gradient norm, and a scale that Adam divides away again.
+    params = {"moe": {"router": jnp.ones((2, 3)), "gate": jnp.ones((2, 3))}}
+    grads = {"moe": {"router": jnp.full((2, 3), 100.0), "gate": jnp.full((2, 3), 0.01)}}
+    settings = {"learning_rate": 0.1, "weight_decay": 0.5, "max_grad_norm": 1.0}
+    moved = {}
+    for name, router_lr_scale in (("scaled", scale), ("plain", 1.0)):
+        optimizer = make_optimizer(**settings, router_lr_scale=router_lr_scale)
+        moved[name] = optimizer.update(grads, optimizer.init(params), params)[0]["moe"]
+    np.testing.assert_allclose(moved["scaled"]["router"], scale * moved["plain"]["router"], rtol=1e-6)
+    assert float(jnp.abs(moved["plain"]["router"]).min()) > 0.1
+    # Adam forgets a gradient's scale, but for eps.
+    np.testing.assert_allclose(moved["scaled"]["gate"], moved["plain"]["gate"], rtol=1e-3)

@@ -453,16 +453,12 @@ def die_at(call, name):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def hook(owner, attribute, call, name, *, after=False):
+def hook(owner, attribute, call, name):
     function = getattr(owner, attribute)
 
     def hooked(*args, **kwargs):
-        if not after:
-            die_at(call, name)
-        result = function(*args, **kwargs)
-        if after:
-            die_at(call, name)
-        return result
+        die_at(call, name)
+        return function(*args, **kwargs)
 
     setattr(owner, attribute, hooked)
 
@@ -485,7 +481,7 @@ def sampler_that_dies(make):
 hook(rl.Collector, "__call__", 0, "collect")
 build.sampler = sampler_that_dies(build.sampler)  # in the second rollout
 hook(rl, "minibatch", 8, "minibatch")  # before the second update of the fourth rollout
-hook(ocp.CheckpointManager, "save", 2, "save", after=True)  # the writer of the second checkpoint has just begun
+hook(ocp.PyTreeCheckpointHandler, "finalize", 2, "save")  # the arrays of the second checkpoint are written, nothing is in place
 hook(checkpoint, "_seal", 1, "seal")  # the first checkpoint is complete, its seal is not written
 rl.train(stateful_config(folder), workdir)
 '''

@@ -4,7 +4,6 @@ Import the fixtures by name: `kept_compiles` takes effect by that alone.
 """
 
 import json
-import os
 import runpy
 import sys
 from pathlib import Path
@@ -129,14 +128,14 @@ def kept_compiles(tmp_path_factory):
         "jax_disable_most_optimizations": True,
     }
     before = {name: jax.config.values[name] for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-    compilation_cache.reset_cache()  # jax decides once per process whether there is a cache
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in wanted.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        compilation_cache.reset_cache()  # jax decides once per process whether there is a cache
+        yield
     for name, value in before.items():
         jax.config.update(name, value)
-        del os.environ[name.upper()]
     compilation_cache.reset_cache()
 
 

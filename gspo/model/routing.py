@@ -117,7 +117,23 @@ def load_by_layer(routes_LBTX: chex.Array, mask_BT: chex.Array, num_experts: int
     return jnp.std(load_LE, axis=1) / mean_L, jnp.max(load_LE, axis=1) / mean_L - 1.0
 
 
-def load_imbalance(routes_LBTX: chex.Array, mask_BT: chex.Array, num_experts: int) -> tuple[chex.Array, chex.Array]:
-    """`load_by_layer`, averaged over layers."""
-    variation_L, peak_L = load_by_layer(routes_LBTX, mask_BT, num_experts)
-    return jnp.mean(variation_L), jnp.mean(peak_L)
+def balance_loss(logits_LBTE: chex.Array, routes_LBTX: chex.Array, mask_BT: chex.Array) -> chex.Array:
+    """[B] load-balance loss of each row, E Σ_e f_e P_e averaged over layers; 1 where the load is even, E where one expert has it all.
+
+    f_e is the share of the row's choices that fell on expert e, P_e the mean probability that its router gave it. The loss of Switch
+    Transformer (2101.03961) eq. 4, over one sequence as in DeepSeek-V3 (2412.19437) eq. 17: then it does not depend on which rows
+    share a micro-batch or a device. A row with an empty mask gives 0.
+    """
+    E, X = logits_LBTE.shape[-1], routes_LBTX.shape[-1]
+    tokens_B = jnp.maximum(jnp.sum(mask_BT, axis=1), 1)
+    mask_BT1 = mask_BT[:, :, None]
+    chosen_LBTE = jnp.sum(jax.nn.one_hot(routes_LBTX, E, dtype=jnp.float32), axis=-2)
+    share_LBE = jnp.sum(jnp.where(mask_BT1, chosen_LBTE, 0.0), axis=2) / (X * tokens_B[:, None])
+    prob_LBE = jnp.sum(jnp.where(mask_BT1, jax.nn.softmax(logits_LBTE, axis=-1), 0.0), axis=2) / tokens_B[:, None]
+    return E * jnp.mean(jnp.sum(jax.lax.stop_gradient(share_LBE) * prob_LBE, axis=-1), axis=0)
+
+
+def z_loss(logits_LBTE: chex.Array, mask_BT: chex.Array) -> chex.Array:
+    """[B] mean over a row's tokens and over layers of (log Σ_e exp z_e)²: keeps router logits small. ST-MoE (2202.08906) eq. 5."""
+    squared_LBT = jnp.where(mask_BT, jnp.square(jax.nn.logsumexp(logits_LBTE, axis=-1)), 0.0)
+    return jnp.mean(jnp.sum(squared_LBT, axis=2) / jnp.maximum(jnp.sum(mask_BT, axis=1), 1), axis=0)

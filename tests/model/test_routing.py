@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from gspo.model.routing import (
+    balance_loss,
     by_layer,
     experts_changed,
-    load_imbalance,
+    load_by_layer,
     route,
     route_dtype,
     router_kl,
@@ -16,13 +17,14 @@ from gspo.model.routing import (
     swap_experts,
     top_k_experts,
     variance_share,
+    z_loss,
 )
 from tests import model_oracle as oracle
 from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 RENORMALISE = pytest.mark.parametrize("renormalise", [True, False])
 route = jax.jit(route, static_argnums=1, static_argnames="renormalise")
-experts_changed, load_imbalance = jax.jit(experts_changed), jax.jit(load_imbalance, static_argnums=2)
+experts_changed, load_by_layer = jax.jit(experts_changed), jax.jit(load_by_layer, static_argnums=2)
 M, E, X = 6, 5, 2
 
 
@@ -148,14 +150,14 @@ def test_reordered_routes_have_not_changed_and_disjoint_ones_have_altogether():
 
 
 @pytest.mark.parametrize("experts", [4, 128])
-def test_load_imbalance_equals_a_count(experts):
+def test_load_equals_a_count(experts):
     # Catches padding that loads an expert, loads summed over layers before the spread is taken, ddof 1, -1 counted as an expert.
     rng = np.random.default_rng(7)
     L, B, T, X = 2, 3, 8, 2
     routes = rng.integers(0, experts, (L, B, T, X)) % rng.integers(1, experts + 1, (L, 1, 1, 1))
     routes[:, 0, 0] = -1
     mask_BT = rng.random((B, T)) < 0.6
-    measured = load_imbalance(routes.astype(route_dtype(experts)), mask_BT, experts)
+    measured = [x.mean() for x in load_by_layer(routes.astype(route_dtype(experts)), mask_BT, experts)]
     np.testing.assert_allclose(measured, oracle.count_load(routes, mask_BT, experts), rtol=1e-5)
 
 
@@ -225,3 +227,33 @@ def test_tokens_are_routed_one_by_one():
     for m in range(M):
         for together, alone in zip(whole, route(z[m : m + 1], X, renormalise=True), strict=True):
             np.testing.assert_allclose(together[m], alone[0], rtol=1e-6)
+
+
+def test_router_losses_equal_loops_over_rows():
+    # Catches an f summed over the batch (the loss would then depend on the micro-batch), padding that counts, a z-loss without square.
+    rng = np.random.default_rng(8)
+    L, B, T, E, X = 2, 3, 5, 4, 2
+    z = rng.normal(size=(L, B, T, E)).astype(np.float32)
+    routes = np.argsort(-z, axis=-1)[..., :X]
+    mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], bool)
+    balance, square = np.zeros(B), np.zeros(B)
+    for b in range(B):
+        real = [t for t in range(T) if mask[b, t]]
+        for layer in range(L if real else 0):
+            p = [np.exp(z[layer, b, t].astype(np.float64)) for t in real]
+            for e in range(E):
+                f = sum(e in routes[layer, b, t] for t in real) / (X * len(real))
+                balance[b] += E * f * np.mean([row[e] / row.sum() for row in p]) / L
+            square[b] += np.mean([np.log(row.sum()) ** 2 for row in p]) / L
+    np.testing.assert_allclose(balance_loss(z, routes, mask), balance, rtol=1e-5)
+    np.testing.assert_allclose(z_loss(z, mask), square, rtol=1e-5)
+
+
+def test_an_even_load_costs_1_and_a_single_expert_costs_e():
+    # Catches a loss without the factor E, or divided by X twice.
+    even = np.zeros((1, 1, 4, 4), np.float32)
+    routes = np.array([[[[0], [1], [2], [3]]]])
+    mask = np.ones((1, 4), bool)
+    assert float(balance_loss(even, routes, mask)[0]) == pytest.approx(1)
+    one = even + np.array([50, 0, 0, 0], np.float32)
+    assert float(balance_loss(one, routes * 0, mask)[0]) == pytest.approx(4)
