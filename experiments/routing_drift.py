@@ -43,6 +43,7 @@ def main() -> None:
         for mode in config.modes:
             arm = changed(config.base, cold, num_rollouts=config.mismatch_rollouts, mismatch=mismatch, router_replay={"mode": mode})
             arm.eval.num_prompts = arm.num_prompts
+            arm.optimizer.update(schedule="constant", warmup_steps=config.base.updates_per_rollout)
             folder = workdir / f"{injection} {mode}".replace(" ", "_").replace("%", "")
             rl.train(arm, str(folder), title=f"{injection}, {mode}", **options)
             rows.append(row(injection, mode, [line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]))
