@@ -140,7 +140,7 @@ RL_MISTAKES = [
     ("scale_rewards=std", "scale_rewards='std': choose one of group, batch, none"),
     ("old_logps=both", "old_logps='both': choose one of sampler, learner"),
     ("router_replay.mode=R1", "router_replay.mode='R1': choose one of disabled, R2, R3"),
-    ("router_replay.mode=R3 model.num_experts=0 model.d_ff=8", "router_replay.mode.*a dense model has no routes"),
+    ("router_replay.mode=R3 model.num_experts=0 model.d_ff=8", "router_replay.mode.*a dense model has no route"),
     ("temperature=0.0", "temperature=0.0: "),
     ("sync_ref_model=true", "sync_ref_model: nothing reads the reference"),
     ("overlong_buffer.len=6", "overlong_buffer.len=6: must be in 0..5"),

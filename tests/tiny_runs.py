@@ -119,7 +119,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True, scope="module")
 def kept_compiles(tmp_path_factory):
-    """Each run compiles its own steps, mostly the same ones: they are kept in a folder of the session, for child processes too (by
+    """Each run compiles its own steps, mostly the same ones: they are kept until pytest ends, for child processes too (by
     the environment). LLVM's optimisations are off: they cost more than they save."""
     wanted = {
         "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
