@@ -5,11 +5,12 @@ python experiments/routing_drift.py --config=configs/routing_drift.py --workdir=
 Leaves drift.png (routing change per update; variance of token and sequence log-ratios by length), replay.md (a table), and the runs.
 
 Found (seed 0, 4 layers, 8 experts of which 2 run): one update moves 0.8% of the routers' choices, three move 2.0%, at most 4.4%,
-the last layer two to four times as many as the first; the 13% of tokens with a moved choice carry 28% of the variance of token
-log-ratios. The variance of log s falls as 1/length, as for independent tokens, while that of token log-ratios does not fall: what
-a sequence ratio gains is averaging. Replaying the sampler's routes (R3) shrinks the gap between sampler and learner 3 to 9 times
-where routers or rounding cause it, and not where parameters are stale; replaying the learner's own (R2) leaves that gap alone.
-Either lowers the variance of token log-ratios during the updates by about a fifth to a half. Not run on a GPU-sized MoE.
+the last layer 3.7 times as many as the first; the 13% of tokens with a moved choice carry 28% of the variance of token log-
+ratios. The variance of log s falls as 1/length, as for independent tokens, while that of token log-ratios does not fall: what a
+sequence ratio gains is averaging. Replaying the sampler's routes (R3) shrinks the gap between sampler and learner (k3) 3 to 6
+times where noisy routers or rounding cause it, closes it where experts were swapped, and does not where parameters are stale;
+replaying the learner's own (R2) leaves that gap alone. Either lowers the variance of token log-ratios during the updates by about
+a fifth to a half. Not run on a GPU-sized MoE.
 """
 
 import json

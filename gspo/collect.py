@@ -22,7 +22,7 @@ from gspo.data.tokenizer import Tokenizer
 from gspo.masked import masked_mean
 from gspo.metrics import Timer
 from gspo.mismatch import make_rounding
-from gspo.model.routing import experts_changed
+from gspo.model.routing import by_layer, changed, recorded
 from gspo.types import Batch, Rollout, TrainState, UserError, completion_mask
 
 
@@ -157,9 +157,9 @@ class Collector:
             if config.old_logps == "learner":
                 batch = batch.replace(old_logp_BC=old.logp_BC, sampler_logp_BC=rollout.logp_BC)
             if rollout.routes_LBTX is not None:
-                everywhere_BT = jnp.ones(rollout.tokens_BT.shape, bool)
-                share, _ = experts_changed(rollout.routes_LBTX, old.routes_LBTX, everywhere_BT)
-                measured["routing/sampler_experts_changed"] = float(share.value)
+                changed_L = by_layer(changed(rollout.routes_LBTX, old.routes_LBTX), recorded(rollout.routes_LBTX))
+                measured["routing/sampler_experts_changed"] = float(jnp.mean(changed_L))
+                measured["routing/sampler_experts_changed_by_layer"] = changed_L.tolist()
         if state.ref_params is not None:
             batch = batch.replace(ref_logp_BC=self.scorer(state.ref_params, *rows).logp_BC)
         return batch, measured
