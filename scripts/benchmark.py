@@ -24,6 +24,7 @@ from gspo.masked import Mean
 from gspo.microbatch import minibatch
 from gspo.model.distribution import Sampling
 from gspo.model.moe import BACKENDS, MoE
+from gspo.model.routing import route_dtype
 from gspo.model.transformer import ModelSpec, Transformer
 from gspo.optim import make_optimizer
 from gspo.sampler import make_sampler
@@ -186,8 +187,12 @@ def bench_replay(repeats: int) -> None:
     seconds = interleaved({"free": rl_step(TOY, **sizes)[0], "replay": rl_step(TOY, **sizes, replay=True)[0]}, repeats)
     rows = [(name, f"{value:.3f}", f"{value / seconds['free'] - 1:+.1%}") for name, value in seconds.items()]
     table(("routing", "s per rollout and 4 updates", "against free"), rows)
-    bytes_ = 64 * 8 * 29 * TOY.num_layers * TOY.experts_per_token
-    print(f"routes: int8, {bytes_ / 1024:.0f} KiB per rollout of {64 * 8} rows")
+    routes = jnp.zeros((TOY.num_layers, 64 * 8, 13 + 16, TOY.experts_per_token), route_dtype(TOY.num_experts))
+    copied = interleaved({"copy": lambda: jax.device_put(np.array(routes))}, repeats)["copy"]
+    print(
+        f"routes: {routes.dtype}, {routes.nbytes / 1024:.0f} KiB per rollout of {64 * 8} rows; to the host and back "
+        f"{1e3 * copied:.2f} ms, {copied / seconds['free']:.2%} of a rollout and its updates"
+    )
 
 
 def bench_step(repeats: int, model: str, path: str | None) -> None:
