@@ -11,6 +11,7 @@ from gspo import build
 from gspo.checkpoint import restore_params
 from gspo.data import batches
 from gspo.data.tokenizer import Tokenizer
+from gspo.hf import abstract_params
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer
 from gspo.types import Params
@@ -71,8 +72,6 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> tuple[int, dict[str, f
     mesh = build.mesh(config)
     tokenizer = build.tokenizer(config)
     model = build.model(config, tokenizer)
-    optimizer, _ = build.optimizer(config, total_steps=1)
-    _, abstract = build.state_on_mesh(mesh, model, optimizer)
-    step, params = restore_params(workdir, abstract.params)
+    step, params = restore_params(workdir, abstract_params(model.spec, mesh))
     metrics, samples = make_evaluator(config, mesh, model, tokenizer)(params)
     return step, metrics, samples

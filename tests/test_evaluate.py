@@ -88,10 +88,12 @@ def test_an_evaluation_of_nothing_is_refused(tmp_path, field):
 
 
 def test_a_finished_run_is_evaluated_as_the_run_evaluated_itself_and_left_alone(tmp_path, command):  # noqa: F811
-    # Catches other parameters than the last ones, other prompts or other noise than in training, and a script that writes.
+    # Catches other parameters than the last ones, other prompts or other noise than in training, a script that writes, and one that
+    # trips over the schedule of an optimizer that it has no use for.
     line = rl.train(rl_config(tmp_path), tmp_path / "run")
     before = contents(tmp_path / "run")
-    step, metrics, samples = evaluate_workdir(rl_config(tmp_path), tmp_path / "run")
+    changes = {"optimizer.schedule": "linear", "optimizer.warmup_steps": 3}
+    step, metrics, samples = evaluate_workdir(rl_config(tmp_path, **changes), tmp_path / "run")
     assert step == 3 and metrics == line and len(samples) == 4
     (tmp_path / "config.py").write_text(f"from tests.tiny_runs import rl_config\nget_config = lambda: rl_config({str(tmp_path)!r})\n")
     code, stdout, stderr = command("evaluate", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run")
