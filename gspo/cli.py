@@ -1,5 +1,6 @@
 """What every script needs: flags for a config and a workdir, and user mistakes as one line with exit code 2."""
 
+import argparse
 import difflib
 import os
 import runpy
@@ -7,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -42,6 +44,22 @@ def run(main: Callable[[], int | None], *, needs: str) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     sys.exit(code or 0)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse for scripts without a config, whose mistakes are UserErrors too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def run_script(main: Callable[[list[str]], int]) -> None:
+    """Calls main(arguments) of a script that parses them by `Parser`, and exits. A UserError: one line on stderr, exit code 2."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def leaf_fields(config: ConfigDict, prefix: str = "") -> list[str]:

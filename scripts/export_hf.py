@@ -9,11 +9,10 @@ ours, are taken over from --tokenizer-dir; default: the folder of the run's toke
 
 import argparse
 import json
-import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from gspo import hf
+from gspo import cli, hf
 from gspo.checkpoint import restore_params
 from gspo.data.tokenizer import make_tokenizer
 from gspo.hf_families import family_of
@@ -22,13 +21,8 @@ from gspo.sharding import make_mesh, parse_sizes
 from gspo.types import UserError
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__.partition("\n")[0])
+    parser = cli.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", "--workdir", required=True, help="a workdir, or the folder of one step in it")
     parser.add_argument("--out", required=True, help="folder to write; must be new or empty")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the tensors; float32 loses nothing")
@@ -81,8 +75,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli.run_script(main)

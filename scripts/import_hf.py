@@ -16,26 +16,19 @@ import argparse
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 
-from gspo import hf
+from gspo import cli, hf
 from gspo.checkpoint import Checkpointer
 from gspo.hf_families import family_of, read_config, spec_from_hf
 from gspo.sharding import make_mesh, parse_sizes
 from gspo.types import UserError
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__.partition("\n")[0])
+    parser = cli.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model-dir", required=True, help="folder with config.json and safetensors")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--mesh", default="", help="devices along mesh axes, as in fsdp=8; default: the first device")
@@ -74,8 +67,4 @@ def _flag(value) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli.run_script(main)

@@ -9,13 +9,12 @@ harder to learn. Writes tokenizer.json and tokenizer_config.json, and prints the
 
 import argparse
 import json
-import sys
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from gspo import cli
 from gspo.data.tasks import Task, make_task
 from gspo.data.tokenizer import make_tokenizer
 from gspo.types import UserError
@@ -24,13 +23,8 @@ PAD, EOS = "<pad>", "<eos>"
 SMALLEST = 256 + 2
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__.partition("\n")[0])
+    parser = cli.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--task", required=True, help="tfds:gsm8k, jsonl:<path>, reasoning_gym:<name> or running_sum")
     parser.add_argument("--split", default="train", help="the split to learn from; leave the test split alone")
     parser.add_argument("--size", type=int, default=None, help="learn from the first examples only")
@@ -95,8 +89,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli.run_script(main)
