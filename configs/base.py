@@ -31,6 +31,7 @@ def model() -> ConfigDict:
             dtype="float32",  # of the matmuls; router, softmax, log-probs and parameters are float32 always
             moe_backend="blocked",  # dense | blocked | ragged
             remat=False,
+            attention_chunk=0,  # query columns whose attention scores exist at a time; 0: all
         )
     )
 
@@ -74,6 +75,9 @@ def common() -> ConfigDict:
     config.micro_batch_size = 0  # rows per forward and backward pass; 0: the whole minibatch
     config.logp_chunk = 128  # completion columns whose logits exist at a time
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, expert=1, tensor=1))  # devices along each axis; -1: the rest
+    config.mesh_rules = "tensor"  # what is cut along which axis: single | fsdp | expert | expert_fsdp | tensor (gspo/sharding.py)
+    config.rollout_mesh_rules = ""  # another one for rollouts, to which parameters are moved once per rollout; "": the same
+    config.expert_dispatch = "all_gather"  # all_gather | all_to_all: how tokens come to experts on other devices
     config.eval = ConfigDict(
         dict(
             every=5,  # rollouts (RL) or updates (SFT) between evaluations; 0: only at the end

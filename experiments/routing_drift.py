@@ -25,7 +25,6 @@ from ml_collections import ConfigDict
 
 from gspo import cli, rl, sft
 from gspo.metrics import Timer, read_jsonl
-from gspo.microbatch import minibatch
 
 COLUMNS = (
     "sampler", "replay", "experts that differ: sampler, learner", "experts replayed otherwise", "sampler-learner k3",
@@ -88,19 +87,18 @@ def variance_by_length(config: ConfigDict, rollouts: int) -> dict[str, list[floa
     A prefix of n tokens stands for a completion of length n: log s is then the mean of its n token log-ratios.
     """
     run = rl.prepare(config)
-    state = rl.build.initial_state(config, run.init, run.abstract)
+    state = rl.build.initial_state(config, run.steps.init, run.steps.abstract)
     key = jax.random.fold_in(jax.random.key(config.seed), rl.ROLLOUT_STREAM)
     token_parts, cursor = [], 0
     for index in range(rollouts):
         experience = run.collector(state, cursor, jax.random.fold_in(key, index), Timer())
         cursor = experience.next_cursor
-        for j in range(config.updates_per_rollout):
+        for j, part in enumerate(run.steps.minibatches(experience.batch)):
             if j == config.updates_per_rollout - 1:
-                part = minibatch(experience.batch, j, config.updates_per_rollout)
-                now = run.collector.scorer(state.params, part.tokens_BT, part.prompt_lengths_B)
+                now = run.steps.scorer(state.params, part.tokens_BT, part.prompt_lengths_B)
                 gap_BC = np.where(part.loss_mask_BC, now.logp_BC - part.old_logp_BC, np.nan)
                 token_parts.append(gap_BC)
-            state, _ = run.train_step(state, minibatch(experience.batch, j, config.updates_per_rollout))
+            state, _ = run.steps.train_step(state, part)
     gaps_BC = np.concatenate(token_parts)
     lengths = range(1, int(np.nanmax(np.sum(~np.isnan(gaps_BC), axis=1))) + 1)
     whole = [gaps_BC[~np.isnan(gaps_BC[:, n - 1])][:, :n] for n in lengths]

@@ -3,6 +3,7 @@
 Each function reads its own fields and checks what can be wrong with them, so that a mistake is one line before anything is compiled.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gspo import mismatch, objectives, presets
@@ -21,8 +21,8 @@ from gspo.data.tokenizer import Tokenizer, make_tokenizer
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import ModelSpec, Transformer
 from gspo.optim import make_optimizer, make_schedule
-from gspo.sampler import make_sampler
-from gspo.sharding import make_mesh, named_sharding, tree_shardings
+from gspo.sampler import as_used, make_sampler
+from gspo.sharding import Layout, indivisible, make_mesh, tree_shardings
 from gspo.types import Params, TrainState, UserError
 
 
@@ -36,8 +36,17 @@ def positive(config: ConfigDict, *fields: str) -> None:
             raise UserError(f"{field}={node}: must be positive")
 
 
-def mesh(config: ConfigDict) -> Mesh:
-    return make_mesh(config.mesh.to_dict())
+def layout(config: ConfigDict, devices: list[jax.Device] | None = None) -> Layout:
+    """Where everything lies: config.mesh over the devices (default: all), under config.mesh_rules."""
+    return Layout(make_mesh(config.mesh.to_dict(), devices), config.mesh_rules, config.expert_dispatch)
+
+
+def rollout_layout(config: ConfigDict, layout: Layout) -> Layout:
+    """The same devices under config.rollout_mesh_rules; "": as in training."""
+    try:
+        return dataclasses.replace(layout, rules=config.rollout_mesh_rules or layout.rules)
+    except UserError as error:
+        raise UserError(str(error).replace("mesh_rules=", "rollout_mesh_rules=")) from None
 
 
 def tokenizer(config: ConfigDict) -> Tokenizer:
@@ -72,12 +81,16 @@ def demonstration_source(config: ConfigDict, tokenizer: Tokenizer) -> batches.De
     )
 
 
-def model(config: ConfigDict, tokenizer: Tokenizer) -> Transformer:
+def model(config: ConfigDict, tokenizer: Tokenizer, layout: Layout | None = None) -> Transformer:
     fields = config.model.to_dict()
     if 0 < fields["vocab_size"] < tokenizer.vocab_size:
         raise UserError(f"model.vocab_size={fields['vocab_size']}: the tokenizer has {tokenizer.vocab_size} ids (0: as many as it has)")
     fields["vocab_size"] = fields["vocab_size"] or tokenizer.vocab_size
-    return Transformer(ModelSpec(**fields))
+    spec = ModelSpec(**fields)
+    for axis, field in (("heads", "num_heads"), ("kv_heads", "num_kv_heads")) if layout else ():
+        if fields[field] % layout.parts(axis):
+            raise UserError(indivisible(layout, axis, f"model.{field}", fields[field]))
+    return Transformer(spec, layout=layout)
 
 
 def objective(config: ConfigDict) -> tuple[objectives.Objective, dict[str, Any]]:
@@ -143,6 +156,18 @@ def mismatched(config: ConfigDict, model: Transformer) -> Transformer:
     return model.clone(router_noise=m.router_noise, router_swap=m.expert_swap)
 
 
+def rollout_params(config: ConfigDict, model: Transformer, layout: Layout, precision: str = "float32") -> Callable[[Params], Params]:
+    """Returns the map from the learner's parameters to those that rollouts read, applied once per rollout: rounded to `precision` where
+    a mismatch is injected, in the dtype of the matmuls, and laid out by config.rollout_mesh_rules. The identity where all of that
+    changes nothing.
+    """
+    rounding, dtype, target = mismatch.make_rounding(precision), model.spec.compute_dtype, rollout_layout(config, layout)
+    if dtype == jnp.float32 and target == layout:
+        return rounding
+    shardings = tree_shardings(target, jax.eval_shape(model.init_params, jax.random.key(0)))
+    return jax.jit(lambda params: as_used(rounding(params), dtype), out_shardings=shardings)
+
+
 def micro_batch_size(config: ConfigDict, rows: int, what: str) -> int:
     """config.micro_batch_size, checked against the rows of one update."""
     size = config.micro_batch_size
@@ -151,17 +176,15 @@ def micro_batch_size(config: ConfigDict, rows: int, what: str) -> int:
     return size
 
 
-def check_rows(mesh: Mesh, **counts: int) -> None:
+def check_rows(layout: Layout, **counts: int) -> None:
     """Raises UserError where rows cannot be cut evenly over the devices."""
-    parts = mesh.size // mesh.shape["tensor"]
+    parts = layout.parts("rows")
     for field, rows in counts.items():
         if rows % parts:
-            raise UserError(f"{field}={rows}: not divisible by the {parts} devices that share the rows (mesh data x fsdp x expert)")
-
-
-def put_rows(mesh: Mesh, *arrays):
-    """Host arrays -> device arrays cut along their first axis, the rows."""
-    return jax.device_put(arrays, named_sharding(mesh, "rows"))
+            raise UserError(
+                f"{field}={rows}: not divisible by the {parts} devices that share the rows (mesh data x fsdp x expert); "
+                f"use a multiple of {parts}, or fewer devices"
+            )
 
 
 def needs_reference(config: ConfigDict, objective: objectives.Objective) -> bool:
@@ -177,7 +200,7 @@ def needs_reference(config: ConfigDict, objective: objectives.Objective) -> bool
 
 
 def state_on_mesh(
-    mesh: Mesh,
+    layout: Layout,
     model: Transformer | Critic,
     optimizer: optax.GradientTransformation,
     *,
@@ -189,7 +212,7 @@ def state_on_mesh(
     the same state as ShapeDtypeStructs with shardings, which a checkpoint is restored into.
     """
     boxed = jax.eval_shape(model.init_params, jax.random.key(0))
-    param_shardings = tree_shardings(mesh, boxed)
+    param_shardings = tree_shardings(layout, boxed)
 
     def init(key) -> TrainState:
         params = nn.unbox(model.init_params(key))
@@ -198,7 +221,7 @@ def state_on_mesh(
         return TrainState(jnp.int32(0), params, optimizer.init(params), ref_params, coef, stale_params=stale_params)
 
     shapes = jax.eval_shape(init, jax.random.key(0))
-    everywhere = named_sharding(mesh)
+    everywhere = layout.sharding()
     shardings = TrainState(
         step=everywhere,
         params=param_shardings,
@@ -214,16 +237,20 @@ def state_on_mesh(
 
 
 def add_critic(
-    mesh: Mesh, critic: Critic, optimizer: optax.GradientTransformation, init: Callable[[jax.Array], TrainState], abstract: TrainState
+    layout: Layout,
+    critic: Critic,
+    optimizer: optax.GradientTransformation,
+    init: Callable[[jax.Array], TrainState],
+    abstract: TrainState,
 ) -> tuple[Callable[[jax.Array], TrainState], TrainState]:
     """The (init, abstract) of `state_on_mesh`, with the state of a critic in it."""
-    critic_init, critic_abstract = state_on_mesh(mesh, critic, optimizer)
+    critic_init, critic_abstract = state_on_mesh(layout, critic, optimizer)
     return lambda key: init(key).replace(critic=critic_init(jax.random.fold_in(key, 1))), abstract.replace(critic=critic_abstract)
 
 
-def shardings_of(mesh: Mesh, abstract: TrainState) -> TrainState | None:
+def shardings_of(layout: Layout, abstract: TrainState) -> TrainState | None:
     """Where each array of the state lies, for `make_train_step`; None on one device."""
-    return None if mesh.size == 1 else jax.tree.map(lambda x: x.sharding, abstract)
+    return None if layout.mesh.size == 1 else jax.tree.map(lambda x: x.sharding, abstract)
 
 
 def initial_state(config: ConfigDict, init: Callable[[jax.Array], TrainState], abstract: TrainState) -> TrainState:
@@ -244,6 +271,14 @@ def initial_state(config: ConfigDict, init: Callable[[jax.Array], TrainState], a
 def copy_tree(params: Params) -> Params:
     """A tree of its own buffers: the train step donates the policy's."""
     return jax.tree.map(jnp.copy, params)
+
+
+def describe_layout(config: ConfigDict, layout: Layout) -> str:
+    """One line for the log: devices, processes, and what is cut along what."""
+    sizes = " x ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items() if size > 1)
+    experts = f", experts by {layout.dispatch} in groups of {layout.parts('expert')}" if layout.parts("expert") > 1 else ""
+    rules = f"{layout.rules!r}, rollouts {config.rollout_mesh_rules!r}" if config.rollout_mesh_rules else repr(layout.rules)
+    return f"{layout.mesh.size} devices in {jax.process_count()} process(es), mesh {sizes}, rules {rules}{experts}"
 
 
 def describe(model: Transformer, abstract: TrainState) -> str:

@@ -6,30 +6,32 @@
     compare   advantages of each completion against its group
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from gspo import advantages, build
+from gspo import advantages, build, distributed
 from gspo.data import batches
 from gspo.data.rewards import Example, overlong_penalty
 from gspo.data.tokenizer import Tokenizer
 from gspo.masked import masked_mean
 from gspo.metrics import Timer
-from gspo.mismatch import make_rounding
+from gspo.microbatch import row_axis
 from gspo.model.routing import by_layer, changed, recorded
+from gspo.steps import Steps
 from gspo.types import Batch, Rollout, TrainState, UserError, completion_mask
 
 
 class Draw(NamedTuple):
-    """One call of the sampler with its rewards; arrays of B = Q · G rows. `rollout` is on the devices, the rest on the host."""
+    """One call of the sampler with its rewards, B = Q · G rows. `rollout` is on the devices. On the host: rewards_B and parts_BR of all
+    rows; examples and texts of the rows `own_B`, which lie on this process's devices.
+    """
 
     rollout: Rollout
+    own_B: np.ndarray
     examples: list[Example]
     texts: list[str]
     rewards_B: np.ndarray  # raw: what the reward functions say, weighted
@@ -46,60 +48,54 @@ class Experience(NamedTuple):
 class Collector:
     """collect(state, cursor, key, timer) -> Experience. Everything in it is a function of these and of the config."""
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        mesh: Mesh,
-        tokenizer: Tokenizer,
-        source: batches.PromptSource,
-        sampler: Callable,
-        scorer: Callable,
-        needs: tuple[str, ...],
-        value_fn: Callable | None = None,
-    ):
-        """needs: the arrays that the objective reads beside the usual ones (`Objective.needs`). value_fn: the critic, where the
-        advantages come from one (`gspo.critic.make_value_fn`).
-        """
-        self.config, self.mesh, self.tokenizer, self.source = config, mesh, tokenizer, source
-        self.sampler, self.scorer, self.needs, self.value_fn = sampler, scorer, needs, value_fn
+    def __init__(self, config: ConfigDict, steps: Steps, tokenizer: Tokenizer, source: batches.PromptSource):
+        self.config, self.steps, self.tokenizer, self.source = config, steps, tokenizer, source
         self.rewards = build.reward_functions(config, source)
-        self.rounding = make_rounding(config.mismatch.params)
         self.advantage_fn = advantages.ADVANTAGES[config.scale_rewards]
+        # Under jit, so that on many processes every array is one of the whole mesh.
+        self._as_batch, self._take, self._compare = map(jax.jit, (self._batch_of, self._taken, self._compared))
 
     def __call__(self, state: TrainState, cursor: int, key: jax.Array, timer: Timer) -> Experience:
-        params = self.rounding(state.stale_params[0] if state.stale_params else state.params)
+        with timer("rollout"):
+            params = self.steps.rollout_params(state.stale_params[0] if state.stale_params else state.params)
         draws = [self.draw(params, cursor, key, timer)]
         if self.config.filter_groups.enable:
             while self._mixed(draws) < self.config.num_prompts and len(draws) < self.config.filter_groups.max_num_gen_batches:
                 cursor += self.config.num_prompts
                 draws.append(self.draw(params, cursor, jax.random.fold_in(key, len(draws)), timer))
+        del params  # a second copy of the policy, which only the sampler reads
         with timer("reward"):
             draw = self.select(draws)
         with timer("old_logps"):
             batch, measured = self.score(state, draw.rollout)
             jax.block_until_ready(batch)
         with timer("reward"):
-            lengths_B, truncated_B = jax.device_get((draw.rollout.completion_lengths_B, draw.rollout.truncated_B))
+            lengths_B, truncated_B = distributed.fetch((draw.rollout.completion_lengths_B, draw.rollout.truncated_B))
             shaped_B = self.shape(draw, lengths_B)
-            batch = self.compare(state, batch, shaped_B, draw.rollout.truncated_B)
+            batch = self.compare(state, batch, shaped_B, truncated_B)
         metrics = self.metrics(draw, lengths_B, truncated_B, shaped_B) | measured
         if self.config.filter_groups.enable:
             metrics["filter_groups/draws"] = len(draws)
         return Experience(batch, metrics, self.samples(draw), cursor + self.config.num_prompts)
 
     def draw(self, params, cursor: int, key: jax.Array, timer: Timer) -> Draw:
-        """Samples the prompts at positions cursor .. cursor + Q of the run, and scores the completions."""
+        """Samples the prompts at positions cursor .. cursor + Q of the run, and scores the completions: those of its own devices, on
+        each host."""
+        Q, G = self.config.num_prompts, self.config.num_generations
+        rows = self.steps.layout.sharding("rows")
+        own_Q = distributed.own_rows(rows, Q)
+        own_B = groups_to_rows(own_Q, G)
         with timer("rollout"):
-            prompts = self.source.batch(cursor, self.config.num_prompts)
-            rollout = self.sampler(params, *build.put_rows(self.mesh, prompts.tokens_QP, prompts.lengths_Q), key)
-            tokens_BT, lengths_B = jax.device_get((rollout.tokens_BT, rollout.completion_lengths_B))
+            prompts = self.source.batch(cursor, Q, own_Q)
+            prompt_rows = distributed.put_rows(rows, own_Q, Q, prompts.tokens_QP, prompts.lengths_Q)
+            rollout = self.steps.sampler(params, *prompt_rows, key)
+            tokens_BT, lengths_B = distributed.fetch_rows(own_B, rollout.tokens_BT, rollout.completion_lengths_B)
         with timer("reward"):
             texts = batches.completion_texts(self.tokenizer, tokens_BT, prompts.tokens_QP.shape[1], lengths_B)
-            examples = [example for example in prompts.examples for _ in range(self.config.num_generations)]
-            rewards_B, parts_BR = batches.score_completions(
-                texts, examples, list(self.rewards.values()), self.config.reward_weights
-            )
-        return Draw(rollout, examples, texts, rewards_B, parts_BR)
+            examples = [example for example in prompts.examples for _ in range(G)]
+            scored = batches.score_completions(texts, examples, list(self.rewards.values()), self.config.reward_weights)
+            rewards_B, parts_BR = distributed.gather_rows(own_B, Q * G, *scored)
+        return Draw(rollout, own_B, examples, texts, rewards_B, parts_BR)
 
     def _mixed(self, draws: list[Draw]) -> int:
         return sum(int((spread(draw.rewards_B, self.config.num_generations) > 0).sum()) for draw in draws)
@@ -112,29 +108,31 @@ class Collector:
             return draws[0]
         G, Q = self.config.num_generations, self.config.num_prompts
         mixed = np.concatenate([spread(draw.rewards_B, G) > 0 for draw in draws])
-        groups = np.sort(np.argsort(~mixed, kind="stable")[:Q])
-        rows = (groups[:, None] * G + np.arange(G)).reshape(-1)
+        rows = groups_to_rows(np.sort(np.argsort(~mixed, kind="stable")[:Q]), G)
+        known = {
+            i * Q * G + row: pair
+            for i, draw in enumerate(draws)
+            for row, *pair in zip(draw.own_B, draw.examples, draw.texts, strict=True)
+        }
+        own_B = np.flatnonzero([row in known for row in rows])
+        examples, texts = ([known[rows[b]][i] for b in own_B] for i in (0, 1))
+        rewards_B, parts_BR = (np.concatenate([draw[i] for draw in draws])[rows] for i in (4, 5))
+        return Draw(self._take([draw.rollout for draw in draws], rows), own_B, examples, texts, rewards_B, parts_BR)
 
-        def take(name: str, *arrays):
-            axis = int(name == "routes_LBTX")
+    def _taken(self, rollouts: list[Rollout], rows: jax.Array) -> Rollout:
+        """Rows of several rollouts, numbered through, as one."""
+
+        def take(name: str):
+            arrays, axis = [getattr(rollout, name) for rollout in rollouts], row_axis(name)
             return None if arrays[0] is None else jnp.take(jnp.concatenate(arrays, axis), rows, axis)
 
-        fields = {name: [getattr(draw.rollout, name) for draw in draws] for name in vars(draws[0].rollout) if name != "decode_steps"}
-        rollout = Rollout(
-            **{name: take(name, *arrays) for name, arrays in fields.items()},
-            decode_steps=jnp.max(jnp.stack([draw.rollout.decode_steps for draw in draws])),
-        )
-        examples, texts = ([item for draw in draws for item in draw[i]] for i in (1, 2))
-        rewards_B, parts_BR = (np.concatenate([draw[i] for draw in draws])[rows] for i in (3, 4))
-        return Draw(rollout, [examples[r] for r in rows], [texts[r] for r in rows], rewards_B, parts_BR)
+        fields = {name: take(name) for name in vars(rollouts[0]) if name != "decode_steps"}
+        steps = jnp.max(jnp.stack([rollout.decode_steps for rollout in rollouts]))
+        return self.steps.layout.constrain_fields(Rollout(**fields, decode_steps=steps))
 
-    def score(self, state: TrainState, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
-        """The rollout as the learner sees it, advantages still missing: old log-probs, reference log-probs, routes. And how far the
-        sampler's routes are from the learner's, where both are known.
-        """
-        config = self.config
-        mask_BC = completion_mask(rollout.completion_lengths_B, config.max_completion_length)
-        batch = Batch(
+    def _batch_of(self, rollout: Rollout) -> Batch:
+        mask_BC = completion_mask(rollout.completion_lengths_B, self.config.max_completion_length)
+        return self.steps.layout.constrain_fields(Batch(
             tokens_BT=rollout.tokens_BT,
             prompt_lengths_B=rollout.prompt_lengths_B,
             completion_lengths_B=rollout.completion_lengths_B,
@@ -142,13 +140,20 @@ class Collector:
             advantages_BC=jnp.zeros(mask_BC.shape, jnp.float32),
             old_logp_BC=rollout.logp_BC,
             routes_LBTX=rollout.routes_LBTX,
-        )
+        ))  # fmt: skip
+
+    def score(self, state: TrainState, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
+        """The rollout as the learner sees it, advantages still missing: old log-probs, reference log-probs, routes. And how far the
+        sampler's routes are from the learner's, where both are known.
+        """
+        config, scorer, batch = self.config, self.steps.scorer, self._as_batch(rollout)
         mode, measured = config.router_replay.mode, {}
         rows = (rollout.tokens_BT, rollout.prompt_lengths_B)
-        if config.old_logps == "learner" or mode == "R2" or config.log.router_kl or "old_router_logp_LBCX" in self.needs:
+        router_logp = "old_router_logp_LBCX" in self.steps.objective.needs
+        if config.old_logps == "learner" or mode == "R2" or config.log.router_kl or router_logp:
             # Under R3 the policy in training runs the sampler's experts, so the old policy does too. Else it routes freely, and what it
             # chose is what drift is measured against and, under R2, what is replayed.
-            old = self.scorer(state.params, *rows, *((rollout.routes_LBTX, True) if mode == "R3" else ()))
+            old = scorer(state.params, *rows, *((rollout.routes_LBTX, True) if mode == "R3" else ()))
             batch = batch.replace(
                 routes_LBTX=rollout.routes_LBTX if mode == "R3" else old.routes_LBTX,
                 old_router_logp_LBCX=old.router_logp_LBCX,
@@ -157,11 +162,11 @@ class Collector:
             if config.old_logps == "learner":
                 batch = batch.replace(old_logp_BC=old.logp_BC, sampler_logp_BC=rollout.logp_BC)
             if rollout.routes_LBTX is not None:
-                changed_L = by_layer(changed(rollout.routes_LBTX, old.routes_LBTX), recorded(rollout.routes_LBTX))
-                measured["routing/sampler_experts_changed"] = float(jnp.mean(changed_L))
+                changed_L = distributed.fetch(_changed_by_layer(rollout.routes_LBTX, old.routes_LBTX))
+                measured["routing/sampler_experts_changed"] = float(np.mean(changed_L))
                 measured["routing/sampler_experts_changed_by_layer"] = changed_L.tolist()
         if state.ref_params is not None:
-            batch = batch.replace(ref_logp_BC=self.scorer(state.ref_params, *rows).logp_BC)
+            batch = batch.replace(ref_logp_BC=scorer(state.ref_params, *rows).logp_BC)
         return batch, measured
 
     def shape(self, draw: Draw, lengths_B: np.ndarray) -> np.ndarray:
@@ -173,20 +178,24 @@ class Collector:
             shaped_B = shaped_B + config.overlong_buffer.penalty_factor * np.array(penalty, np.float32)
         return shaped_B
 
-    def compare(self, state: TrainState, batch: Batch, shaped_B: np.ndarray, truncated_B: jax.Array) -> Batch:
+    def compare(self, state: TrainState, batch: Batch, shaped_B: np.ndarray, truncated_B: np.ndarray) -> Batch:
         """Fills in the advantages, against the group or the critic, and takes rows that were cut off out of the loss where the config
         says so. A penalty on the distance to the reference, β log π_old/π_ref per token, is part of what is compared.
         """
+        value_fn = self.steps.value_fn
+        values_BC = None if value_fn is None else value_fn(state.critic.params, batch.tokens_BT, batch.prompt_lengths_B)
+        return self._compare(batch, shaped_B, truncated_B, values_BC)
+
+    def _compared(self, batch: Batch, shaped_B, truncated_B, values_BC) -> Batch:
         config, mask_BC = self.config, batch.loss_mask_BC
         penalty_BC = jnp.zeros(mask_BC.shape, jnp.float32)
         if config.reward_kl_coef:
             penalty_BC = config.reward_kl_coef * jnp.where(mask_BC, batch.old_logp_BC - batch.ref_logp_BC, 0.0)
-        if self.value_fn is None:
-            scores_B = jnp.asarray(shaped_B) - jnp.sum(penalty_BC, axis=1)
+        if values_BC is None:
+            scores_B = shaped_B - jnp.sum(penalty_BC, axis=1)
             advantages_BC = self.advantage_fn(scores_B, config.num_generations)[:, None]
         else:
-            rewards_BC = advantages.token_rewards(jnp.asarray(shaped_B), penalty_BC, mask_BC)
-            values_BC = self.value_fn(state.critic.params, batch.tokens_BT, batch.prompt_lengths_B)
+            rewards_BC = advantages.token_rewards(shaped_B, penalty_BC, mask_BC)
             raw_BC, returns_BC = advantages.gae(rewards_BC, values_BC, mask_BC, config.critic.gamma, config.critic.lam)
             batch = batch.replace(old_values_BC=values_BC, returns_BC=returns_BC)
             mean = masked_mean(raw_BC, mask_BC).value
@@ -195,7 +204,8 @@ class Collector:
         advantages_BC = advantages.weighted_by_sign(advantages_BC, config.advantage_weight_pos, config.advantage_weight_neg)
         if config.mask_truncated_completions:
             mask_BC = mask_BC & ~truncated_B[:, None]
-        return batch.replace(loss_mask_BC=mask_BC, advantages_BC=jnp.where(mask_BC, advantages_BC, 0.0))
+        batch = batch.replace(loss_mask_BC=mask_BC, advantages_BC=jnp.where(mask_BC, advantages_BC, 0.0))
+        return self.steps.layout.constrain_fields(batch)
 
     def metrics(self, draw: Draw, lengths_B, truncated_B, shaped_B) -> dict[str, float]:
         """Lengths in tokens; rewards raw, but for reward/shaped_mean."""
@@ -213,8 +223,19 @@ class Collector:
         return metrics | {f"rewards/{name}": float(draw.parts_BR[:, r].mean()) for r, name in enumerate(self.rewards)}
 
     def samples(self, draw: Draw) -> list[dict[str, Any]]:
-        rows = list(zip(draw.examples, draw.texts, draw.rewards_B, strict=True))[: self.config.log.num_samples]
+        """The first rows among those of this process: the first of all, in the process that writes them down."""
+        rows = list(zip(draw.examples, draw.texts, draw.rewards_B[draw.own_B], strict=True))[: self.config.log.num_samples]
         return [{"prompt": ex.prompt, "completion": text, "answer": ex.answer, "reward": float(r)} for ex, text, r in rows]
+
+
+@jax.jit
+def _changed_by_layer(sampled_LBTX, scored_LBTX):
+    return by_layer(changed(sampled_LBTX, scored_LBTX), recorded(sampled_LBTX))
+
+
+def groups_to_rows(groups: np.ndarray, num_generations: int) -> np.ndarray:
+    """Indices of prompts -> those of their rows."""
+    return (groups[:, None] * num_generations + np.arange(num_generations)).reshape(-1)
 
 
 def spread(rewards_B: np.ndarray, num_generations: int) -> np.ndarray:

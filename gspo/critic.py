@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import optax
 
 from gspo.advantages import clipped_value_loss
+from gspo.learner import jit_update
 from gspo.masked import masked_mean
 from gspo.microbatch import accumulated_gradient, deal, num_parts, undeal
 from gspo.model.transformer import ModelSpec, Transformer
+from gspo.sharding import Layout
 from gspo.types import Batch, Params, TrainState
 
 
@@ -24,18 +26,20 @@ class Critic(nn.Module):
     """tokens -> values [B, T] float32. The last layer starts at zero: an untrained critic expects nothing, and PPO is REINFORCE."""
 
     spec: ModelSpec
+    layout: Layout | None = None
 
     def setup(self):
         # Tied: no head of its own, which nothing would read.
-        self.body = Transformer(dataclasses.replace(self.spec, tie_embeddings=True))
+        self.body = Transformer(dataclasses.replace(self.spec, tie_embeddings=True), layout=self.layout)
         self.value = self.param("value", nn.with_partitioning(nn.initializers.zeros, ("embed",)), (self.spec.d_model,), jnp.float32)
 
     def __call__(self, tokens_BT: chex.Array, first_B: chex.Array) -> chex.Array:
-        return self.body(tokens_BT, first_B).hidden_BTD.astype(jnp.float32) @ self.value
+        value_D = self.value if self.layout is None else self.layout.gathered(self.value, "embed")
+        return self.body(tokens_BT, first_B).hidden_BTD.astype(jnp.float32) @ value_D
 
     def init_params(self, key: chex.PRNGKey) -> Any:
         """Parameters boxed with their logical axis names, as those of the policy."""
-        return self.init(key, jnp.zeros((1, 1), jnp.int32), jnp.zeros((1,), jnp.int32))["params"]
+        return self.clone(layout=None).init(key, jnp.zeros((1, 1), jnp.int32), jnp.zeros((1,), jnp.int32))["params"]
 
 
 class Values(NamedTuple):
@@ -61,11 +65,16 @@ def make_value_fn(critic: Critic, *, completion_width: int, micro_batch_size: in
 
 
 def make_critic_step(
-    critic: Critic, optimizer: optax.GradientTransformation, *, cliprange_value: float, micro_batch_size: int = 0
+    critic: Critic,
+    optimizer: optax.GradientTransformation,
+    *,
+    cliprange_value: float,
+    micro_batch_size: int = 0,
+    state_shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, chex.Array]]]:
     """Returns jitted `step(state, batch) -> (state, metrics)` on batch.returns_BC and batch.old_values_BC; the state is donated.
 
-    The loss is the clipped value loss, a mean over tokens (PPO; verl's `cliprange_value`).
+    The loss is the clipped value loss, a mean over tokens (PPO; verl's `cliprange_value`). state_shardings: as in `make_train_step`.
     """
 
     def loss_of_part(params, part: Batch):
@@ -75,7 +84,8 @@ def make_critic_step(
         return loss.total, (loss.count, scores)
 
     def step(state: TrainState, batch: Batch):
-        grads, scores = accumulated_gradient(loss_of_part, state.params, batch, micro_batch_size)
+        shardings = None if state_shardings is None else state_shardings.params
+        grads, scores = accumulated_gradient(loss_of_part, state.params, batch, micro_batch_size, shardings)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         error_BC = batch.returns_BC - scores.values_BC
@@ -89,4 +99,4 @@ def make_critic_step(
         }
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jit_update(step, state_shardings)

@@ -4,16 +4,16 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from gspo import build
+from gspo import build, distributed
 from gspo.checkpoint import restore_params
 from gspo.data import batches
 from gspo.data.tokenizer import Tokenizer
 from gspo.hf import abstract_params
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer
+from gspo.sharding import Layout
 from gspo.types import Params
 
 SOLVED = 1.0 - 1e-6  # a completion is correct when the task's own reward is 1
@@ -21,7 +21,7 @@ EVAL_STREAM = 2  # of the run's random keys; the loops use 1, initialisation 0
 
 
 def make_evaluator(
-    config: ConfigDict, mesh: Mesh, model: Transformer, tokenizer: Tokenizer, *, sampler: Callable | None = None
+    config: ConfigDict, layout: Layout, model: Transformer, tokenizer: Tokenizer, *, sampler: Callable | None = None
 ) -> Callable[[Params], tuple[dict[str, float], list[dict]]]:
     """Returns `evaluate(params) -> (metrics, samples)` over config.eval.num_prompts prompts of the evaluation split.
 
@@ -35,25 +35,38 @@ def make_evaluator(
     k = config.eval.num_generations_eval
     count = min(config.eval.num_prompts, len(source))
     width = min(count, config.get("num_prompts", count))  # equal calls, one compile; what the last has too many is dropped
-    build.check_rows(mesh, **{"eval.num_prompts": width})
+    build.check_rows(layout, **{"eval.num_prompts": width})
     if sampler is None:
-        sampler = build.sampler(config, model, tokenizer, Sampling(config.eval.temperature), k)
+        sampled = model.clone(layout=build.rollout_layout(config, layout))
+        sampler = build.sampler(config, sampled, tokenizer, Sampling(config.eval.temperature), k)
+    rollout_params = build.rollout_params(config, model, layout)
+    rows = layout.sharding("rows")
+    own_Q = distributed.own_rows(rows, width)
+    own_B = np.concatenate([np.arange(q * k, (q + 1) * k) for q in own_Q])
     key = jax.random.fold_in(jax.random.key(config.seed), EVAL_STREAM)
 
     def evaluate(params: Params) -> tuple[dict[str, float], list[dict]]:
         solved, lengths, truncated, samples = [], [], [], []
+        params = rollout_params(params)
         for start in range(0, count, width):
-            prompts, kept = source.batch(start, width), min(width, count - start)
-            rows = build.put_rows(mesh, prompts.tokens_QP, prompts.lengths_Q)
-            rollout = jax.device_get(sampler(params, *rows, jax.random.fold_in(key, start)))
-            texts = batches.completion_texts(tokenizer, rollout.tokens_BT, prompts.tokens_QP.shape[1], rollout.completion_lengths_B)
+            prompts, kept = source.batch(start, width, own_Q), min(width, count - start)
+            prompt_rows = distributed.put_rows(rows, own_Q, width, prompts.tokens_QP, prompts.lengths_Q)
+            rollout = sampler(params, *prompt_rows, jax.random.fold_in(key, start))
+            own_tokens_BT, own_lengths_B, own_truncated_B = distributed.fetch_rows(
+                own_B, rollout.tokens_BT, rollout.completion_lengths_B, rollout.truncated_B
+            )
+            texts = batches.completion_texts(tokenizer, own_tokens_BT, prompts.tokens_QP.shape[1], own_lengths_B)
             examples = [example for example in prompts.examples for _ in range(k)]
-            rewards_B, _ = batches.score_completions(texts, examples, [source.task.reward], [1.0])
+            own_rewards_B, _ = batches.score_completions(texts, examples, [source.task.reward], [1.0])
+            rewards_B, lengths_B, truncated_B = distributed.gather_rows(
+                own_B, width * k, own_rewards_B, own_lengths_B, own_truncated_B
+            )
             solved.append((rewards_B >= SOLVED).reshape(width, k)[:kept])
-            lengths.append(rollout.completion_lengths_B[: kept * k])
-            truncated.append(rollout.truncated_B[: kept * k])
-            for example, text, reward in list(zip(prompts.examples, texts[::k], rewards_B[::k], strict=True))[:kept]:
-                samples.append({"prompt": example.prompt, "completion": text, "answer": example.answer, "reward": float(reward)})
+            lengths.append(lengths_B[: kept * k])
+            truncated.append(truncated_B[: kept * k])
+            for q, example, text, reward in zip(own_Q, prompts.examples, texts[::k], own_rewards_B[::k], strict=True):
+                if q < kept:
+                    samples.append({"prompt": example.prompt, "completion": text, "answer": example.answer, "reward": float(reward)})
         solved_Qk = np.concatenate(solved)
         metrics = {
             "eval/pass@1": float(solved_Qk.mean()),
@@ -69,9 +82,8 @@ def make_evaluator(
 
 def evaluate_workdir(config: ConfigDict, workdir: str) -> tuple[int, dict[str, float], list[dict]]:
     """Evaluates the latest good checkpoint of a run. Returns (its step, metrics, samples)."""
-    mesh = build.mesh(config)
-    tokenizer = build.tokenizer(config)
-    model = build.model(config, tokenizer)
-    step, params = restore_params(workdir, abstract_params(model.spec, mesh))
-    metrics, samples = make_evaluator(config, mesh, model, tokenizer)(params)
+    layout, tokenizer = build.layout(config), build.tokenizer(config)
+    model = build.model(config, tokenizer, layout)
+    step, params = restore_params(workdir, abstract_params(model.spec, layout))
+    metrics, samples = make_evaluator(config, layout, model, tokenizer)(params)
     return step, metrics, samples

@@ -21,11 +21,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from gspo.hf_families import Row, family_of, hf_config, read_config, table
 from gspo.model.transformer import ModelSpec, Transformer
-from gspo.sharding import tree_shardings
+from gspo.sharding import Layout, tree_shardings
 from gspo.types import Params, UserError
 
 INDEX = "model.safetensors.index.json"
@@ -40,13 +40,13 @@ IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # a constant that some Llama 
 # ---------------------------------------------------------------------------------------------------- import
 
 
-def abstract_params(spec: ModelSpec, mesh: Mesh | None = None) -> Params:
+def abstract_params(spec: ModelSpec, layout: Layout | None = None) -> Params:
     """Shapes, dtypes and (on a mesh) shardings of the parameters of a spec: what imports and restores fill."""
     boxed = jax.eval_shape(Transformer(spec).init_params, jax.random.key(0))
     shapes = nn.unbox(boxed)
-    if mesh is None:
+    if layout is None:
         return shapes
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, tree_shardings(mesh, boxed))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, tree_shardings(layout, boxed))
 
 
 def _flat(spec: ModelSpec, tree: Params) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gspo.masked import Mean, masked_mean
 from gspo.microbatch import accumulated_gradient, deal, num_parts, undeal_fields
@@ -219,7 +220,8 @@ def make_train_step(
         count_per_row = objective.aggregate(jnp.zeros_like(batch.old_logp_BC), batch.loss_mask_BC).count if router_losses else 0.0
         count_per_row /= jnp.maximum(jnp.sum(jnp.any(batch.loss_mask_BC, axis=1)), 1)
         loss_fn = partial(loss_of_part, entropy_coef=state.entropy_coef, count_per_row=count_per_row)
-        grads, scores = accumulated_gradient(loss_fn, state.params, batch, micro_batch_size)
+        shardings = None if state_shardings is None else state_shardings.params
+        grads, scores = accumulated_gradient(loss_fn, state.params, batch, micro_batch_size, shardings)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new_state = state.replace(
             step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
@@ -236,7 +238,15 @@ def make_train_step(
             metrics |= _router_metrics(model.spec.num_experts, scores, batch)
         return new_state, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=None if state_shardings is None else (state_shardings, None))
+    return jit_update(step, state_shardings)
+
+
+def jit_update(step: Callable, state_shardings: TrainState | None) -> Callable:
+    """jit of (state, batch) -> (state, metrics): the state is donated and stays where it lies, metrics are whole on every device."""
+    if state_shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    everywhere = NamedSharding(jax.tree.leaves(state_shardings)[0].mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, everywhere))
 
 
 def _router_loss(scores: Scores, part: Batch, aux_coef: float, z_coef: float) -> chex.Array:

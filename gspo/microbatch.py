@@ -52,14 +52,23 @@ def minibatch(batch: Batch, index: int, count: int) -> Batch:
 
 
 def accumulated_gradient(
-    loss_fn: Callable[[Params, Batch], tuple[chex.Array, tuple[chex.Array, Any]]], params: Params, batch: Batch, micro_batch_size: int
-) -> tuple[Params, Any]:
+    loss_fn: Callable[[Params, Batch], tuple[chex.Array, tuple[chex.Array, Any]]], params: Params, batch: Batch, micro_batch_size: int,
+    shardings: Params | None = None,
+) -> tuple[Params, Any]:  # fmt: skip
     """Gradient of Σ total / Σ count over the micro-batches, and the auxiliary named tuple of all rows.
 
     loss_fn: (params, rows) -> (total, (count, named tuple of arrays with a row axis)); the count must not depend on params.
+    shardings: where the parameters lie, and so their gradients: left to itself, the partitioner may carry the sum whole.
     """
     parts = num_parts(batch.tokens_BT.shape[0], micro_batch_size)
-    grad_fn = jax.grad(loss_fn, has_aux=True)
+
+    def placed(grads: Params) -> Params:
+        return grads if shardings is None else jax.lax.with_sharding_constraint(grads, shardings)
+
+    def grad_fn(params, part):
+        grads, aux = jax.grad(loss_fn, has_aux=True)(params, part)
+        return placed(grads), aux
+
     if parts == 1:
         grads, (count, aux) = grad_fn(params, batch)
     else:
@@ -67,9 +76,9 @@ def accumulated_gradient(
         def body(carry, part):
             grads, count = carry
             more, (n, aux) = grad_fn(params, part)
-            return (jax.tree.map(jnp.add, grads, more), count + n), aux
+            return (placed(jax.tree.map(jnp.add, grads, more)), count + n), aux
 
-        zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
+        zeros = (placed(jax.tree.map(jnp.zeros_like, params)), jnp.float32(0))
         (grads, count), aux = jax.lax.scan(body, zeros, map_rows(lambda x, axis: deal(x, parts, axis), batch))
         aux = undeal_fields(aux)
     return jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads), aux

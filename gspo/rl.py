@@ -16,18 +16,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from gspo import build, collect, presets
+from gspo import build, collect, distributed, presets
 from gspo.checkpoint import Checkpointer, open_workdir
 from gspo.cli import StopSignal
 from gspo.collect import Collector
-from gspo.critic import Critic, make_critic_step, make_value_fn
 from gspo.evaluate import make_evaluator
-from gspo.learner import make_ref_sync, make_scorer, make_train_step
+from gspo.learner import make_ref_sync
 from gspo.metrics import MetricsWriter, Progress, Timer
-from gspo.microbatch import minibatch
 from gspo.model.distribution import Sampling
-from gspo.optim import make_optimizer
-from gspo.types import TrainState, UserError
+from gspo.steps import Steps, make_steps
+from gspo.types import UserError
 
 ROLLOUT_STREAM = 1  # of the run's random keys
 PHASES = ("rollout", "reward", "old_logps", "update")  # what a rollout costs, evaluation and checkpoints aside
@@ -37,87 +35,38 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}  # largest |log-ratio| of a token
 class Run(NamedTuple):
     """The parts of one run, made from its config."""
 
+    steps: Steps
     collector: Collector
-    train_step: Any  # (state, batch) -> (state, metrics)
-    critic_step: Any  # the same for state.critic; None without one
     evaluate: Any  # params -> (metrics, samples)
-    learning_rate: Any  # update -> float
-    init: Any  # key -> TrainState
-    abstract: TrainState
     notes: list[str]  # what the log says first
 
 
 def prepare(config: ConfigDict) -> Run:
     """Config -> parts. Raises UserError for every mistake that can be seen before the first rollout."""
-    # ------------------------------------------------------------------ config
     check(config)
-    objective, settings = build.objective(config)
-    sampling = build.sampling(config)
-    updates = config.updates_per_rollout
-    rows = config.num_prompts * config.num_generations // updates
-    micro = build.micro_batch_size(config, rows, "a minibatch")
-    with_ref = build.needs_reference(config, objective)
-
-    # ------------------------------------------------------------------ mesh, data, model
-    mesh = build.mesh(config)
-    build.check_rows(mesh, num_prompts=config.num_prompts, minibatch_rows=micro or rows)
-    tokenizer = build.tokenizer(config)
+    layout, tokenizer = build.layout(config), build.tokenizer(config)
+    steps = make_steps(config, layout, tokenizer)
     source = build.prompt_source(config, config.task.train_split, tokenizer)
-    model = build.model(config, tokenizer)
-    routed = config.router_replay.mode != "disabled" or "router_logp_LBCX" in objective.needs
-    routed = routed or config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0 or config.log.router_kl
-    if routed and not model.spec.num_experts:
-        raise UserError(
-            "router_replay.mode, router_shift_floor, router_aux_loss_coef, router_z_loss_coef, log.router_kl: a dense model has no "
-            "routers; switch them off"
-        )
-    optimizer, learning_rate = build.optimizer(config, total_steps=config.num_rollouts * updates)
-    adaptive = None if config.entropy_target is None else settings["entropy_coef"]
-    stale = config.mismatch.stale_rollouts
-    init, abstract = build.state_on_mesh(mesh, model, optimizer, with_ref=with_ref, entropy_coef=adaptive, num_stale=stale)
-
-    value_fn = critic_step = None
-    if config.critic.enable:
-        build.positive(config, "critic.learning_rate", "critic.cliprange_value")
-        critic = Critic(model.spec)
-        critic_optimizer = make_optimizer(learning_rate=config.critic.learning_rate)
-        init, abstract = build.add_critic(mesh, critic, critic_optimizer, init, abstract)
-        value_fn = make_value_fn(critic, completion_width=config.max_completion_length, micro_batch_size=micro or rows)
-        critic_step = make_critic_step(
-            critic, critic_optimizer, cliprange_value=config.critic.cliprange_value, micro_batch_size=micro
-        )
-
-    # ------------------------------------------------------------------ steps
-    shared = {"sampling": sampling, "micro_batch_size": micro, "chunk": config.logp_chunk}
-    kept = ("logp_BC", "routes_LBTX")
-    kept += ("router_logits_LBTE",) if config.log.router_kl else ()
-    kept += ("router_logp_LBCX",) if "old_router_logp_LBCX" in objective.needs else ()
-    scorer = make_scorer(
-        model, completion_width=config.max_completion_length, keep=kept, **shared | {"micro_batch_size": micro or rows}
-    )
-    sampler = build.sampler(config, build.mismatched(config, model), tokenizer, sampling, config.num_generations)
-    train_step = make_train_step(
-        model, optimizer, objective, **shared, replay=config.router_replay.mode != "disabled",
-        entropy_target=config.entropy_target, entropy_step=config.entropy_step, state_shardings=build.shardings_of(mesh, abstract),
-        router_aux_loss_coef=config.router_aux_loss_coef, router_z_loss_coef=config.router_z_loss_coef,
-    )  # fmt: skip
-    same_draw = (Sampling(config.eval.temperature), config.eval.num_generations_eval) == (sampling, config.num_generations)
+    same_draw = (Sampling(config.eval.temperature), config.eval.num_generations_eval) == (steps.sampling, config.num_generations)
     same_draw = same_draw and not (config.mismatch.router_noise or config.mismatch.expert_swap)
-    evaluate = make_evaluator(config, mesh, model, tokenizer, sampler=sampler if same_draw else None)
-    collector = Collector(config, mesh, tokenizer, source, sampler, scorer, objective.needs, value_fn)
+    evaluate = make_evaluator(config, layout, steps.model, tokenizer, sampler=steps.sampler if same_draw else None)
+    collector = Collector(config, steps, tokenizer, source)
 
+    settings, updates = steps.settings, config.updates_per_rollout
     notes = [
-        build.describe(model, abstract),
+        build.describe(steps.model, steps.abstract),
         f"{updates} updates per rollout of {config.num_prompts} x {config.num_generations} completions; ratio of the "
         f"{settings['importance_sampling_level']}, surrogate {settings['surrogate']}, clip range "
         f"[1 - {settings['epsilon']:g}, 1 + {settings['epsilon_high']:g}], {settings['loss_agg_mode']}",
         *(f"warning: {text}" for text in presets.warnings_of(settings, updates_per_rollout=updates)),
     ]
+    if layout.mesh.size > 1:
+        notes.insert(1, build.describe_layout(config, layout))
     if config.objective.preset == "ppo" and not config.critic.enable:
         notes.append("warning: objective.preset 'ppo' without a critic takes its advantages from the group; set critic.enable=true")
     if source.num_dropped:
         notes.append(f"{source.num_dropped} prompts longer than max_prompt_length={config.max_prompt_length} tokens were dropped")
-    return Run(collector, train_step, critic_step, evaluate, learning_rate, init, abstract, notes)
+    return Run(steps, collector, evaluate, notes)
 
 
 def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = False, title: str = "RL") -> dict[str, Any]:
@@ -127,7 +76,7 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
     """
     # ------------------------------------------------------------------ parts
     run = prepare(config)
-    updates = config.updates_per_rollout
+    steps, updates = run.steps, config.updates_per_rollout
     sync_reference = make_ref_sync(config.ref_model_mixup_alpha) if config.sync_ref_model else None
 
     # ------------------------------------------------------------------ state
@@ -136,9 +85,9 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
         workdir, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best, best_metric="eval/pass@1"
     )
     writer = MetricsWriter(workdir, tensorboard=config.log.tensorboard, wandb=config.log.wandb, config=config.to_dict())
-    restored = checkpointer.restore(run.abstract)
+    restored = checkpointer.restore(steps.abstract)
     if restored is None:
-        first, state, meta = 0, build.initial_state(config, run.init, run.abstract), {"cursor": 0, "offsets": None}
+        first, state, meta = 0, build.initial_state(config, steps.init, steps.abstract), {"cursor": 0, "offsets": None}
     else:
         first, state, meta = restored
         run.notes.append(f"resumed at rollout {first}")
@@ -160,14 +109,15 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
                 with timer("eval"):
                     line, _ = run.evaluate(state.params)
             due = config.checkpoint.every and index % config.checkpoint.every == 0
-            if stop.requested or (index > first and (last or due)):
+            stopping = distributed.any_process(stop.requested)
+            if stopping or (index > first and (last or due)):
                 with timer("checkpoint"):
                     checkpointer.save(index, state, {"cursor": cursor, "offsets": writer.offset()}, line)
             if last:
                 writer.write(index, line)
                 progress.update(index, line)
                 break
-            if stop.requested:
+            if stopping:
                 checkpointer.wait()
                 raise stop.leave(f"saved rollout {index} in {workdir}; start the same command again to go on")
 
@@ -176,20 +126,19 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
             with timer("update"):
                 if state.stale_params:  # a sampler that lags behind draws from the oldest of these
                     state = state.replace(stale_params=(*state.stale_params[1:], build.copy_tree(state.params)))
-                steps = []
-                for j in range(updates):
-                    part = minibatch(experience.batch, j, updates)
-                    state, metrics = run.train_step(state, part)
-                    if run.critic_step:
-                        critic, more = run.critic_step(state.critic, part)
+                done = []
+                for part in steps.minibatches(experience.batch):
+                    state, metrics = steps.train_step(state, part)
+                    if steps.critic_step:
+                        critic, more = steps.critic_step(state.critic, part)
                         state, metrics = state.replace(critic=critic), metrics | more
-                    steps.append(metrics)
-                steps = jax.device_get(steps)
-            guard(config, index, steps, checkpointer)
+                    done.append(metrics)
+                done = jax.device_get(done)
+            guard(config, index, done, checkpointer)
             if sync_reference and (index + 1) % config.ref_model_sync_steps == 0:
                 state = state.replace(ref_params=sync_reference(state.params, state.ref_params))
 
-            line |= experience.metrics | update_metrics(steps) | {"learning_rate": float(run.learning_rate(index * updates))}
+            line |= experience.metrics | update_metrics(done) | {"learning_rate": float(steps.learning_rate(index * updates))}
             writer.write(index, line)
             timings = timer.take()
             timings["tokens_per_second"] = line["num_tokens"] / sum(timings[phase] for phase in PHASES)

@@ -17,6 +17,18 @@ from gspo.model.routing import route_dtype
 from gspo.model.transformer import Transformer
 from gspo.types import Params, Rollout
 
+FLOAT32 = ("router", "scale")  # names of parameters that are used in float32 whatever the compute dtype
+
+
+def as_used(params: Params, dtype: jnp.dtype) -> Params:
+    """Parameters in the dtype of the matmuls that read them: the numbers of the sampler stay the same, bit by bit, and the decode loop
+    reads half the bytes for each token."""
+
+    def one(path, x):
+        return x if path[-1].key in FLOAT32 else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
 
 @flax.struct.dataclass
 class DecodeState:
@@ -58,10 +70,11 @@ def make_sampler(
 
     prompt_QP: int32, left-padded. Rows 0 .. G-1 of the result belong to prompt 0, and so on. A row ends with any of eos_ids (its
     log-prob counts) or after max_completion_length tokens; the rest of its frame is pad_id, and -1 in routes. Token i of the
-    rollout is drawn with fold_in(key, i). Compiled once per prompt width P.
+    rollout is drawn with fold_in(key, i). Compiled once per prompt width P. On a mesh (`model.layout`) rows are cut as the layout says.
     """
-    spec, C, G = model.spec, max_completion_length, num_generations
+    spec, layout, C, G = model.spec, model.layout, max_completion_length, num_generations
     injects = model.router_noise > 0 or model.router_swap > 0
+    on_mesh = (lambda record: record) if layout is None else layout.constrain_fields
 
     def forward(params, key, step, *args, **kwargs):
         """The model, with a stream of router noise of its own at every step where a mismatch is injected."""
@@ -81,14 +94,14 @@ def make_sampler(
 
         # Prefill: one pass over the prompts, then each row of the cache G times.
         first_Q = P - prompt_lengths_Q
-        out = forward(params, key, 0, prompt_QP, first_Q, cache=spec.empty_cache(Q, P))
+        out = forward(params, key, 0, prompt_QP, first_Q, cache=on_mesh(spec.empty_cache(Q, P)))
         routes_LBTX = None
         if spec.num_experts:
             shape = (spec.num_layers, B, T, spec.experts_per_token)
             routes_LBTX = jnp.full(shape, -1, route_dtype(spec.num_experts))
             routes_LBTX = routes_LBTX.at[:, :, :P].set(jnp.repeat(out.routes_LBTX, G, axis=1))
         first_B = jnp.repeat(first_Q, G)
-        state = DecodeState(
+        state = on_mesh(DecodeState(
             step=jnp.int32(0),
             tokens_BC=jnp.full((B, C), pad_id, jnp.int32),
             logp_BC=jnp.zeros((B, C), jnp.float32),
@@ -96,7 +109,7 @@ def make_sampler(
             ended_B=jnp.zeros((B,), bool),
             cache=out.cache.fan_out(G, T),
             routes_LBTX=routes_LBTX,
-        )
+        ))  # fmt: skip
         state = append(state, *draw(params, key, jnp.repeat(out.hidden_BTD[:, -1], G, axis=0), state.step), eos_ids, pad_id)
 
         # Decode: feed the last token, draw the next.
@@ -108,7 +121,7 @@ def make_sampler(
             if routes_LBTX is not None:
                 routes_LBTX = jax.lax.dynamic_update_slice(routes_LBTX, out.routes_LBTX, (0, 0, column, 0))
             state = state.replace(cache=out.cache, routes_LBTX=routes_LBTX)
-            return append(state, *draw(params, key, out.hidden_BTD[:, 0], state.step), eos_ids, pad_id)
+            return on_mesh(append(state, *draw(params, key, out.hidden_BTD[:, 0], state.step), eos_ids, pad_id))
 
         state = jax.lax.while_loop(lambda s: (s.step < C) & ~jnp.all(s.ended_B), body, state)
 
@@ -117,7 +130,7 @@ def make_sampler(
             # The last token was never fed, and padding has no route.
             fed_BT = (jnp.arange(T) >= first_B[:, None]) & (jnp.arange(T) < (P + state.lengths_B - 1)[:, None])
             routes_LBTX = jnp.where(fed_BT[None, :, :, None], routes_LBTX, -1)
-        return Rollout(
+        return on_mesh(Rollout(
             tokens_BT=jnp.concatenate([jnp.repeat(prompt_QP, G, axis=0), state.tokens_BC], axis=1),
             prompt_lengths_B=jnp.repeat(prompt_lengths_Q, G),
             completion_lengths_B=state.lengths_B,
@@ -125,6 +138,6 @@ def make_sampler(
             routes_LBTX=routes_LBTX,
             truncated_B=~state.ended_B,
             decode_steps=state.step,
-        )
+        ))  # fmt: skip
 
     return jax.jit(sample)

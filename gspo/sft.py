@@ -5,35 +5,38 @@ reinforcement learning needs groups in which some completions are right and some
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from gspo import build
+from gspo import build, distributed
 from gspo.checkpoint import Checkpointer, open_workdir
 from gspo.cli import StopSignal
+from gspo.data.batches import DemonstrationSource
 from gspo.evaluate import make_evaluator
 from gspo.learner import make_train_step, negative_log_likelihood
 from gspo.metrics import MetricsWriter, Progress, Timer
-from gspo.types import Batch, UserError, completion_mask
+from gspo.sharding import Layout
+from gspo.types import Batch, UserError
+
+STOP_EVERY = 5  # updates between looks at whether any process was asked to stop: they all must take part
 
 
 def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = False, title: str = "SFT") -> dict[str, Any]:
     """Runs, or resumes, supervised fine-tuning in workdir. Returns the last line of its metrics. Raises UserError."""
-    # ------------------------------------------------------------------ config, mesh, data, model
+    # ------------------------------------------------------------------ config, layout, data, model
     micro = build.micro_batch_size(config, config.batch_size, "a batch (batch_size)")
-    mesh = build.mesh(config)
-    build.check_rows(mesh, batch_size=micro or config.batch_size)
+    layout = build.layout(config)
+    build.check_rows(layout, batch_size=micro or config.batch_size)
     tokenizer = build.tokenizer(config)
     source = build.demonstration_source(config, tokenizer)
-    model = build.model(config, tokenizer)
+    model = build.model(config, tokenizer, layout)
     optimizer, learning_rate = build.optimizer(config, total_steps=config.num_updates)
-    init, abstract = build.state_on_mesh(mesh, model, optimizer)
+    init, abstract = build.state_on_mesh(layout, model, optimizer)
     train_step = make_train_step(
         model, optimizer, negative_log_likelihood, micro_batch_size=micro, chunk=config.logp_chunk,
-        state_shardings=build.shardings_of(mesh, abstract),
+        state_shardings=build.shardings_of(layout, abstract),
     )  # fmt: skip
-    evaluate = make_evaluator(config, mesh, model, tokenizer)
+    evaluate = make_evaluator(config, layout, model, tokenizer)
 
     # ------------------------------------------------------------------ state
     open_workdir(workdir, config.to_dict(), allow_changed_config=allow_changed_config, check_only=True)
@@ -66,9 +69,10 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
                 with timer("eval"):
                     line, samples = evaluate(state.params)
             due = config.checkpoint.every and index % config.checkpoint.every == 0
-            if stop.requested or (index > first and (last or due)):
+            stopping = (index % STOP_EVERY == 0 or jax.process_count() == 1) and distributed.any_process(stop.requested)
+            if stopping or (index > first and (last or due)):
                 checkpointer.save(index, state, {"offsets": writer.offset()}, line)
-            if stop.requested and not last:
+            if stopping and not last:
                 checkpointer.wait()
                 raise stop.leave(f"saved update {index} in {workdir}; start the same command again to go on")
             writer.write_samples(index, samples[: config.log.num_samples])  # after the save, like all that a resume does again
@@ -78,8 +82,7 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
                 break
 
             with timer("update"):
-                demos = source.batch(index * config.batch_size, config.batch_size)
-                state, metrics = train_step(state, make_batch(mesh, demos, config.max_completion_length))
+                state, metrics = train_step(state, make_batch(config, layout, source, index * config.batch_size))
                 metrics = jax.device_get(metrics)
             if not np.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 raise UserError(
@@ -92,11 +95,13 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
     return line
 
 
-def make_batch(mesh, demos, width: int) -> Batch:
-    """Demonstrations as rows of a train step; what only policy gradients read is zero."""
-    tokens_BT, prompt_lengths_B, lengths_B = build.put_rows(
-        mesh, demos.tokens_BT, demos.prompt_lengths_B, demos.completion_lengths_B
-    )
-    mask_BC = completion_mask(lengths_B, width)
-    zeros_BC = jnp.zeros(mask_BC.shape, jnp.float32)
-    return Batch(tokens_BT, prompt_lengths_B, lengths_B, mask_BC, zeros_BC, zeros_BC)
+def make_batch(config: ConfigDict, layout: Layout, source: DemonstrationSource, cursor: int) -> Batch:
+    """Demonstrations as rows of a train step, each process reading its own; what only policy gradients read is zero."""
+    rows, count = layout.sharding("rows"), config.batch_size
+    own_B = distributed.own_rows(rows, count)
+    demos = source.batch(cursor, count, own_B)
+    mask_BC = np.arange(config.max_completion_length) < demos.completion_lengths_B[:, None]
+    zeros_BC = np.zeros(mask_BC.shape, np.float32)
+    return Batch(*distributed.put_rows(
+        rows, own_B, count, demos.tokens_BT, demos.prompt_lengths_B, demos.completion_lengths_B, mask_BC, zeros_BC, zeros_BC
+    ))  # fmt: skip

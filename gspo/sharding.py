@@ -1,34 +1,40 @@
 """Logical axis -> mesh axis: one table says how every array of the program lies on the devices.
 
-Modules name the axes of their parameters ("embed", "expert", ...) and never a mesh axis. The rules below map names to the mesh
-axes `data`, `fsdp`, `expert`, `tensor`; XLA's partitioner inserts the collectives. A mesh axis of size 1 costs nothing, so one
-table serves a laptop and a pod.
+Modules name the axes of their arrays ("embed", "expert", ...) and never a mesh axis. A table of RULES maps these names to the mesh
+axes `data`, `fsdp`, `expert`, `tensor`; XLA's partitioner inserts the collectives. A mesh axis of size 1 costs nothing, so the
+fullest table, "tensor", serves a laptop and a pod. The others leave weights whole that it cuts: a rollout reads every weight for
+every token, and may want them all at hand (`rollout_mesh_rules`).
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gspo.types import UserError
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
+DISPATCHES = ("all_gather", "all_to_all")  # how tokens come to experts on other devices; see gspo.model.dispatch
 
-# Logical name -> the mesh axes it is cut along. Rows are cut along every axis that does not cut a weight in the same matmul.
-RULES: dict[str, tuple[str, ...]] = {
+# Name of the table -> logical name -> the mesh axes it is cut along. Rows are cut along every axis that does not cut a weight inside
+# a matmul. An axis of weights that is cut along an axis of rows (FSDP) is gathered before use.
+_WHOLE: dict[str, tuple[str, ...]] = {
     "rows": ("data", "fsdp", "expert"),
-    "layers": (),
-    "vocab": ("tensor",),
-    "embed": ("fsdp",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "head_width": (),
-    "mlp": ("tensor",),
-    "expert": ("expert",),
-    "norm": (),
+    "layers": (), "vocab": (), "embed": (), "heads": (), "kv_heads": (), "head_width": (), "mlp": (), "expert": (), "norm": (),
+}  # fmt: skip
+_EXPERT_FSDP = _WHOLE | {"expert": ("expert",), "embed": ("fsdp",)}
+RULES: dict[str, dict[str, tuple[str, ...]]] = {
+    "single": _WHOLE,  # every weight whole on every device: one device, or data parallelism
+    "fsdp": _WHOLE | {"embed": ("fsdp", "expert")},  # every weight cut along the model width
+    "expert": _WHOLE | {"expert": ("fsdp", "expert")},  # experts spread over all they can be, everything else whole: for rollouts
+    "expert_fsdp": _EXPERT_FSDP,  # experts along `expert`, everything along `fsdp`
+    "tensor": _EXPERT_FSDP | dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), ("tensor",)),  # and heads, widths, vocabulary too
 }
 
 
@@ -52,8 +58,10 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
             f"mesh: {' x '.join(f'{a}={s}' for a, s in zip(MESH_AXES, shape, strict=True))} needs {known} devices "
             f"(or a multiple, with a -1), but there are {len(devices)}; set one axis to -1 to take the rest"
         )
-    # Auto said explicitly: recent versions of make_mesh default to Explicit, where every array type carries its sharding.
-    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    # On a TPU the axes are laid along the torus; one axis of the torus may be shared by two of the mesh (4x4x4 as 8 x 8).
+    placed = mesh_utils.create_device_mesh(tuple(shape), devices, allow_split_physical_axes=True)
+    # Auto said explicitly: recent versions default to Explicit, where every array type carries its sharding.
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def parse_sizes(text: str) -> dict[str, int]:
@@ -67,7 +75,7 @@ def parse_sizes(text: str) -> dict[str, int]:
     return sizes
 
 
-def partition_spec(names: tuple[str | None, ...], rules: Mapping[str, tuple[str, ...]] = RULES) -> PartitionSpec:
+def partition_spec(names: tuple[str | None, ...], rules: Mapping[str, tuple[str, ...]]) -> PartitionSpec:
     """Logical names of an array's axes -> PartitionSpec. Raises ValueError where two axes claim the same mesh axis."""
     taken: dict[str, str] = {}
     entries = []
@@ -81,12 +89,83 @@ def partition_spec(names: tuple[str | None, ...], rules: Mapping[str, tuple[str,
     return PartitionSpec(*entries)
 
 
-def named_sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
-    """Sharding of an array whose axes carry these logical names; missing trailing axes are replicated."""
-    return NamedSharding(mesh, partition_spec(names))
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and a table of RULES: where every array of a program lies. Hashable, so that a linen module may hold one.
+
+    Raises UserError for a table that does not exist, and for one that leaves devices without work of their own.
+    """
+
+    mesh: Mesh
+    rules: str = "tensor"
+    dispatch: str = "all_gather"
+
+    def __post_init__(self):
+        if self.rules not in RULES:
+            raise UserError(f"mesh_rules={self.rules!r}: choose one of {', '.join(RULES)}")
+        if self.dispatch not in DISPATCHES:
+            raise UserError(f"expert_dispatch={self.dispatch!r}: choose one of {', '.join(DISPATCHES)}")
+        idle = [axis for axis, size in self.mesh.shape.items() if size > 1 and not any(axis in axes for axes in self.table.values())]
+        if idle:
+            fitting = [name for name, table in RULES.items() if any(idle[0] in axes for axes in table.values())]
+            raise UserError(
+                f"mesh.{idle[0]}={self.mesh.shape[idle[0]]}: the rules {self.rules!r} cut nothing along it; "
+                f"use mesh_rules={' or '.join(map(repr, fitting))}, or another axis"
+            )
+
+    @property
+    def table(self) -> dict[str, tuple[str, ...]]:
+        return RULES[self.rules]
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """The mesh axes of more than one device along which `name` is cut."""
+        return tuple(axis for axis in self.table[name] if self.mesh.shape[axis] > 1)
+
+    def parts(self, name: str) -> int:
+        """Number of pieces that an axis of this name is cut into."""
+        return math.prod(self.mesh.shape[axis] for axis in self.table[name])
+
+    def spec(self, *names: str | None) -> PartitionSpec:
+        return partition_spec(names, self.table)
+
+    def sharding(self, *names: str | None) -> NamedSharding:
+        """Sharding of an array whose axes carry these logical names; missing trailing axes are replicated."""
+        return NamedSharding(self.mesh, self.spec(*names))
+
+    def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
+        """x, inside jit, laid out by the names of its axes."""
+        return x if self.mesh.size == 1 else jax.lax.with_sharding_constraint(x, self.sharding(*names))
+
+    def gathered(self, weight: jax.Array, *names: str | None) -> jax.Array:
+        """A weight as a matmul with rows needs it: whole along every mesh axis that cuts rows. Under autodiff its gradient is
+        scattered back. Without it the partitioner may well move the activations instead."""
+        rows = set(self.table["rows"])
+        return self.constrain(weight, *(None if name is None or rows & set(self.table[name]) else name for name in names))
+
+    def of_field(self, name: str) -> NamedSharding:
+        """Sharding of an array by the dimensions in its name (`gspo.types`): rows (B, Q) and key/value heads (K) are cut, the rest is
+        whole, "routes_LBTX" as (None, rows, None, None) say. A name without dimensions is a scalar's."""
+        dims = name.rpartition("_")[2]
+        return self.sharding(*(_OF_DIMENSION.get(letter) for letter in dims if dims.isupper()))
+
+    def constrain_fields(self, record: Any) -> Any:
+        """A record (flax struct or named tuple of arrays, None, and records), inside jit, laid out by the names of its fields."""
+
+        def one(name, x):
+            if x is None or self.mesh.size == 1:
+                return x
+            if hasattr(x, "shape"):
+                return jax.lax.with_sharding_constraint(x, self.of_field(name))
+            return self.constrain_fields(x)
+
+        fields = record._asdict() if hasattr(record, "_asdict") else vars(record)
+        return type(record)(**{name: one(name, x) for name, x in fields.items()})
 
 
-def tree_shardings(mesh: Mesh, boxed_tree: Any) -> Any:
+_OF_DIMENSION = {"B": "rows", "Q": "rows", "K": "kv_heads"}
+
+
+def tree_shardings(layout: Layout, boxed_tree: Any) -> Any:
     """Tree of abstract arrays, boxed by `nn.with_partitioning` where they have names -> tree of NamedSharding.
 
     Boxes are removed. An array without a box (an optimizer's step count, say) is replicated. Raises UserError where an axis does
@@ -97,12 +176,15 @@ def tree_shardings(mesh: Mesh, boxed_tree: Any) -> Any:
         names = leaf.names if isinstance(leaf, nn.Partitioned) else ()
         shape = leaf.value.shape if isinstance(leaf, nn.Partitioned) else leaf.shape
         for name, size in zip(names, shape, strict=False):
-            parts = math.prod(mesh.shape[axis] for axis in RULES[name]) if name else 1
-            if size % parts:
-                raise UserError(
-                    f"mesh: axis {name!r} of {jax.tree_util.keystr(path)} has {size} entries, which {parts} devices "
-                    f"(mesh axes {', '.join(RULES[name])}) do not divide; choose a divisor of {size}"
-                )
-        return named_sharding(mesh, *names)
+            if name and size % layout.parts(name):
+                raise UserError(indivisible(layout, name, jax.tree_util.keystr(path), size))
+        return layout.sharding(*names)
 
     return jax.tree_util.tree_map_with_path(one, boxed_tree, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def indivisible(layout: Layout, name: str, where: str, size: int) -> str:
+    """Message: axis `name`, of `size` entries in `where`, does not come out even."""
+    sizes = " x ".join(f"mesh.{axis}={layout.mesh.shape[axis]}" for axis in layout.axes(name))
+    choices = ", ".join(str(d) for d in np.arange(1, size + 1) if size % d == 0) if size <= 256 else f"the divisors of {size}"
+    return f"{sizes}: cannot cut axis {name!r} of {where}, {size} entries, into {layout.parts(name)} equal parts; choose from {choices}"

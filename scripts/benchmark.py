@@ -23,7 +23,8 @@ from gspo.learner import make_scorer, make_train_step
 from gspo.masked import Mean
 from gspo.microbatch import minibatch
 from gspo.model.distribution import Sampling
-from gspo.model.moe import BACKENDS, MoE
+from gspo.model.experts import BACKENDS
+from gspo.model.moe import MoE
 from gspo.model.routing import route_dtype
 from gspo.model.transformer import ModelSpec, Transformer
 from gspo.optim import make_optimizer

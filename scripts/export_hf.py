@@ -17,7 +17,7 @@ from gspo.checkpoint import restore_params
 from gspo.data.tokenizer import make_tokenizer
 from gspo.hf_families import family_of
 from gspo.model.transformer import ModelSpec
-from gspo.sharding import make_mesh, parse_sizes
+from gspo.sharding import Layout, make_mesh, parse_sizes
 from gspo.types import UserError
 
 
@@ -65,8 +65,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--tokenizer-dir={args.tokenizer_dir}: there is no such folder")
     spec, source = describe(Path(args.checkpoint))
     name = family_of(spec)
-    mesh = make_mesh(parse_sizes(args.mesh))
-    step, params = restore_params(args.checkpoint, hf.abstract_params(spec, mesh))
+    layout = Layout(make_mesh(parse_sizes(args.mesh)))
+    step, params = restore_params(args.checkpoint, hf.abstract_params(spec, layout))
     carried = hf.export_params(
         params, spec, args.out, dtype=args.dtype, shard_bytes=int(args.shard_gb * 1e9), source=args.tokenizer_dir or source
     )

@@ -23,7 +23,7 @@ import jax
 from gspo import cli, hf
 from gspo.checkpoint import Checkpointer
 from gspo.hf_families import family_of, read_config, spec_from_hf
-from gspo.sharding import make_mesh, parse_sizes
+from gspo.sharding import Layout, make_mesh, parse_sizes
 from gspo.types import UserError
 
 
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     if (out / "checkpoints").exists():
         raise UserError(f"--out={out} already holds checkpoints: choose another folder")
     spec = spec_from_hf(read_config(folder))
-    params = hf.import_params(folder, spec, hf.abstract_params(spec, make_mesh(parse_sizes(args.mesh))))
+    params = hf.import_params(folder, spec, hf.abstract_params(spec, Layout(make_mesh(parse_sizes(args.mesh)))))
     try:
         (out / "hf").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / "config.json", out / "hf" / "config.json")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspo import build, rl
+from gspo import build, distributed, rl
 from gspo.checkpoint import Checkpointer
 from gspo.critic import Critic
 from gspo.data.rewards import exact_match, format_hash
@@ -16,9 +16,9 @@ from tests.tiny_runs import assert_bit_equal, kept_compiles, rl_config  # noqa: 
 
 
 def parts_of(config):
-    """mesh, model, optimizer"""
+    """layout, model, optimizer"""
     optimizer, _ = build.optimizer(config, total_steps=10)
-    return build.mesh(config), build.model(config, build.tokenizer(config)), optimizer
+    return build.layout(config), build.model(config, build.tokenizer(config)), optimizer
 
 
 # ---------------------------------------------------------------------------------------------------- the state
@@ -27,9 +27,9 @@ def parts_of(config):
 def test_the_initial_state_is_what_its_abstract_twin_says(tmp_path):
     # Catches a checkpoint restored into other shapes, dtypes or places than those of the run, and a part of the state without a
     # description, which a resume would lose.
-    mesh, model, optimizer = parts_of(rl_config(tmp_path, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2}))
-    made = build.state_on_mesh(mesh, model, optimizer, with_ref=True, entropy_coef=0.5)
-    init, abstract = build.add_critic(mesh, Critic(model.spec), make_optimizer(learning_rate=1e-3), *made)
+    layout, model, optimizer = parts_of(rl_config(tmp_path, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2}))
+    made = build.state_on_mesh(layout, model, optimizer, with_ref=True, entropy_coef=0.5)
+    init, abstract = build.add_critic(layout, Critic(model.spec), make_optimizer(learning_rate=1e-3), *made)
     state = init(jax.random.key(0))
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
     for (path, leaf), twin in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(abstract), strict=True):
@@ -40,8 +40,8 @@ def test_the_initial_state_is_what_its_abstract_twin_says(tmp_path):
 
 def test_the_moments_of_the_optimizer_lie_where_their_parameters_lie(tmp_path):
     # Catches an optimizer that holds its state whole on every device, twice the size of the model.
-    mesh, model, optimizer = parts_of(rl_config(tmp_path, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2}))
-    _, abstract = build.state_on_mesh(mesh, model, optimizer)
+    layout, model, optimizer = parts_of(rl_config(tmp_path, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2}))
+    _, abstract = build.state_on_mesh(layout, model, optimizer)
     specs = {leaf.sharding.spec for leaf in jax.tree.leaves(abstract.params)}
     assert any("expert" in str(spec) for spec in specs) and any("fsdp" in str(spec) for spec in specs)
     (adam,) = [part for part in abstract.opt_state if hasattr(part, "mu")]
@@ -62,12 +62,12 @@ def test_the_seed_decides_the_initial_parameters_and_the_mesh_does_not(tmp_path)
 def test_init_from_gives_policy_reference_and_critic_the_same_parameters_in_buffers_of_their_own(tmp_path):
     # Catches a reference whose buffers the first update donates away, and a critic that starts from noise.
     config = rl_config(tmp_path, init_from=str(tmp_path / "cold"))
-    mesh, model, optimizer = parts_of(config)
-    made = build.state_on_mesh(mesh, model, optimizer, with_ref=True)
+    layout, model, optimizer = parts_of(config)
+    made = build.state_on_mesh(layout, model, optimizer, with_ref=True)
     cold = made[0](jax.random.key(99)).replace(step=jnp.int32(7))
     with Checkpointer(tmp_path / "cold") as checkpointer:
         checkpointer.save(7, cold, {})
-    state = build.initial_state(config, *build.add_critic(mesh, Critic(model.spec), optimizer, *made))
+    state = build.initial_state(config, *build.add_critic(layout, Critic(model.spec), optimizer, *made))
     assert_bit_equal(state.params, cold.params)
     assert_bit_equal(state.ref_params, cold.params)
     assert int(state.step) == 0
@@ -83,8 +83,8 @@ def test_init_from_gives_policy_reference_and_critic_the_same_parameters_in_buff
 def test_the_log_counts_all_parameters_and_those_that_run(tmp_path, experts):
     # Catches embeddings left out, or routers and attention counted among the experts.
     changes = {"model.num_experts": experts, "model.d_ff": 24, "model.num_layers": 3, "model.experts_per_token": 3}
-    mesh, model, optimizer = parts_of(rl_config(tmp_path, **changes))
-    text = build.describe(model, build.state_on_mesh(mesh, model, optimizer)[1])
+    layout, model, optimizer = parts_of(rl_config(tmp_path, **changes))
+    text = build.describe(model, build.state_on_mesh(layout, model, optimizer)[1])
     total = sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(jax.eval_shape(model.init_params, jax.random.key(0)))))
     idle = 3 * (experts - 3) * 3 * 16 * 8  # layers x experts that do not run x matrices x D x F
     if experts:
@@ -111,8 +111,8 @@ def test_an_adaptive_entropy_bonus_takes_the_place_of_the_fixed_one(tmp_path):
     adaptive, settings = build.objective(rl_config(tmp_path, entropy_target=1.0, **changes))
     assert "entropy_BC" in fixed.needs and "entropy_BC" not in adaptive.needs
     assert settings["entropy_coef"] == 0.25
-    state = rl.prepare(rl_config(tmp_path, entropy_target=1.0, **changes))
-    assert float(state.init(jax.random.key(0)).entropy_coef) == 0.25
+    steps = rl.prepare(rl_config(tmp_path, entropy_target=1.0, **changes)).steps
+    assert float(steps.init(jax.random.key(0)).entropy_coef) == 0.25
 
 
 def test_rewards_come_in_the_order_of_the_config_and_task_means_the_tasks_own(tmp_path):
@@ -138,18 +138,18 @@ def test_the_learning_rate_that_is_logged_is_the_one_that_is_used(tmp_path):
 
 def test_rows_lie_along_all_axes_but_tensor(tmp_path):
     # Catches devices that all compute the same rows.
-    mesh = build.mesh(rl_config(tmp_path, **{"mesh.data": 2, "mesh.expert": 2, "mesh.tensor": 2}))
-    rows, lengths = build.put_rows(mesh, np.zeros((8, 3)), np.arange(8))
+    layout = build.layout(rl_config(tmp_path, **{"mesh.data": 2, "mesh.expert": 2, "mesh.tensor": 2}))
+    rows, lengths = distributed.put_rows(layout.sharding("rows"), np.arange(8), 8, np.zeros((8, 3)), np.arange(8))
     assert {shard.data.shape for shard in rows.addressable_shards} == {(2, 3)} and len(rows.addressable_shards) == 8
     assert sorted({tuple(shard.data.tolist()) for shard in lengths.addressable_shards}) == [(0, 1), (2, 3), (4, 5), (6, 7)]
-    build.check_rows(mesh, batch_size=8)
+    build.check_rows(layout, batch_size=8)
     with pytest.raises(UserError, match="batch_size=6: not divisible by the 4 devices that share the rows"):
-        build.check_rows(mesh, batch_size=6)
+        build.check_rows(layout, batch_size=6)
 
 
 def test_a_smaller_mesh_than_there_are_devices_takes_the_first_ones(tmp_path):
     # Catches a laptop with several devices that cannot run what one device can.
-    assert build.mesh(rl_config(tmp_path, **{"mesh.data": 2})).devices.reshape(-1).tolist() == jax.devices()[:2]
+    assert build.layout(rl_config(tmp_path, **{"mesh.data": 2})).mesh.devices.reshape(-1).tolist() == jax.devices()[:2]
 
 
 def test_the_vocabulary_is_the_tokenizers_unless_a_larger_one_is_asked_for(tmp_path):

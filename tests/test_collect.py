@@ -1,5 +1,7 @@
 """Experience: dynamic sampling, shaping and comparison, with completions written by hand in place of a sampler."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,11 @@ class Pen:
 def collect(config, pen, *, cursor=0, state=None, scorer=None, needs=()):
     tokenizer = build.tokenizer(config)
     source = build.prompt_source(config, "train", tokenizer)
-    collector = Collector(config, build.mesh(config), tokenizer, source, pen, scorer, needs)
+    steps = SimpleNamespace(
+        layout=build.layout(config), rollout_params=lambda params: params, sampler=pen, scorer=scorer, value_fn=None,
+        objective=SimpleNamespace(needs=needs),
+    )  # fmt: skip
+    collector = Collector(config, steps, tokenizer, source)
     state = TrainState(jnp.int32(0), "params", None) if state is None else state
     return collector(state, cursor, jax.random.key(0), Timer())
 

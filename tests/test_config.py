@@ -105,6 +105,7 @@ OTHER_MODELS = {
     "rope_scaling": {"rope_scaling": (8.0, 1.0, 4.0, 8192.0)}, "qk_norm": {"qk_norm": False},
     "qk_norm_over": {"qk_norm_over": "projection"}, "tie_embeddings": {"tie_embeddings": True}, "dtype": {"dtype": "bfloat16"},
     "moe_backend": {"moe_backend": "ragged"}, "remat": {"remat": True},
+    "attention_chunk": {"attention_chunk": 2},
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def test_pass_at_1_and_pass_at_k_are_those_counted_by_hand(tmp_path, count, num_
             seen.append((prompt, texts_Qk[-1]))
         return written(texts_Qk, tokenizer, prompt_QP, prompt_lengths_Q, truncated=("111111",))
 
-    metrics, samples = make_evaluator(config, build.mesh(config), build.model(config, tokenizer), tokenizer, sampler=sampler)({})
+    metrics, samples = make_evaluator(config, build.layout(config), build.model(config, tokenizer), tokenizer, sampler=sampler)({})
     drawn = seen[:count]
     solved = [[text == prompt[-2] for text in texts] for prompt, texts in drawn]
     texts = [text for _, row in drawn for text in row]
@@ -57,7 +57,7 @@ def test_every_call_draws_the_same_prompts_with_the_same_keys_and_calls_differ(t
         calls.append((np.asarray(prompt_QP).tolist(), jax.random.key_data(key).tolist()))
         return written([["0"] * K] * len(prompt_QP), tokenizer, prompt_QP, lengths_Q)
 
-    evaluate = make_evaluator(config, build.mesh(config), build.model(config, tokenizer), tokenizer, sampler=sampler)
+    evaluate = make_evaluator(config, build.layout(config), build.model(config, tokenizer), tokenizer, sampler=sampler)
     evaluate({})
     evaluate({})
     assert len(calls) == 4 and calls[:2] == calls[2:]
@@ -74,7 +74,7 @@ def test_evaluation_reads_the_evaluation_split_and_the_reward_of_the_task(tmp_pa
     def sampler(params, prompt_QP, lengths_Q, key):
         return written([["1"] * K], tokenizer, prompt_QP, lengths_Q)
 
-    evaluate = make_evaluator(config, build.mesh(config), build.model(config, tokenizer), tokenizer, sampler=sampler)
+    evaluate = make_evaluator(config, build.layout(config), build.model(config, tokenizer), tokenizer, sampler=sampler)
     metrics, samples = evaluate({})
     assert metrics["eval/pass@1"] == 1 and samples[0]["prompt"] == "1="
 

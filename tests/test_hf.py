@@ -26,7 +26,7 @@ from gspo.hf_families import FAMILIES, family_of, hf_config, read_config, spec_f
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import ModelSpec, Transformer
 from gspo.sampler import make_sampler
-from gspo.sharding import make_mesh
+from gspo.sharding import Layout, make_mesh
 from gspo.types import UserError
 from scripts import export_hf, import_hf
 from tests import model_oracle as oracle
@@ -270,7 +270,7 @@ def test_bfloat16_folders_are_read_exactly_and_written_back_unchanged(tmp_path):
 def test_an_import_onto_eight_devices_reads_no_more_than_the_part_of_one_device_at_a_time(tmp_path, monkeypatch):
     # Catches an import that is whole on the host before it is cut, parts that land on the wrong device, parts that are read twice.
     spec, params, folder = exported(tmp_path, "Qwen3MoeForCausalLM")
-    abstract = hf.abstract_params(spec, make_mesh(dict(fsdp=2, expert=2, tensor=2)))
+    abstract = hf.abstract_params(spec, Layout(make_mesh(dict(fsdp=2, expert=2, tensor=2))))
     reads, safe_open = [], hf.safetensors.safe_open
 
     class Recorded:

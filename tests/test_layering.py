@@ -11,14 +11,14 @@ ROOT = Path(__file__).parent.parent
 TOWER = [
     "types", "masked", "microbatch",
     "ratios", "kl", "surrogates", "corrections", "aggregations", "diagnostics", "presets", "objectives",
-    "advantages", "sharding", "optim", "distributed", "metrics",
-    "model.attention", "model.routing", "model.moe", "model.transformer", "model.distribution",
+    "advantages", "sharding", "optim", "distributed", "metrics", "hlo",
+    "model.attention", "model.routing", "model.experts", "model.dispatch", "model.moe", "model.transformer", "model.distribution",
     "data.tokenizer", "data.rewards", "data.tasks", "data.batches",
     "sampler", "learner", "critic", "mismatch", "checkpoint", "hf_families", "hf",
-    "build", "cli", "collect",
+    "build", "steps", "cli", "collect",
     "evaluate", "sft", "rl", "aot",
 ]  # fmt: skip
-CONFIG_READERS = ("build", "cli", "collect", "evaluate", "sft", "rl", "aot")
+CONFIG_READERS = ("build", "steps", "cli", "collect", "evaluate", "sft", "rl", "aot")
 
 
 def modules() -> dict[str, Path]:

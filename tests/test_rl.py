@@ -31,7 +31,7 @@ def parts_made_once():
     made, prepare = {}, rl.prepare
 
     def prepare_once(config):
-        key = (config.to_json(sort_keys=True), build.sampler, rl.Collector, rl.make_evaluator)  # what the tests replace
+        key = (config.to_json(sort_keys=True), build.sampler, rl.make_steps, rl.Collector, rl.make_evaluator)  # what the tests replace
         if key not in made:
             made[key] = prepare(config)
         return made[key]._replace(notes=list(made[key].notes))
@@ -73,6 +73,26 @@ def replace_sampler(monkeypatch, wrap):
     """Every sampler of the test is wrap(sampler, config, model, tokenizer, sampling, num_generations)."""
     make = build.sampler
     monkeypatch.setattr(build, "sampler", lambda *args: wrap(make(*args), *args))
+
+
+def watch_updates(monkeypatch, before):
+    """before(batch, part) is called at every update, with the minibatch and the rollout's whole batch."""
+    make = rl.make_steps
+
+    def made(*args):
+        steps, whole = make(*args), []
+
+        def minibatches(batch):
+            whole[:] = [batch]
+            return steps.minibatches(batch)
+
+        def train_step(state, part):
+            before(whole[0], part)
+            return steps.train_step(state, part)
+
+        return steps._replace(minibatches=minibatches, train_step=train_step)
+
+    monkeypatch.setattr(rl, "make_steps", made)
 
 
 def completions(workdir):
@@ -125,7 +145,7 @@ def test_without_a_difference_in_reward_nothing_moves_and_evaluations_agree(froz
         assert line["frac_reward_zero_std"] == 1 and line["advantage/abs_max"] == 0 and line["grad_norm/max"] == 0
         assert line["log_ratio/abs_max"] < 1e-5 and line["clip_ratio/tokens"] == 0 and line["routing/experts_changed"] == 0
     run = rl.prepare(config)
-    assert_bit_equal(state_of(config, workdir)[1].params, build.initial_state(config, run.init, run.abstract).params)
+    assert_bit_equal(state_of(config, workdir)[1].params, build.initial_state(config, run.steps.init, run.steps.abstract).params)
 
 
 # ---------------------------------------------------------------------------------------------------- several updates per rollout
@@ -136,8 +156,8 @@ FAST = {"updates_per_rollout": 4, "scale_rewards": "reinforce++", "optimizer.lea
 def test_all_minibatches_of_a_rollout_share_its_old_log_probs_and_move_away_from_them(folder, updates, monkeypatch):
     # Catches a rollout redone for each minibatch, old log-probs recomputed after each update (the ratio is then always 1), rows
     # used twice or left out, a clip that never acts, and rollouts that all take the same prompts.
-    draws, cuts, cut = [], [], rl.minibatch
-    monkeypatch.setattr(rl, "minibatch", lambda batch, j, count: (cuts.append((batch, j, cut(batch, j, count))), cuts[-1][2])[1])
+    draws, cuts = [], []
+    watch_updates(monkeypatch, lambda batch, part: cuts.append((batch, part)))
     replace_sampler(monkeypatch, lambda sample, *_: lambda *args: (draws.append(sample(*args)), draws[-1])[1])
     config = rl_config(folder, **FAST)
     rl.train(config, folder / "fast")
@@ -145,8 +165,8 @@ def test_all_minibatches_of_a_rollout_share_its_old_log_probs_and_move_away_from
     assert len(draws) == 3  # the third is the evaluation at the end
     assert len({tuple(row[:4].tolist()) for rollout in drawn for row in rollout.tokens_BT}) == 8  # of the 14 in an epoch
     for rollout in range(2):
-        wholes, indices, parts = zip(*cuts[4 * rollout : 4 * rollout + 4], strict=True)
-        assert indices == (0, 1, 2, 3) and len({id(whole) for whole in wholes}) == 1
+        wholes, parts = zip(*cuts[4 * rollout : 4 * rollout + 4], strict=True)
+        assert len({id(whole) for whole in wholes}) == 1
         for name in ("old_logp_BC", "tokens_BT"):
             np.testing.assert_array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(wholes[0], name))
         np.testing.assert_array_equal(wholes[0].old_logp_BC, drawn[rollout].logp_BC)
@@ -239,7 +259,7 @@ def test_a_kl_term_holds_a_reference_that_starts_equal_and_stays(folder, tmp_pat
     config = stateful_config(folder, sync_ref_model=False)
     rl.train(config, tmp_path)
     run = rl.prepare(config)
-    initial = build.initial_state(config, run.init, run.abstract)
+    initial = build.initial_state(config, run.steps.init, run.steps.abstract)
     _, state = state_of(config, tmp_path)
     assert_bit_equal(state.ref_params, initial.params)
     assert abs(float(updates[0][0]["kl"])) < 1e-6 < 1e-4 < float(updates[1][-1]["kl"])
@@ -424,7 +444,7 @@ def test_the_unbroken_run_moves_all_that_it_carries(folder, unbroken):
     # Catches a comparison of runs that would agree because nothing in them ever changes.
     run = rl.prepare(stateful_config(folder))
     _, state = state_of(stateful_config(folder), unbroken)
-    fresh = build.initial_state(stateful_config(folder), run.init, run.abstract)
+    fresh = build.initial_state(stateful_config(folder), run.steps.init, run.steps.abstract)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), state, fresh)))
     assert state.ref_params is not None and state.entropy_coef is not None
     lines = read_jsonl(unbroken / "metrics.jsonl")
@@ -480,7 +500,20 @@ def sampler_that_dies(make):
 
 hook(rl.Collector, "__call__", 0, "collect")
 build.sampler = sampler_that_dies(build.sampler)  # in the second rollout
-hook(rl, "minibatch", 8, "minibatch")  # before the second update of the fourth rollout
+make_steps = rl.make_steps
+
+
+def steps_that_die(*args):
+    steps = make_steps(*args)
+
+    def train_step(state, part):
+        die_at(8, "minibatch")  # before the second update of the fourth rollout
+        return steps.train_step(state, part)
+
+    return steps._replace(train_step=train_step)
+
+
+rl.make_steps = steps_that_die
 hook(ocp.PyTreeCheckpointHandler, "finalize", 2, "save")  # the arrays of the second checkpoint are written, nothing is in place
 hook(checkpoint, "_seal", 1, "seal")  # the first checkpoint is complete, its seal is not written
 rl.train(stateful_config(folder), workdir)
@@ -517,15 +550,14 @@ def test_a_run_killed_anywhere_and_resumed_ends_bit_equal_to_one_never_killed(fo
 def test_SIGTERM_saves_says_so_and_leaves_and_the_resumed_run_ends_the_same(folder, unbroken, tmp_path, monkeypatch, capsys):
     # Catches a preempted job that loses its work since the last checkpoint, that leaves between two updates of a rollout, or that
     # a scheduler takes for a success.
-    cuts, cut = [], rl.minibatch
+    cuts = []
 
-    def minibatch(*args):
-        cuts.append(args)
+    def terminated_at_the_fifth(_, part):
+        cuts.append(part)
         if len(cuts) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        return cut(*args)
 
-    monkeypatch.setattr(rl, "minibatch", minibatch)
+    watch_updates(monkeypatch, terminated_at_the_fifth)
     with pytest.raises(SystemExit) as stopped:
         rl.train(stateful_config(folder), tmp_path)
     assert stopped.value.code == 143 and len(cuts) == 6

@@ -51,7 +51,7 @@ def plain(folder):
 def abstract_of(config):
     tokenizer = build.tokenizer(config)
     optimizer, _ = build.optimizer(config, total_steps=config.num_updates)
-    return build.state_on_mesh(build.mesh(config), build.model(config, tokenizer), optimizer)[1]
+    return build.state_on_mesh(build.layout(config), build.model(config, tokenizer), optimizer)[1]
 
 
 def state_of(config, workdir):
@@ -81,7 +81,7 @@ def test_the_first_loss_is_the_mean_negative_log_likelihood_of_the_demonstration
     tokenizer = build.tokenizer(config)
     source = build.demonstration_source(config, tokenizer)
     model = build.model(config, tokenizer)
-    init, abstract = build.state_on_mesh(build.mesh(config), model, build.optimizer(config, total_steps=30)[0])
+    init, abstract = build.state_on_mesh(build.layout(config), model, build.optimizer(config, total_steps=30)[0])
     params = build.initial_state(config, init, abstract).params
     demos = source.batch(0, 8)
     P = config.max_prompt_length
@@ -105,7 +105,7 @@ def test_the_first_loss_is_the_mean_negative_log_likelihood_of_the_demonstration
 def test_every_example_comes_once_in_an_epoch(folder, tmp_path, monkeypatch):
     # Catches one batch used for ever, and batches that overlap.
     seen, make = [], sft.make_batch
-    monkeypatch.setattr(sft, "make_batch", lambda mesh, demos, C: (seen.extend(demos.tokens_BT.tolist()), make(mesh, demos, C))[1])
+    monkeypatch.setattr(sft, "make_batch", lambda *args: (seen.extend((batch := make(*args)).tokens_BT.tolist()), batch)[1])
     sft.train(sft_config(folder, num_updates=7, **{"eval.every": 0}), tmp_path)
     epochs = [sorted(map(tuple, seen[start : start + 14])) for start in range(0, 56, 14)]
     assert len(set(epochs[0])) == 14 and all(epoch == epochs[0] for epoch in epochs)

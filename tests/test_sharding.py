@@ -1,5 +1,6 @@
 """Meshes and rules; and that eight devices compute what one does, however they are arranged."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,7 +15,7 @@ from gspo.model.distribution import Sampling
 from gspo.model.transformer import ModelSpec, Transformer
 from gspo.objectives import preset
 from gspo.sampler import make_sampler
-from gspo.sharding import MESH_AXES, RULES, make_mesh, named_sharding, partition_spec, tree_shardings
+from gspo.sharding import MESH_AXES, RULES, Layout, make_mesh, partition_spec, tree_shardings
 from gspo.types import Batch, TrainState, UserError
 from tests import model_oracle as oracle
 from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
@@ -24,13 +25,20 @@ MOE = ModelSpec(
     vocab_size=16, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_width=4, rope_theta=100.0,
     num_experts=8, experts_per_token=2, d_expert=8,
 )  # fmt: skip
-MESHES = {
-    "data8": {"data": 8},
-    "fsdp8": {"fsdp": 8},
-    "expert8": {"expert": 8},
-    "data2-expert4": {"data": 2, "expert": 4},
-    "fsdp2-expert2-tensor2": {"fsdp": 2, "expert": 2, "tensor": 2},
+LAYOUTS = {  # mesh sizes, rules, rules of rollouts, dispatch
+    "data8": ({"data": 8}, "tensor", "tensor", "all_gather"),
+    "fsdp8": ({"fsdp": 8}, "tensor", "tensor", "all_gather"),
+    "expert8": ({"expert": 8}, "tensor", "tensor", "all_gather"),
+    "data2-expert4": ({"data": 2, "expert": 4}, "tensor", "tensor", "all_gather"),
+    "fsdp2-expert2-tensor2": ({"fsdp": 2, "expert": 2, "tensor": 2}, "tensor", "tensor", "all_gather"),
+    "expert8-all-to-all": ({"expert": 8}, "tensor", "tensor", "all_to_all"),
+    "data2-expert4-all-to-all": ({"data": 2, "expert": 4}, "expert_fsdp", "single", "all_to_all"),
+    "fsdp2-expert2-tensor2-all-to-all": ({"fsdp": 2, "expert": 2, "tensor": 2}, "tensor", "tensor", "all_to_all"),
+    "fsdp2-expert4-spread": ({"fsdp": 2, "expert": 4}, "expert_fsdp", "expert", "all_gather"),
+    "fsdp2-expert4-spread-all-to-all": ({"fsdp": 2, "expert": 4}, "expert", "expert", "all_to_all"),
+    "fsdp-rules": ({"fsdp": 4, "expert": 2}, "fsdp", "expert", "all_gather"),
 }
+KEPT = {"moe": ("fsdp8", "fsdp2-expert2-tensor2", "fsdp2-expert4-spread-all-to-all"), "dense": ("fsdp2-expert2-tensor2",)}
 Q, G, P, C = 8, 2, 4, 5
 B, T = Q * G, P + C
 OPTIMIZER = optax.chain(oracle.record_gradients(), optax.sgd(0.1))
@@ -68,27 +76,60 @@ def test_mesh_axes_are_auto_so_that_the_partitioner_places_what_is_not_named():
 def test_two_axes_of_an_array_cannot_claim_the_same_mesh_axis():
     # Catches a rules table under which one axis silently wins and the other is replicated.
     with pytest.raises(ValueError, match=r"'rows' and 'embed'.*'fsdp'"):
-        partition_spec(("rows", "embed"))
+        partition_spec(("rows", "embed"), RULES["tensor"])
     with pytest.raises(ValueError, match="tensor"):
-        partition_spec(("heads", "mlp"))
+        partition_spec(("heads", "mlp"), RULES["tensor"])
 
 
 def test_logical_names_become_mesh_axes():
     # Catches a rule that is looked up for the wrong axis of the array.
-    assert partition_spec(("layers", "expert", "embed", "mlp")) == PartitionSpec(None, "expert", "fsdp", "tensor")
-    assert partition_spec(("rows", None)) == PartitionSpec(("data", "fsdp", "expert"), None)
-    assert all(axis in MESH_AXES for axes in RULES.values() for axis in axes)
+    layout = Layout(make_mesh({}, jax.devices()[:1]))
+    assert layout.spec("layers", "expert", "embed", "mlp") == PartitionSpec(None, "expert", "fsdp", "tensor")
+    assert layout.spec("rows", None) == PartitionSpec(("data", "fsdp", "expert"), None)
+    assert all(axis in MESH_AXES for rules in RULES.values() for axes in rules.values() for axis in axes)
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_no_table_cuts_two_axes_of_a_parameter_along_one_mesh_axis(rules):
+    # Catches a table that works for one family and collides on another's weights.
+    layout = Layout(make_mesh({}, jax.devices()[:1]), rules)
+    for spec in (MOE, DENSE):
+        tree_shardings(layout, jax.eval_shape(Transformer(spec).init_params, jax.random.key(0)))
 
 
 @needs_eight
-def test_an_axis_that_the_devices_do_not_divide_is_named_with_its_size():
+def test_an_axis_that_the_devices_do_not_divide_is_named_with_its_size_and_the_choices():
     # Catches padding or replication behind the user's back, and an error without the parameter's name.
     five_experts, eight_experts = (jax.eval_shape(Transformer(spec).init_params, jax.random.key(0)) for spec in (oracle.MOE, MOE))
-    mesh = make_mesh({"expert": -1})
-    with pytest.raises(UserError, match=r"'expert'.*moe.*5 entries.*8 devices") as error:
-        tree_shardings(mesh, five_experts)
+    layout = Layout(make_mesh({"expert": -1}))
+    with pytest.raises(UserError, match=r"mesh.expert=8: cannot cut axis 'expert'.*moe.*5 entries.*choose from 1, 5") as error:
+        tree_shardings(layout, five_experts)
     assert "\n" not in str(error.value)
-    assert tree_shardings(mesh, eight_experts)["blocks"]["moe"]["gate"].spec == PartitionSpec(None, "expert", "fsdp", "tensor")
+    assert tree_shardings(layout, eight_experts)["blocks"]["moe"]["gate"].spec == PartitionSpec(None, "expert", "fsdp", "tensor")
+
+
+@needs_eight
+def test_rules_that_do_not_exist_or_leave_devices_idle_are_one_line_errors():
+    # Catches a mesh axis along which every device computes the same, and a mistyped table found deep inside jit.
+    mesh = make_mesh({"data": 4, "tensor": 2})
+    with pytest.raises(UserError, match=r"mesh\.tensor=2: the rules 'expert_fsdp' cut nothing along it; use mesh_rules='tensor'"):
+        Layout(mesh, "expert_fsdp")
+    with pytest.raises(UserError, match="mesh_rules='zero3': choose one of single, fsdp, expert, expert_fsdp, tensor"):
+        Layout(mesh, "zero3")
+    with pytest.raises(UserError, match="expert_dispatch='broadcast': choose one of all_gather, all_to_all"):
+        Layout(mesh, dispatch="broadcast")
+
+
+@needs_eight
+def test_the_name_of_an_array_says_how_it_lies():
+    # Catches routes cut along their layers, and a scalar taken for a row.
+    layout = Layout(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+    rows = ("data", "fsdp", "expert")
+    for name, spec in {
+        "tokens_BT": (rows, None), "routes_LBTX": (None, rows, None, None), "prompt_QP": (rows, None), "decode_steps": (),
+        "k_LBSKH": (None, rows, None, "tensor", None), "old_router_logits_LBTE": (None, rows, None, None), "step": (),
+    }.items():  # fmt: skip
+        assert layout.of_field(name).spec == PartitionSpec(*spec), name
 
 
 # ---------------------------------------------------------------- eight devices against one
@@ -114,83 +155,99 @@ def batch_of(spec, recorded):
     )
 
 
-def place(mesh, batch):
+def place(layout, batch):
     """Rows over the devices: axis 0, in routes axis 1."""
-    def one(name, x):
-        axes = (None, "rows") if name == "routes_LBTX" else ("rows",)
-        return None if x is None else jax.device_put(x, named_sharding(mesh, *axes))
-
-    return Batch(**{name: one(name, x) for name, x in vars(batch).items()})
+    return Batch(**{name: None if x is None else jax.device_put(x, layout.of_field(name)) for name, x in vars(batch).items()})
 
 
-@functools.cache
-def greedy_sampler(spec):
-    return make_sampler(
-        Transformer(spec), num_generations=G, max_completion_length=C, eos_ids=(1,), pad_id=0, sampling=Sampling(temperature=0)
-    )
-
-
-def shardings_of(spec, mesh):
+def shardings_of(spec, layout):
     """Where a training state lies: the recorded gradient, like the parameters, by the rules."""
-    params = tree_shardings(mesh, jax.eval_shape(Transformer(spec).init_params, jax.random.key(0)))
-    return TrainState(named_sharding(mesh), params, (params, *OPTIMIZER.init({})[1:]))
+    params = tree_shardings(layout, jax.eval_shape(Transformer(spec).init_params, jax.random.key(0)))
+    return TrainState(layout.sharding(), params, (params, *OPTIMIZER.init({})[1:]))
 
 
-def results(spec, mesh):
-    """{replay: (gradients, metrics)}, the greedy rollout, and the state after the steps, on this mesh."""
-    shardings = shardings_of(spec, mesh)
-    step = make_train_step(
-        Transformer(spec), OPTIMIZER, preset("gspo", epsilon=0.3, epsilon_high=0.3), replay=bool(spec.num_experts),
-        state_shardings=shardings,
+def rollout_of(spec, layout, temperature):
+    sampler = make_sampler(
+        Transformer(spec, layout=layout), num_generations=G, max_completion_length=C, eos_ids=(1,), pad_id=0,
+        sampling=Sampling(temperature=temperature),
     )  # fmt: skip
-    params = oracle.build(spec)[1]
     rng = np.random.default_rng(1)
     prompts = rng.integers(0, 16, (Q, P)).astype(np.int32), rng.integers(1, P + 1, Q).astype(np.int32)
-    prompts = jax.device_put(prompts, named_sharding(mesh, "rows"))
-    rollout = jax.device_get(greedy_sampler(spec)(jax.device_put(params, shardings.params), *prompts, jax.random.key(0)))
-    found = {}
+    params = jax.device_put(oracle.build(spec)[1], shardings_of(spec, layout).params)
+    return jax.device_get(sampler(params, *jax.device_put(prompts, layout.sharding("rows")), jax.random.key(0)))
+
+
+def updates_of(spec, layout, micro_batch_size=0):
+    """{replay: (gradients, metrics)} and the state after the steps, on this layout."""
+    shardings = shardings_of(spec, layout)
+    step = make_train_step(
+        Transformer(spec, layout=layout), OPTIMIZER, preset("gspo", epsilon=0.3, epsilon_high=0.3), replay=bool(spec.num_experts),
+        state_shardings=shardings, micro_batch_size=micro_batch_size,
+    )  # fmt: skip
+    params, found = oracle.build(spec)[1], {}
     for recorded in (False, True) if spec.num_experts else (False,):
         own = jax.tree.map(jnp.copy, params)  # a step donates what it is given
         zeros = jax.tree.map(jnp.zeros_like, params)
         state = jax.device_put(TrainState(jnp.int32(0), own, (zeros, *OPTIMIZER.init({})[1:])), shardings)
-        state, metrics = step(state, place(mesh, batch_of(spec, recorded)))
+        state, metrics = step(state, place(layout, batch_of(spec, recorded)))
         found[recorded] = jax.device_get((state.opt_state[0], metrics))
-    return found, rollout, state
+    return found, state
 
 
 @functools.cache
 def on_one_device(spec):
-    return results(spec, make_mesh({}, jax.devices()[:1]))[:2]
+    one = Layout(make_mesh({}, jax.devices()[:1]))
+    return updates_of(spec, one)[0], {temperature: rollout_of(spec, one, temperature) for temperature in (0, 1.0)}
 
 
-@needs_eight
-@pytest.mark.parametrize(
-    ("spec", "mesh"),
-    [
-        pytest.param(spec, mesh, id=f"{name}-{mesh}", marks=() if (name, mesh) in KEPT else pytest.mark.slow)
-        for KEPT in [(("moe", "fsdp8"), ("moe", "fsdp2-expert2-tensor2"))]
-        for name, spec in (("dense", DENSE), ("moe", MOE))
-        for mesh in MESHES
-    ],
-)
-def test_every_mesh_gives_the_loss_gradients_and_greedy_tokens_of_one_device(spec, mesh):
-    # Catches a reduction over the rows of one device only, experts that lose the tokens of other devices, routes cut along
-    # another axis than tokens, a cache written by the wrong device; and parameters that come back from an update lying elsewhere.
-    expected, expected_rollout = on_one_device(spec)
-    mesh = make_mesh(MESHES[mesh])
-    found, rollout, state = results(spec, mesh)
-    for name in ("tokens_BT", "completion_lengths_B", "routes_LBTX"):
-        np.testing.assert_array_equal(getattr(rollout, name), getattr(expected_rollout, name), err_msg=name)
-    assert rollout.decode_steps == expected_rollout.decode_steps
+def assert_same_updates(found, expected):
     for recorded, (grads, metrics) in found.items():
         expected_grads, expected_metrics = expected[recorded]
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), grads, expected_grads)
         for name, value in metrics.items():
             np.testing.assert_allclose(value, expected_metrics[name], rtol=1e-4, atol=2e-5, err_msg=name)
 
-    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings_of(spec, mesh)), strict=True):
+
+@needs_eight
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        pytest.param(spec, layout, id=f"{name}-{layout}", marks=() if layout in KEPT[name] else pytest.mark.slow)
+        for name, spec in (("dense", DENSE), ("moe", MOE))
+        for layout in LAYOUTS
+    ],
+)
+def test_every_mesh_gives_the_loss_gradients_and_tokens_of_one_device(spec, name):
+    # Catches a reduction over the rows of one device only, experts that lose the tokens of other devices or see them twice, offsets of
+    # an exchange that are off by one, routes cut along another axis than tokens, a cache written by the wrong device, noise that
+    # depends on the mesh; and parameters that come back from an update lying elsewhere.
+    sizes, rules, rollout_rules, dispatch = LAYOUTS[name]
+    expected, expected_rollouts = on_one_device(spec)
+    layout = Layout(make_mesh(sizes), rules, dispatch)
+    for temperature, expected_rollout in expected_rollouts.items():
+        rollout = rollout_of(spec, dataclasses.replace(layout, rules=rollout_rules), temperature)
+        for field in ("tokens_BT", "completion_lengths_B", "routes_LBTX"):
+            np.testing.assert_array_equal(getattr(rollout, field), getattr(expected_rollout, field), err_msg=field)
+        np.testing.assert_allclose(rollout.logp_BC, expected_rollout.logp_BC, atol=1e-5)
+        assert rollout.decode_steps == expected_rollout.decode_steps
+
+    found, state = updates_of(spec, layout)
+    assert_same_updates(found, expected)
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings_of(spec, layout)), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     wide = state.params["blocks"]["moe"]["gate"] if spec.num_experts else state.params["blocks"]["mlp"]["gate"]
-    parts = wide.size // wide.addressable_shards[0].data.size
-    cutting = ("fsdp", "expert", "tensor") if spec.num_experts else ("fsdp", "tensor")
-    assert parts == np.prod([mesh.shape[axis] for axis in cutting])
+    cut = {"tensor", "fsdp"} | ({"expert"} if spec.num_experts or rules == "fsdp" else set())
+    cut = set() if rules == "expert" and not spec.num_experts else cut
+    assert wide.size // wide.addressable_shards[0].data.size == np.prod([size for axis, size in sizes.items() if axis in cut])
+
+
+@needs_eight
+@pytest.mark.slow
+@pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all"])
+@pytest.mark.parametrize("change", [{"moe_backend": "ragged"}, {"moe_backend": "dense"}, {"remat": True, "attention_chunk": 4}])
+def test_backends_recomputation_and_micro_batches_agree_across_devices(dispatch, change):
+    # Catches a backend that mixes up "another device's expert" with a pad, one that lets the rows past the last group into a gradient,
+    # and a gradient that is summed over micro-batches on some devices only.
+    spec = dataclasses.replace(MOE, **change)
+    layout = Layout(make_mesh({"data": 2, "expert": 4}), dispatch=dispatch)
+    assert_same_updates(updates_of(spec, layout, micro_batch_size=8)[0], on_one_device(MOE)[0])

@@ -99,7 +99,7 @@ def written(texts_QG, tokenizer, prompt_QP, prompt_lengths_Q, *, width=6, trunca
 def state_of(config: ConfigDict, workdir: Path) -> tuple[int, TrainState]:
     """(step, state) of the last checkpoint of a run of `rl.train`."""
     with Checkpointer(workdir, keep_last=9) as checkpointer:
-        step, state, _ = checkpointer.restore(rl.prepare(config).abstract)
+        step, state, _ = checkpointer.restore(rl.prepare(config).steps.abstract)
     return step, state
 
 

@@ -30,7 +30,7 @@ def _shuffled(size: int, seed: int) -> grain.MapDataset:
 
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
-    """Q prompts. tokens_QP int32, left-padded; lengths_Q int32, tokens without the padding."""
+    """Q prompts, or those of them that a process asked for. tokens_QP int32, left-padded; lengths_Q int32, without the padding."""
 
     examples: list[Example]
     tokens_QP: np.ndarray
@@ -74,19 +74,22 @@ class PromptSource:
         if not lengths.all():
             raise UserError(f"example {int(lengths.argmin())} of task {task.name} has an empty prompt: nothing to continue from")
         fits = _fits(lengths, max_prompt_length, "prompts", "max_prompt_length", overlong_prompts)
-        self._kept = np.flatnonzero(fits)
+        self._kept, self._all_lengths = np.flatnonzero(fits), lengths
         self.num_dropped = len(task) - len(self._kept)
 
     def __len__(self) -> int:
         """Prompts in one epoch: those that were kept."""
         return len(self._kept)
 
-    def batch(self, cursor: int, num_prompts: int) -> PromptBatch:
-        """The prompts at positions cursor .. cursor + num_prompts - 1 of the run."""
-        examples = [self.task[i] for i in _indices(self._kept, self.seed, cursor, num_prompts)]
-        ids = [_prompt_ids(self.tokenizer, example) for example in examples]
-        longest = max(map(len, ids))
+    def batch(self, cursor: int, num_prompts: int, own: Sequence[int] | None = None) -> PromptBatch:
+        """The prompts at positions cursor .. cursor + num_prompts - 1 of the run. own: which of these num_prompts to read; the width
+        of the frame is that of all of them.
+        """
+        indices = _indices(self._kept, self.seed, cursor, num_prompts)
+        longest = max(self._all_lengths[i] for i in indices)
         width = next(width for width in self.widths if width >= longest)
+        examples = [self.task[indices[j]] for j in (range(num_prompts) if own is None else own)]
+        ids = [_prompt_ids(self.tokenizer, example) for example in examples]
         return PromptBatch(examples, _left_padded(ids, width, self.tokenizer.pad_id), _lengths(ids))
 
 
@@ -132,9 +135,10 @@ class DemonstrationSource:
             )
         return [*self.tokenizer.encode(example.demonstration), self.tokenizer.eos_ids[0]]
 
-    def batch(self, cursor: int, num_rows: int) -> DemonstrationBatch:
-        """The rows at positions cursor .. cursor + num_rows - 1 of the run."""
-        examples = [self.task[i] for i in _indices(self._kept, self.seed, cursor, num_rows)]
+    def batch(self, cursor: int, num_rows: int, own: Sequence[int] | None = None) -> DemonstrationBatch:
+        """The rows at positions cursor .. cursor + num_rows - 1 of the run. own: which of these num_rows to read."""
+        indices = _indices(self._kept, self.seed, cursor, num_rows)
+        examples = [self.task[indices[j]] for j in (range(num_rows) if own is None else own)]
         prompts = [_prompt_ids(self.tokenizer, example) for example in examples]
         completions = [self._completion_ids(example) for example in examples]
         pad = self.tokenizer.pad_id

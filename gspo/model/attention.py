@@ -6,6 +6,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from gspo.sharding import Layout
+
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives a mean and not NaN
 
 kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -90,11 +92,26 @@ def visible(first_B: chex.Array, start: chex.Array | int, queries: int, keys: in
     return seen_BTS | (key_S == query_T[:, None])[None]
 
 
-def attend(q_BTNH: chex.Array, k_BSKH: chex.Array, v_BSKH: chex.Array, visible_BTS: chex.Array) -> chex.Array:
-    """softmax(q·k/√H) v with N/K query heads to each key/value head; scores and softmax in float32. Returns [B, T, N, H]."""
+def attend(
+    q_BTNH: chex.Array, k_BSKH: chex.Array, v_BSKH: chex.Array, visible_BTS: chex.Array, chunk: int = 0
+) -> chex.Array:
+    """softmax(q·k/√H) v with N/K query heads to each key/value head; scores and softmax in float32. Returns [B, T, N, H].
+
+    chunk: query columns whose scores exist at a time, forward and backward (remat); 0: all T.
+    """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     chex.assert_shape(visible_BTS, (B, T, k_BSKH.shape[1]))
+    if 0 < chunk < T:
+        pieces = -(-T // chunk)
+
+        def cut(x, fill):
+            x = jnp.pad(x, ((0, 0), (0, pieces * chunk - T)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
+            return jnp.moveaxis(x.reshape(B, pieces, chunk, *x.shape[2:]), 1, 0)
+
+        piece = jax.checkpoint(lambda q_and_visible: attend(q_and_visible[0], k_BSKH, v_BSKH, q_and_visible[1]))
+        out = jax.lax.map(piece, (cut(q_BTNH, 0), cut(visible_BTS, True)))
+        return jnp.moveaxis(out, 0, 1).reshape(B, pieces * chunk, N, H)[:, :T]
     q_BTKRH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
     score_BKRTS = jnp.einsum("BTKRH,BSKH->BKRTS", q_BTKRH, k_BSKH, preferred_element_type=jnp.float32)
     score_BKRTS = jnp.where(visible_BTS[:, None, None], score_BKRTS, MASKED)
@@ -114,12 +131,16 @@ class Attention(nn.Module):
     rms_eps: float
     dtype: jnp.dtype
     qk_norm_over: str = "head"
+    chunk: int = 0
+    layout: Layout | None = None
 
     def _project(self, name: str, x_BTD, heads: int, axis: str):
         kernel_init_ = nn.with_partitioning(kernel_init, ("embed", axis))
-        kernel = self.param(name, kernel_init_, (x_BTD.shape[-1], heads * self.head_width), jnp.float32)
-        y = x_BTD @ kernel.astype(self.dtype)
-        return y.reshape(*x_BTD.shape[:2], heads, self.head_width)
+        kernel = self.param(name, kernel_init_, (x_BTD.shape[-1], heads * self.head_width), jnp.float32).astype(self.dtype)
+        if self.layout is None:
+            return (x_BTD @ kernel).reshape(*x_BTD.shape[:2], heads, self.head_width)
+        y = (x_BTD @ self.layout.gathered(kernel, "embed", axis)).reshape(*x_BTD.shape[:2], heads, self.head_width)
+        return self.layout.constrain(y, "rows", None, axis, None)
 
     def _norm(self, name: str, x_BTNH):
         norm = RMSNorm(self.rms_eps, name=name)
@@ -142,7 +163,9 @@ class Attention(nn.Module):
         else:
             cache = cache.write(layer, start, k_BTKH, v_BTKH)
             k_BSKH, v_BSKH = cache.read(layer)
-        mixed_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, visible_BTS)
+        mixed_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, visible_BTS, self.chunk)
         kernel_init_ = nn.with_partitioning(kernel_init, ("heads", "embed"))
-        kernel = self.param("out", kernel_init_, (self.num_heads * self.head_width, x_BTD.shape[-1]), jnp.float32)
-        return mixed_BTNH.reshape(*x_BTD.shape[:2], -1) @ kernel.astype(self.dtype), cache
+        kernel = self.param("out", kernel_init_, (self.num_heads * self.head_width, x_BTD.shape[-1]), jnp.float32).astype(self.dtype)
+        if self.layout is not None:
+            kernel = self.layout.gathered(kernel, "heads", "embed")
+        return mixed_BTNH.reshape(*x_BTD.shape[:2], -1) @ kernel, cache

@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from gspo.model.attention import Attention, KVCache, RMSNorm, kernel_init, rope_tables, visible
-from gspo.model.moe import BACKENDS, MoE
+from gspo.model.experts import BACKENDS
+from gspo.model.moe import MoE
 from gspo.model.routing import route_dtype
+from gspo.sharding import Layout
 from gspo.types import UserError
 
 
@@ -29,6 +31,8 @@ class ModelSpec:
     rope_scaling is () or the four numbers of Llama 3.1's rule (`gspo.model.attention.rope_tables`). qk_norm_over is "head" (Qwen3) or
     "projection" (OLMoE).
     dtype is that of the matmuls ("float32" or "bfloat16"); parameters, router, softmax, norms and log-probs are float32.
+    remat recomputes each block in the backward pass; attention_chunk > 0 does so with attention scores, that many query columns at a
+    time, so that no [T, T] array of scores exists.
     """
 
     vocab_size: int
@@ -51,6 +55,7 @@ class ModelSpec:
     dtype: str = "float32"
     moe_backend: str = "blocked"
     remat: bool = False
+    attention_chunk: int = 0
 
     def __post_init__(self):
         def need(ok, field, remedy):
@@ -66,6 +71,7 @@ class ModelSpec:
              "give (factor, low, high, trained_length), all positive and low < high, or () for none")  # fmt: skip
         need(self.qk_norm_over in ("head", "projection"), "qk_norm_over", "choose 'head' or 'projection'")
         need(self.dtype in ("float32", "bfloat16"), "dtype", "choose 'float32' or 'bfloat16'")
+        need(self.attention_chunk >= 0, "attention_chunk", "must be >= 0 (0: all query columns at once)")
         need(self.moe_backend in BACKENDS, "moe_backend", f"choose one of {', '.join(BACKENDS)}")
         if self.num_experts:
             need(0 < self.experts_per_token <= self.num_experts, "experts_per_token", f"must be in 1..{self.num_experts}")
@@ -97,21 +103,25 @@ class SwiGLU(nn.Module):
 
     width: int
     dtype: jnp.dtype
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(self, x_BTD):
         D, F = x_BTD.shape[-1], self.width
-        w_gate = self.param("gate", nn.with_partitioning(kernel_init, ("embed", "mlp")), (D, F), jnp.float32)
-        w_up = self.param("up", nn.with_partitioning(kernel_init, ("embed", "mlp")), (D, F), jnp.float32)
-        w_down = self.param("down", nn.with_partitioning(kernel_init, ("mlp", "embed")), (F, D), jnp.float32)
-        hidden = jax.nn.silu(x_BTD @ w_gate.astype(self.dtype)) * (x_BTD @ w_up.astype(self.dtype))
-        return hidden @ w_down.astype(self.dtype)
+
+        def weight(name, shape, *axes):
+            w = self.param(name, nn.with_partitioning(kernel_init, axes), shape, jnp.float32).astype(self.dtype)
+            return w if self.layout is None else self.layout.gathered(w, *axes)
+
+        hidden = jax.nn.silu(x_BTD @ weight("gate", (D, F), "embed", "mlp")) * (x_BTD @ weight("up", (D, F), "embed", "mlp"))
+        return hidden @ weight("down", (F, D), "mlp", "embed")
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)). A scan body: (carry, layer inputs) -> (carry, layer outputs)."""
 
     spec: ModelSpec
+    layout: Layout | None
     router_noise: float
     router_swap: float
 
@@ -119,26 +129,29 @@ class Block(nn.Module):
     def __call__(self, carry, layer, given_BTX, rope, visible_BTS, start):
         x_BTD, cache = carry
         s = self.spec
+        rows = (lambda x: x) if self.layout is None else (lambda x: self.layout.constrain(x, "rows", None, None))
         attention = Attention(
-            s.num_heads, s.num_kv_heads, s.head_width, s.qk_norm, s.rms_eps, s.compute_dtype, s.qk_norm_over, name="attention"
-        )
+            s.num_heads, s.num_kv_heads, s.head_width, s.qk_norm, s.rms_eps, s.compute_dtype, s.qk_norm_over,
+            s.attention_chunk, self.layout, name="attention",
+        )  # fmt: skip
         normed_BTD = RMSNorm(s.rms_eps, name="attention_norm")(x_BTD)
         mixed_BTD, cache = attention(normed_BTD, rope, visible_BTS, cache, layer, start)
-        x_BTD = x_BTD + mixed_BTD
+        x_BTD = rows(x_BTD + mixed_BTD)
         h_BTD = RMSNorm(s.rms_eps, name="mlp_norm")(x_BTD)
         if not s.num_experts:
-            return (x_BTD + SwiGLU(s.d_ff, s.compute_dtype, name="mlp")(h_BTD), cache), (None, None)
+            return (rows(x_BTD + SwiGLU(s.d_ff, s.compute_dtype, self.layout, name="mlp")(h_BTD)), cache), (None, None)
         moe = MoE(
-            s.num_experts, s.experts_per_token, s.d_expert, s.norm_topk_prob, s.moe_backend, s.compute_dtype,
+            s.num_experts, s.experts_per_token, s.d_expert, s.norm_topk_prob, s.moe_backend, s.compute_dtype, self.layout,
             self.router_noise, self.router_swap, name="moe",
         )  # fmt: skip
         y_BTD, free_BTX, logits_BTE = moe(h_BTD, given_BTX)
-        return (x_BTD + y_BTD, cache), (free_BTX.astype(route_dtype(s.num_experts)), logits_BTE)
+        return (rows(x_BTD + y_BTD), cache), (free_BTX.astype(route_dtype(s.num_experts)), logits_BTE)
 
 
 class Transformer(nn.Module):
     """Embedding, L blocks, final norm; `logits` maps hidden states to the vocabulary.
 
+    layout: where arrays lie on a mesh of devices (rows must divide); None: on one device.
     router_noise, router_swap: mismatch injection, for samplers that are to differ from the learner on purpose. Standard deviation of
     noise on the router logits, and the rate at which a token's last expert is swapped; both draw from the rng stream "router".
     """
@@ -146,6 +159,7 @@ class Transformer(nn.Module):
     spec: ModelSpec
     router_noise: float = 0.0
     router_swap: float = 0.0
+    layout: Layout | None = None
 
     def setup(self):
         s = self.spec
@@ -162,7 +176,7 @@ class Transformer(nn.Module):
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=s.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(s, self.router_noise, self.router_swap)
+        )(s, self.layout, self.router_noise, self.router_swap)
         self.final_norm = RMSNorm(s.rms_eps)
 
     def __call__(
@@ -181,7 +195,9 @@ class Transformer(nn.Module):
         s = self.spec
         B, T = tokens_BT.shape
         chex.assert_shape(first_B, (B,))
-        x_BTD = jnp.take(self.embedding, tokens_BT, axis=0).astype(s.compute_dtype)
+        x_BTD = jnp.take(self._table(self.embedding, "vocab", "embed"), tokens_BT, axis=0)
+        if self.layout is not None:
+            x_BTD = self.layout.constrain(x_BTD, "rows", None, None)
         positions_BT = jnp.maximum(start + jnp.arange(T) - first_B[:, None], 0)
         rope = rope_tables(positions_BT, s.head_width, s.rope_theta, s.rope_scaling)
         keys = T if cache is None else cache.k_LBSKH.shape[2]
@@ -192,10 +208,21 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: chex.Array) -> chex.Array:
         """[..., D] -> float32 [..., V]."""
-        kernel_DV = self.embedding.T if self.spec.tie_embeddings else self.head
-        return jnp.matmul(hidden, kernel_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        if self.spec.tie_embeddings:
+            kernel_DV = self._table(self.embedding, "vocab", "embed").T
+        else:
+            kernel_DV = self._table(self.head, "embed", "vocab")
+        logits = jnp.matmul(hidden, kernel_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        if self.layout is None:
+            return logits
+        return self.layout.constrain(logits, "rows", *(None,) * (logits.ndim - 2), "vocab")
+
+    def _table(self, table: chex.Array, *axes: str) -> chex.Array:
+        """A weight in the compute dtype, gathered along the axes that cut rows."""
+        table = table.astype(self.spec.compute_dtype)
+        return table if self.layout is None else self.layout.gathered(table, *axes)
 
     def init_params(self, key: chex.PRNGKey) -> Any:
         """Parameters boxed with their logical axis names (`gspo.sharding.tree_shardings` reads them; `nn.unbox` strips them)."""
         tokens_BT = jnp.zeros((1, 1), jnp.int32)
-        return self.init(key, tokens_BT, jnp.zeros((1,), jnp.int32))["params"]
+        return self.clone(layout=None).init(key, tokens_BT, jnp.zeros((1,), jnp.int32))["params"]

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspo.model.moe import BACKENDS, MoE, block_size, blocked_experts
+from gspo.model.experts import BACKENDS, block_size, blocked_experts
+from gspo.model.moe import MoE
 from tests import model_oracle as oracle
 from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 

@@ -1,0 +1,145 @@
+"""The experts of one device, on the tokens of one device: interchangeable backends with the same numbers.
+
+All compute y_m = Σ_{x} gate_mx · E_{expert_mx}(h_m) with E(h) = (silu(h W_gate) ∘ (h W_up)) W_down, and all are dropless. A choice
+outside of 0 .. E - 1 belongs to another device and adds nothing (`gspo.model.dispatch`):
+
+    dense    every expert on every token, then a weighted sum: wasteful, obvious, the oracle of the others
+    blocked  tokens sorted by expert, each group padded to whole blocks, one batched matmul over blocks: the choice on CPU
+    ragged   tokens sorted by expert, `jax.lax.ragged_dot`: the choice on GPU and TPU
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def _swiglu(gate, up):
+    return jax.nn.silu(gate) * up
+
+
+def dense_experts(h_MD, gates_MX, experts_MX, w_gate_EDF, w_up_EDF, w_down_EFD):
+    """Every expert on every token. Returns [M, D]."""
+    num_experts = w_gate_EDF.shape[0]
+    weight_ME = jnp.sum(jax.nn.one_hot(experts_MX, num_experts, dtype=gates_MX.dtype) * gates_MX[..., None], axis=1)
+    hidden_EMF = _swiglu(jnp.einsum("MD,EDF->EMF", h_MD, w_gate_EDF), jnp.einsum("MD,EDF->EMF", h_MD, w_up_EDF))
+    out_EMD = jnp.einsum("EMF,EFD->EMD", hidden_EMF, w_down_EFD)
+    return jnp.einsum("EMD,ME->MD", out_EMD, weight_ME.astype(out_EMD.dtype))
+
+
+# A slot is one row of the buffer that the experts read; slot_MX says where each (token, choice) pair lies in it (at or past its end:
+# nowhere), and token_S which token a slot holds (M for an empty one). Both directions are gathers, and each is the other's transpose:
+# written as custom gradients, they spare XLA two scatter-adds, which are slow on every backend.
+
+
+def _rows(x_AD, index):
+    """x[index], and 0 where the index lies outside."""
+    return jnp.take(x_AD, index, axis=0, mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def to_slots(h_MD, slot_MX, token_S):
+    return _rows(h_MD, token_S)
+
+
+def _to_slots_bwd(slot_MX, grad_SD):
+    return jnp.sum(_rows(grad_SD, slot_MX), axis=1), None, None
+
+
+to_slots.defvjp(lambda h, slot, token: (to_slots(h, slot, token), slot), _to_slots_bwd)
+
+
+@jax.custom_vjp
+def from_slots(out_SD, gates_MX, slot_MX, token_S, choice_S):
+    return jnp.einsum("MXD,MX->MD", _rows(out_SD, slot_MX), gates_MX)
+
+
+def _from_slots_fwd(out_SD, gates_MX, slot_MX, token_S, choice_S):
+    return from_slots(out_SD, gates_MX, slot_MX, token_S, choice_S), (out_SD, gates_MX, slot_MX, token_S, choice_S)
+
+
+def _from_slots_bwd(saved, grad_MD):
+    out_SD, gates_MX, slot_MX, token_S, choice_S = saved
+    gate_S = gates_MX.at[token_S, choice_S].get(mode="fill", fill_value=0)
+    grad_out_SD = _rows(grad_MD, token_S) * gate_S[:, None]
+    grad_gates_MX = jnp.einsum("MXD,MD->MX", _rows(out_SD, slot_MX), grad_MD)
+    return grad_out_SD, grad_gates_MX, None, None, None
+
+
+from_slots.defvjp(_from_slots_fwd, _from_slots_bwd)
+
+
+class Slots(NamedTuple):
+    """Where every pair lies. slot_MX int32; token_S, choice_S: the pair in each slot (M and 0 for empty slots); size_E: pairs of each
+    expert; start_E: first slot of each expert's stretch.
+    """
+
+    slot_MX: chex.Array
+    token_S: chex.Array
+    choice_S: chex.Array
+    size_E: chex.Array
+    start_E: chex.Array
+
+
+def make_slots(experts_MX, num_experts: int, block: int, num_slots: int) -> Slots:
+    """Places each pair in its expert's stretch of the buffer, in token order; a stretch starts at a multiple of `block`. Pairs of
+    experts outside of 0 .. num_experts - 1 get no slot.
+    """
+    M, X = experts_MX.shape
+    pair_P = jnp.arange(M * X, dtype=jnp.int32)
+    hot_PE = experts_MX.reshape(-1, 1) == jnp.arange(num_experts, dtype=experts_MX.dtype)
+    seen_PE = jnp.cumsum(hot_PE, axis=0, dtype=jnp.int32)
+    size_E = seen_PE[-1]
+    padded_E = -(-size_E // block) * block
+    start_E = jnp.cumsum(padded_E) - padded_E
+    slot_P = jnp.sum(jnp.where(hot_PE, seen_PE - 1 + start_E, 0), axis=1)
+    slot_P = jnp.where(jnp.any(hot_PE, axis=1), slot_P, num_slots + pair_P)
+    pair_S = jnp.full((num_slots,), M * X, jnp.int32).at[slot_P].set(pair_P, unique_indices=True, mode="drop")
+    return Slots(slot_P.reshape(M, X), pair_S // X, pair_S % X, size_E, start_E)
+
+
+def most_pairs(experts_MX, num_experts: int) -> int:
+    """The largest number of pairs that can fall on these experts: a token chooses an expert once."""
+    M, X = experts_MX.shape
+    return M * min(X, num_experts)
+
+
+def block_size(pairs: int, num_experts: int) -> int:
+    """Rows per block: about half an average group, a power of two in 8..128. Small blocks pad less, large ones multiply faster."""
+    return int(np.clip(2 ** int(np.log2(max(pairs / num_experts / 2, 1))), 8, 128))
+
+
+def blocked_experts(h_MD, gates_MX, experts_MX, w_gate_EDF, w_up_EDF, w_down_EFD, *, block: int | None = None):
+    """Batched matmul over blocks of `block` rows, each block of one expert. Returns [M, D]."""
+    num_experts = w_gate_EDF.shape[0]
+    pairs = most_pairs(experts_MX, num_experts)
+    block = block or block_size(pairs, num_experts)
+    num_blocks = pairs // block + min(num_experts, pairs)  # every group may end in a block that is not full
+    slots = make_slots(experts_MX, num_experts, block, num_blocks * block)
+    first_row_Z = jnp.arange(num_blocks) * block  # Z: blocks
+    expert_Z = jnp.sum(first_row_Z[:, None] >= slots.start_E[None, :], axis=1) - 1
+    h_ZbD = to_slots(h_MD, slots.slot_MX, slots.token_S).reshape(num_blocks, block, -1)
+    hidden_ZbF = _swiglu(h_ZbD @ w_gate_EDF[expert_Z], h_ZbD @ w_up_EDF[expert_Z])
+    out_SD = (hidden_ZbF @ w_down_EFD[expert_Z]).reshape(num_blocks * block, -1)
+    return from_slots(out_SD, gates_MX.astype(out_SD.dtype), *slots[:3])
+
+
+def ragged_experts(h_MD, gates_MX, experts_MX, w_gate_EDF, w_up_EDF, w_down_EFD):
+    """Grouped matmul of XLA over groups of unequal length, no padding. Returns [M, D]."""
+    num_experts = w_gate_EDF.shape[0]
+    pairs = most_pairs(experts_MX, num_experts)
+    slots = make_slots(experts_MX, num_experts, 1, pairs)
+    filled_S1 = (jnp.arange(pairs) < jnp.sum(slots.size_E))[:, None]
+
+    def grouped(x_SA, w_EAB):
+        # A kernel need not write the rows past the last group: what lies there may be NaN.
+        return jnp.where(filled_S1, jax.lax.ragged_dot(x_SA, w_EAB, slots.size_E), 0)
+
+    h_SD = to_slots(h_MD, slots.slot_MX, slots.token_S)
+    out_SD = grouped(_swiglu(grouped(h_SD, w_gate_EDF), grouped(h_SD, w_up_EDF)), w_down_EFD)
+    return from_slots(out_SD, gates_MX.astype(out_SD.dtype), *slots[:3])
+
+
+BACKENDS = {"dense": dense_experts, "blocked": blocked_experts, "ragged": ragged_experts}
