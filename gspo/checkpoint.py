@@ -31,6 +31,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 
+from gspo import distributed
 from gspo.types import UserError
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,17 @@ def _check_seal(step_dir: Path) -> None:
             raise ValueError(f"{changed[0]} is damaged")
 
 
+def _check_seals(step_dir: Path) -> None:
+    """`_check_seal` in every process; raises in all of them where it raises in one, so that all fall back to the same step."""
+    failed = None
+    try:
+        _check_seal(step_dir)
+    except (ValueError, OSError) as error:
+        failed = error
+    if distributed.any_process(failed is not None):
+        raise failed or ValueError("another process finds it damaged")
+
+
 def _read_meta(step_dir: Path) -> dict[str, Any]:
     """{"meta", "metrics", "arrays"} of one checkpoint. Raises anything if it is damaged."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
@@ -138,7 +150,7 @@ def _read_latest(step_dirs: Sequence[Path], tree: Any, prefix: str = "", cast: b
     damaged = {}
     for step_dir in step_dirs:
         try:
-            _check_seal(step_dir)
+            _check_seals(step_dir)
             meta = _read_meta(step_dir)
             saved = {name: text for name, text in meta["arrays"].items() if name.startswith(prefix)}
             _check_fits(step_dir, saved, wanted, cast)
@@ -340,56 +352,3 @@ def _quieten_orbax() -> None:
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-# ---------------------------------------------------------------------------------------------------- the folder of a run
-
-
-def open_workdir(workdir: str | os.PathLike, config: dict[str, Any], *, allow_changed_config: bool = False,
-                 check_only: bool = False) -> Path:  # fmt: skip
-    """Makes the folder of a run and keeps its config in <workdir>/config.json; returns the folder.
-
-    config                nested dict; what is not JSON is kept as its string
-    allow_changed_config  a config that differs from the saved one is taken; the saved one is kept as config.1.json, .2.json, ...
-    check_only            nothing is kept yet: a run that fails to start must not claim the folder for its config
-    Raises: UserError if the folder cannot be made or written, or if the config differs and that was not allowed.
-    """
-    workdir = Path(workdir).absolute()
-    path = workdir / "config.json"
-    text = json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not os.access(workdir, os.W_OK | os.X_OK):
-            raise PermissionError(13, "not writable")
-        saved = path.read_text() if path.exists() else None
-        differ = [] if saved is None else _config_differences(path, saved, text)
-        if differ and not allow_changed_config:
-            raise UserError(f"{path} differs from this run's config: {'; '.join(differ)}. Use another --workdir, "
-                            "or --allow_changed_config to go on with the new values")  # fmt: skip
-        if check_only:
-            return workdir
-        if differ:
-            n = next(n for n in range(1, 1 << 20) if not path.with_name(f"config.{n}.json").exists())
-            path.rename(path.with_name(f"config.{n}.json"))
-            log.warning("config changed (%s); the earlier one is kept as config.%d.json", "; ".join(differ), n)
-        if saved is None or differ:
-            path.with_name("config.json.tmp").write_text(text)
-            path.with_name("config.json.tmp").replace(path)  # never half a file, wherever the process is killed
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}") from error
-    return workdir
-
-
-def _config_differences(path: Path, saved: str, now: str) -> list[str]:
-    """["objective.epsilon: saved 0.2, now 0.0003", ...]. Compared as JSON text, where NaN equals NaN and 1 is not True."""
-    def flatten(node: Any, prefix: str = "") -> dict[str, str]:
-        if not isinstance(node, dict) or not node:
-            return {prefix[:-1]: json.dumps(node)}
-        return {name: text for key, value in node.items() for name, text in flatten(value, f"{prefix}{key}.").items()}
-
-    try:
-        before, after = flatten(json.loads(saved)), flatten(json.loads(now))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); remove it, or use another --workdir") from error
-    return [f"{name}: saved {before.get(name, 'nothing')}, now {after.get(name, 'absent')}"
-            for name in sorted({*before, *after}) if before.get(name) != after.get(name)]  # fmt: skip

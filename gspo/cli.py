@@ -13,6 +13,7 @@ from typing import NoReturn
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from gspo import distributed
 from gspo.types import UserError
 
 FLAGS = flags.FLAGS
@@ -23,10 +24,15 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Config file; override a field with --config.a.b=value.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder for checkpoints and metrics; a run found there is resumed.")
     flags.DEFINE_bool("allow_changed_config", False, "Go on in a workdir that was made with another config.")
+    flags.DEFINE_bool("distributed", False, "One of many processes, described by SLURM, Open MPI, GKE or Cloud TPU.")
+    flags.DEFINE_string("coordinator", "", "One of many processes, described by flags: HOST:PORT of process 0.")
+    flags.DEFINE_integer("num_processes", 0, "How many processes there are (with --coordinator).")
+    flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0 (with --coordinator).")
 
 
 def run(main: Callable[[], int | None], *, needs: str) -> None:
-    """Parses the flags, calls main(), exits. A UserError or a mistake in the flags: one line on stderr, exit code 2.
+    """Parses the flags, joins the other processes, calls main(), exits. A UserError or a mistake in the flags: one line on stderr, exit
+    code 2. The loss of another process: one line, exit code 1.
 
     needs: a field by which a config for this script is known.
     """
@@ -39,10 +45,16 @@ def run(main: Callable[[], int | None], *, needs: str) -> None:
         _parse(sys.argv)
         if needs not in FLAGS.config:
             raise UserError(f"--config: it has no field {needs!r}, so it was made for another script")
+        distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.distributed)
         code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except Exception as error:
+        if not distributed.lost_a_process(error):
+            raise
+        print(f"error: {distributed.LOST}", file=sys.stderr, flush=True)
+        distributed.leave(1)
     sys.exit(code or 0)
 
 
@@ -129,6 +141,7 @@ class StopSignal:
     """
 
     requested = False
+    _number = signal.SIGTERM  # of a process that stops because another one was told to
 
     def __enter__(self) -> "StopSignal":
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -20,8 +20,10 @@ HEARTBEAT_SECONDS = 30  # a process that was silent for so long is lost, and the
 JOIN_SECONDS = 300
 
 
-class LostProcess(Exception):
-    """Another process of the run is gone: one line that says what to do. `gspo.cli.run` turns it into exit code 1."""
+LOST = (
+    "another process of this run is gone, and this one cannot go on without it; start all of them again with the same command: the run "
+    "resumes from its last checkpoint"
+)
 
 
 # ---------------------------------------------------------------------------------------------------- joining
@@ -172,6 +174,16 @@ def on_primary(work: Callable[[], None], name: str) -> None:
     return None
 
 
+# ---------------------------------------------------------------------------------------------------- loss
+
+
+def lost_a_process(error: Exception) -> bool:
+    """Whether an error says that another process no longer answers."""
+    text = f"{type(error).__name__}: {error}"
+    signs = ("gloo", "Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination service", "Connection reset", "heartbeat")
+    return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and any(sign in text for sign in signs)
+
+
 def leave(code: int) -> None:
-    """Ends this process without waiting for the others, which a lost one would keep waiting for."""
+    """Ends this process without a word to the others: the usual way out waits for those that are gone."""
     os._exit(code)

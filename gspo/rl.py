@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gspo import build, collect, distributed, presets
-from gspo.checkpoint import Checkpointer, open_workdir
+from gspo.checkpoint import Checkpointer
 from gspo.cli import StopSignal
 from gspo.collect import Collector
 from gspo.evaluate import make_evaluator
@@ -26,6 +26,7 @@ from gspo.metrics import MetricsWriter, Progress, Timer
 from gspo.model.distribution import Sampling
 from gspo.steps import Steps, make_steps
 from gspo.types import UserError
+from gspo.workdir import open_workdir
 
 ROLLOUT_STREAM = 1  # of the run's random keys
 PHASES = ("rollout", "reward", "old_logps", "update")  # what a rollout costs, evaluation and checkpoints aside

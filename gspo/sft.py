@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gspo import build, distributed
-from gspo.checkpoint import Checkpointer, open_workdir
+from gspo.checkpoint import Checkpointer
 from gspo.cli import StopSignal
 from gspo.data.batches import DemonstrationSource
 from gspo.evaluate import make_evaluator
@@ -17,6 +17,7 @@ from gspo.learner import make_train_step, negative_log_likelihood
 from gspo.metrics import MetricsWriter, Progress, Timer
 from gspo.sharding import Layout
 from gspo.types import Batch, UserError
+from gspo.workdir import open_workdir
 
 STOP_EVERY = 5  # updates between looks at whether any process was asked to stop: they all must take part
 

@@ -16,8 +16,9 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from gspo.checkpoint import Checkpointer, open_workdir, restore_params
+from gspo.checkpoint import Checkpointer, restore_params
 from gspo.types import TrainState, UserError
+from gspo.workdir import open_workdir
 
 
 def make_params(seed, width=4):

@@ -14,7 +14,7 @@ TOWER = [
     "advantages", "sharding", "optim", "distributed", "metrics", "hlo",
     "model.attention", "model.routing", "model.experts", "model.dispatch", "model.moe", "model.transformer", "model.distribution",
     "data.tokenizer", "data.rewards", "data.tasks", "data.batches",
-    "sampler", "learner", "critic", "mismatch", "checkpoint", "hf_families", "hf",
+    "sampler", "learner", "critic", "mismatch", "checkpoint", "workdir", "hf_families", "hf",
     "build", "steps", "cli", "collect",
     "evaluate", "sft", "rl", "aot",
 ]  # fmt: skip
