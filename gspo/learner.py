@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gspo.masked import Mean, masked_mean
 from gspo.microbatch import accumulated_gradient, deal, num_parts, undeal_fields
-from gspo.model.distribution import Sampling, entropy, log_prob, shape_logits
+from gspo.model.distribution import Sampling
+from gspo.model.head import token_scores
 from gspo.model.routing import (
     balance_loss,
     by_layer,
@@ -76,8 +77,8 @@ def score_completions(
     routes_LBTX: experts whose router log-probs are wanted; with `replay`, the experts that run. Token logits exist for `chunk` columns
     at a time, forward and backward (remat), so no [B, T, V] array is ever made.
     """
-    B, T = tokens_BT.shape
-    C, P = completion_width, T - completion_width
+    T = tokens_BT.shape[1]
+    P = T - completion_width
     out = model.apply({"params": params}, tokens_BT, P - prompt_lengths_B, routes_LBTX if replay else None)
     routers = {}
     if out.routes_LBTX is not None:
@@ -85,23 +86,10 @@ def score_completions(
     hidden_BCD = out.hidden_BTD[:, P - 1 : T - 1]  # column t predicts column t + 1
     target_BC = tokens_BT[:, P:]
 
-    @jax.checkpoint
-    def score_chunk(hidden_BcD, target_Bc):
-        logits_BcV = model.apply({"params": params}, hidden_BcD, method="logits")
-        logits_BcV = shape_logits(logits_BcV, sampling, keep=target_Bc)
-        return log_prob(logits_BcV, target_Bc), entropy(logits_BcV)
-
-    if chunk >= C:
-        return Scores(*score_chunk(hidden_BCD, target_BC), **routers)
-    pieces = -(-C // chunk)
-    pad = pieces * chunk - C
-
-    def cut(x):
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, pieces, chunk, *x.shape[2:]), 1, 0)
-
-    _, scored = jax.lax.scan(lambda _, xs: (None, score_chunk(*xs)), None, (cut(hidden_BCD), cut(target_BC)))
-    logp_BC, entropy_BC = (jnp.moveaxis(x, 0, 1).reshape(B, pieces * chunk)[:, :C] for x in scored)
+    kernel_DV = model.apply({"params": params}, method="head_kernel")
+    logp_BC, entropy_BC = token_scores(
+        hidden_BCD, target_BC, kernel_DV, sampling=sampling, chunk=chunk, layout=model.layout
+    )  # fmt: skip
     return Scores(logp_BC, entropy_BC, **routers)
 
 

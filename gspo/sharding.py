@@ -13,6 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -141,6 +142,22 @@ class Layout:
         scattered back. Without it the partitioner may well move the activations instead."""
         rows = set(self.table["rows"])
         return self.constrain(weight, *(None if name is None or rows & set(self.table[name]) else name for name in names))
+
+    def lookup(self, table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        """Rows of a table that is cut along ("vocab", "embed"), [B, T, D], cut along their rows.
+
+        Each device looks its part of the width up for the tokens of all that share the table with it, and the parts are exchanged
+        (all-to-all): that moves B T D numbers, and the gradient of the table stays where the table lies. Gathering it moves V D.
+        """
+        embed = set(self.table["embed"])
+        apart = tuple(axis for axis in self.table["rows"] if axis not in embed)
+        by_width = NamedSharding(self.mesh, PartitionSpec(apart, None, self.table["embed"] or None))
+        if self.mesh.size > 1 and embed:
+            tokens_BT = jax.lax.with_sharding_constraint(tokens_BT, NamedSharding(self.mesh, PartitionSpec(apart)))
+            x_BTD = jax.lax.with_sharding_constraint(jnp.take(table_VD, tokens_BT, axis=0), by_width)
+        else:
+            x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+        return self.constrain(x_BTD, "rows", None, None)
 
     def of_field(self, name: str) -> NamedSharding:
         """Sharding of an array by the dimensions in its name (`gspo.types`): rows (B, Q) and key/value heads (K) are cut, the rest is

@@ -12,7 +12,7 @@ TOWER = [
     "types", "masked", "microbatch",
     "ratios", "kl", "surrogates", "corrections", "aggregations", "diagnostics", "presets", "objectives",
     "advantages", "sharding", "optim", "distributed", "metrics", "hlo",
-    "model.attention", "model.routing", "model.experts", "model.dispatch", "model.moe", "model.transformer", "model.distribution",
+    "model.attention", "model.routing", "model.experts", "model.dispatch", "model.moe", "model.transformer", "model.distribution", "model.head",
     "data.tokenizer", "data.rewards", "data.tasks", "data.batches",
     "sampler", "learner", "critic", "mismatch", "checkpoint", "workdir", "hf_families", "hf",
     "build", "steps", "cli", "collect",

@@ -195,9 +195,8 @@ class Transformer(nn.Module):
         s = self.spec
         B, T = tokens_BT.shape
         chex.assert_shape(first_B, (B,))
-        x_BTD = jnp.take(self._table(self.embedding, "vocab", "embed"), tokens_BT, axis=0)
-        if self.layout is not None:
-            x_BTD = self.layout.constrain(x_BTD, "rows", None, None)
+        table_VD = self.embedding.astype(s.compute_dtype)
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0) if self.layout is None else self.layout.lookup(table_VD, tokens_BT)
         positions_BT = jnp.maximum(start + jnp.arange(T) - first_B[:, None], 0)
         rope = rope_tables(positions_BT, s.head_width, s.rope_theta, s.rope_scaling)
         keys = T if cache is None else cache.k_LBSKH.shape[2]
@@ -208,19 +207,17 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: chex.Array) -> chex.Array:
         """[..., D] -> float32 [..., V]."""
-        if self.spec.tie_embeddings:
-            kernel_DV = self._table(self.embedding, "vocab", "embed").T
-        else:
-            kernel_DV = self._table(self.head, "embed", "vocab")
-        logits = jnp.matmul(hidden, kernel_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        kernel_DV = self.head_kernel()
         if self.layout is None:
-            return logits
+            return jnp.matmul(hidden, kernel_DV, preferred_element_type=jnp.float32)
+        kernel_DV = self.layout.gathered(kernel_DV, "embed", "vocab")
+        logits = jnp.matmul(hidden, kernel_DV, preferred_element_type=jnp.float32)
         return self.layout.constrain(logits, "rows", *(None,) * (logits.ndim - 2), "vocab")
 
-    def _table(self, table: chex.Array, *axes: str) -> chex.Array:
-        """A weight in the compute dtype, gathered along the axes that cut rows."""
-        table = table.astype(self.spec.compute_dtype)
-        return table if self.layout is None else self.layout.gathered(table, *axes)
+    def head_kernel(self) -> chex.Array:
+        """[D, V] in the compute dtype, cut as ("embed", "vocab")."""
+        kernel_DV = self.embedding.T if self.spec.tie_embeddings else self.head
+        return kernel_DV.astype(self.spec.compute_dtype)
 
     def init_params(self, key: chex.PRNGKey) -> Any:
         """Parameters boxed with their logical axis names (`gspo.sharding.tree_shardings` reads them; `nn.unbox` strips them)."""

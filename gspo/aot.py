@@ -1,0 +1,235 @@
+"""What a run costs on hardware that is not there: its steps are compiled ahead of time for a TPU topology, and read.
+
+`jax.experimental.topologies` describes the devices of a slice, libtpu compiles for them, and neither needs a TPU. The steps are those
+of `gspo.steps`, which `gspo.rl` runs: rollout (with the move of the parameters into its layout), log-probs, update. For each:
+
+    memory       what the compiler will hold on one device, and what of the run lies beside it (the training state, during rollouts)
+    FLOPs        of matmuls on one device, against an equal share of those that the same step makes on one device for all rows
+    collectives  by kind: how many, and bytes on one device
+
+Grouped matmuls are counted at balanced load: their buffers are made for the worst case, the kernels visit the rows that exist. The
+decode loop is taken to run to the maximum length.
+"""
+
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from gspo import build, hlo
+from gspo.microbatch import num_parts
+from gspo.sharding import Layout, tree_shardings
+from gspo.steps import Steps, make_steps
+from gspo.types import Batch, UserError
+
+GIB = 2**30
+HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # memory of one chip, as the makers state it
+
+
+class Ids(NamedTuple):
+    """As much of a tokenizer as shapes depend on."""
+
+    vocab_size: int = 0
+    eos_ids: tuple[int, ...] = (1,)
+    pad_id: int = 0
+
+
+class Cost(NamedTuple):
+    """One step on one device; bytes, FLOPs per execution, seconds. `runs`: executions per rollout."""
+
+    name: str
+    runs: int
+    compile_seconds: float
+    arguments: int
+    temporaries: int
+    peak: int
+    beside: int  # bytes of the run that lie in memory meanwhile and are no argument
+    flops: float
+    ideal_flops: float
+    collectives: dict[str, tuple[int, int]]  # kind -> (executions, bytes)
+    program: hlo.Program | None
+    too_large: str = ""  # why the compiler refused, with its largest buffers
+
+    @property
+    def total(self) -> int:
+        return self.peak + self.beside
+
+
+# ---------------------------------------------------------------------------------------------------- topologies
+
+
+def devices_of(topology: str) -> list[Any]:
+    """ "v5p:4x4x4" -> its devices. Raises UserError where libtpu is missing or knows no such slice."""
+    from jax.experimental import topologies
+
+    kind = topology.partition(":")[0]
+    if kind not in HBM_GIB or not re.fullmatch(r"\d+(x\d+)+", topology.partition(":")[2]):
+        raise UserError(f"--topology={topology}: write KIND:AxBxC with a kind of {', '.join(HBM_GIB)}, as v5p:4x4x4 or v5e:8x8")
+    try:
+        return list(topologies.get_topology_desc(topology, "tpu").devices)
+    except RuntimeError as error:
+        if "not installed" in str(error):
+            raise UserError("--topology: compiling for a TPU needs libtpu; pip install -e '.[aot]'") from None
+        raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from None
+
+
+# ---------------------------------------------------------------------------------------------------- arguments
+
+
+class Lowerable(NamedTuple):
+    name: str
+    function: Any  # jitted
+    arguments: tuple[Any, ...]  # abstract, with shardings
+    runs: int
+    loops: int  # trips of the loop whose length only the run knows
+    ragged_rows: float  # share of the rows of a grouped matmul's buffer that exist at balanced load
+    beside: int
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Of abstract arrays with shardings."""
+    def one(x) -> int:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        size = 1
+        for n in shape:
+            size *= n
+        return size * jax.dtypes.canonicalize_dtype(x.dtype).itemsize if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else 8
+
+    return sum(map(one, jax.tree.leaves(tree)))
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _by_names(layout: Layout, record: Any) -> Any:
+    """A record of abstract arrays, laid out by the names of its fields."""
+    fields = {name: None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.of_field(name))
+              for name, x in vars(record).items()}  # fmt: skip
+    return type(record)(**fields)
+
+
+def lowerables(config: ConfigDict, layout: Layout) -> list[Lowerable]:
+    """The steps of a run with the arguments that it would call them with."""
+    if not config.model.vocab_size:
+        raise UserError("model.vocab_size=0: no tokenizer is read here; give the number of ids")
+    steps: Steps = make_steps(config, layout, Ids())
+    Q, G, P, C = config.num_prompts, config.num_generations, config.max_prompt_length, config.max_completion_length
+    state = steps.abstract
+    rows = layout.sharding("rows")
+    prompts = (jax.ShapeDtypeStruct((Q, P), "int32", sharding=rows), jax.ShapeDtypeStruct((Q,), "int32", sharding=rows))
+    key = _placed(jax.eval_shape(lambda: jax.random.key(0)), layout.sharding())
+    rollout_layout = build.rollout_layout(config, layout)
+    params = jax.eval_shape(steps.rollout_params, state.params)
+    params = _placed(params, tree_shardings(rollout_layout, jax.eval_shape(steps.model.init_params, key)))
+    rollout = _by_names(layout, jax.eval_shape(steps.sampler, params, *prompts, key))
+    moved = state.params is not params and jax.tree.leaves(params)[0].dtype != jax.tree.leaves(state.params)[0].dtype
+
+    micro = config.micro_batch_size or Q * G // config.updates_per_rollout
+    held = bytes_per_device(state)
+    found = []
+    if moved or rollout_layout != layout:
+        found.append(Lowerable("reshard", steps.rollout_params, (state.params,), 1, 1, 1.0, held - bytes_per_device(state.params)))
+    found.append(Lowerable("rollout", steps.sampler, (params, *prompts, key), 1, C - 1, ragged_rows(steps, rollout_layout), held))
+    batch = _batch_of(layout, rollout, C)
+    if config.old_logps == "learner" or state.ref_params is not None:
+        passes = (config.old_logps == "learner") + (state.ref_params is not None)
+        arguments = (state.params, batch.tokens_BT, batch.prompt_lengths_B)
+        beside = held - bytes_per_device(state.params) + bytes_per_device(batch)
+        found.append(Lowerable("log-probs", steps.scorer, arguments, passes, 1, ragged_rows(steps, layout), beside))
+    parts = jax.eval_shape(steps.minibatches, batch)
+    part = _by_names(layout, parts[0])
+    beside = bytes_per_device(batch)
+    found.append(Lowerable("update", steps.train_step, (state, part), len(parts), 1, ragged_rows(steps, layout), beside))
+    assert num_parts(part.tokens_BT.shape[0], micro)
+    return found
+
+
+def _batch_of(layout: Layout, rollout: Any, C: int) -> Batch:
+    """The batch that the updates share, as `gspo.collect` fills it without critic, reference or measures of routers."""
+    B = rollout.tokens_BT.shape[0]
+    fields = {"advantages_BC": "float32", "old_logp_BC": "float32", "loss_mask_BC": "bool", "sampler_logp_BC": "float32"}
+    new = {name: jax.ShapeDtypeStruct((B, C), dtype) for name, dtype in fields.items()}
+    same = {name: getattr(rollout, name) for name in ("tokens_BT", "prompt_lengths_B", "completion_lengths_B", "routes_LBTX")}
+    return _by_names(layout, Batch(**same, **new))
+
+
+def ragged_rows(steps: Steps, layout: Layout) -> float:
+    """Pairs per device at balanced load, over the rows of the buffer that `gspo.model.dispatch` makes for them."""
+    spec, n = steps.model.spec, layout.parts("expert")
+    return spec.experts_per_token / (n * min(spec.experts_per_token, spec.num_experts // n)) if spec.num_experts else 1.0
+
+
+# ---------------------------------------------------------------------------------------------------- costs
+
+
+def matmul_flops(jaxpr: Any, unknown_trips: int = 1) -> float:
+    """2 x multiply-adds of the dots and grouped dots of a jaxpr, loops multiplied out, all branches of a conditional counted."""
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2.0 * eqn.outvars[0].aval.size * _product(shape[i] for i in contracted)
+        elif eqn.primitive.name == "ragged_dot_general":
+            (contracted, _), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+            lhs, groups, out = eqn.invars[0].aval, eqn.invars[2].aval.shape[-1], eqn.outvars[0].aval
+            by_group = out.ndim == 3  # the ragged axis is summed over: a gradient for each expert
+            total += 2.0 * out.size / (groups if by_group else 1) * _product(lhs.shape[i] for i in contracted)
+        trips = {"scan": eqn.params.get("length"), "while": unknown_trips}.get(eqn.primitive.name, 1)
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(inner):
+                total += trips * matmul_flops(getattr(inner, "jaxpr", inner), unknown_trips)
+    return total
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
+
+
+def _product(numbers: Any) -> int:
+    total = 1
+    for n in numbers:
+        total *= n
+    return total
+
+
+def cost(step: Lowerable, ideal_flops: float) -> Cost:
+    """Compiles one step. A program that the compiler finds too large for one device comes back with its complaint."""
+    start = time.perf_counter()
+    try:
+        compiled = step.function.lower(*step.arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        seconds = time.perf_counter() - start
+        return Cost(step.name, step.runs, seconds, 0, 0, 0, step.beside, 0.0, ideal_flops, {}, None, _complaint(str(error)))
+    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+    program = hlo.analyse(compiled.as_text(), unknown_trips=step.loops, ragged_share=step.ragged_rows)
+    live = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    return Cost(
+        step.name, step.runs, seconds, memory.argument_size_in_bytes, memory.temp_size_in_bytes, live, step.beside,
+        program.flops, ideal_flops, hlo.by_kind(program.collectives), program,
+    )  # fmt: skip
+
+
+def _complaint(text: str) -> str:
+    """The compiler's own account of a program that does not fit: its first line, and the largest buffers."""
+    head = next((line.strip() for line in text.splitlines() if "Used" in line or "exceed" in line.lower()), text.splitlines()[0])
+    buffers = re.findall(r"Size: (\S+)\s.*?(?:Operator: op_name=\"([^\"]*)\".*?)?Shape: (\S+)", text, flags=re.DOTALL)
+    return "; ".join([head, *(f"{size} {shape} {name}".strip() for size, name, shape in buffers[:5])])
+
+
+def report(config: ConfigDict, topology: str) -> list[Cost]:
+    """The costs of every step of a run on a topology. Raises UserError."""
+    layout = build.layout(config, devices_of(topology))
+    alone = Layout(build.make_mesh({}, jax.devices("cpu")[:1]))
+    ideal = {}
+    for step in lowerables(config, alone):
+        jaxpr = jax.make_jaxpr(step.function)(*jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), step.arguments))
+        ideal[step.name] = matmul_flops(jaxpr.jaxpr, step.loops) / layout.mesh.size
+    return [cost(step, ideal.get(step.name, 0.0)) for step in lowerables(config, layout)]
