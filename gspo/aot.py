@@ -11,6 +11,8 @@ Grouped matmuls are counted at balanced load: their buffers are made for the wor
 decode loop is taken to run to the maximum length.
 """
 
+import importlib.metadata
+import math
 import re
 import time
 from typing import Any, NamedTuple
@@ -20,7 +22,7 @@ from ml_collections import ConfigDict
 
 from gspo import build, hlo
 from gspo.microbatch import num_parts
-from gspo.sharding import Layout, tree_shardings
+from gspo.sharding import Layout, make_mesh, tree_shardings
 from gspo.steps import Steps, make_steps
 from gspo.types import Batch, UserError
 
@@ -92,14 +94,7 @@ class Lowerable(NamedTuple):
 
 def bytes_per_device(tree: Any) -> int:
     """Of abstract arrays with shardings."""
-    def one(x) -> int:
-        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-        size = 1
-        for n in shape:
-            size *= n
-        return size * jax.dtypes.canonicalize_dtype(x.dtype).itemsize if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else 8
-
-    return sum(map(one, jax.tree.leaves(tree)))
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:
@@ -174,12 +169,12 @@ def matmul_flops(jaxpr: Any, unknown_trips: int = 1) -> float:
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
-            total += 2.0 * eqn.outvars[0].aval.size * _product(shape[i] for i in contracted)
+            total += 2.0 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
         elif eqn.primitive.name == "ragged_dot_general":
             (contracted, _), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
             lhs, groups, out = eqn.invars[0].aval, eqn.invars[2].aval.shape[-1], eqn.outvars[0].aval
             by_group = out.ndim == 3  # the ragged axis is summed over: a gradient for each expert
-            total += 2.0 * out.size / (groups if by_group else 1) * _product(lhs.shape[i] for i in contracted)
+            total += 2.0 * out.size / (groups if by_group else 1) * math.prod(lhs.shape[i] for i in contracted)
         trips = {"scan": eqn.params.get("length"), "while": unknown_trips}.get(eqn.primitive.name, 1)
         for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(inner):
@@ -189,13 +184,6 @@ def matmul_flops(jaxpr: Any, unknown_trips: int = 1) -> float:
 
 def _is_jaxpr(x: Any) -> bool:
     return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
-
-
-def _product(numbers: Any) -> int:
-    total = 1
-    for n in numbers:
-        total *= n
-    return total
 
 
 def cost(step: Lowerable, ideal_flops: float) -> Cost:
@@ -224,12 +212,113 @@ def _complaint(text: str) -> str:
     return "; ".join([head, *(f"{size} {shape} {name}".strip() for size, name, shape in buffers[:5])])
 
 
-def report(config: ConfigDict, topology: str) -> list[Cost]:
-    """The costs of every step of a run on a topology. Raises UserError."""
-    layout = build.layout(config, devices_of(topology))
-    alone = Layout(build.make_mesh({}, jax.devices("cpu")[:1]))
+def report(config: ConfigDict, layout: Layout) -> list[Cost]:
+    """The costs of every step of a run on the devices of a layout. Raises UserError."""
+    alone = Layout(make_mesh({}, jax.devices("cpu")[:1]))
     ideal = {}
     for step in lowerables(config, alone):
         jaxpr = jax.make_jaxpr(step.function)(*jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), step.arguments))
         ideal[step.name] = matmul_flops(jaxpr.jaxpr, step.loops) / layout.mesh.size
     return [cost(step, ideal.get(step.name, 0.0)) for step in lowerables(config, layout)]
+
+
+# ---------------------------------------------------------------------------------------------------- what the report says
+
+
+def table(costs: list[Cost], topology: str) -> str:
+    """Markdown: one row per step, sizes in GiB per device, FLOPs and collectives per execution."""
+    limit = HBM_GIB[topology.partition(":")[0]]
+    head = (
+        "step", "per rollout", "arguments", "temporaries", "peak", "beside it", f"total of {limit} GiB", "FLOPs", "÷ ideal",
+        "collectives: count, GiB", "compiled in",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for c in costs:
+        moved = "; ".join(f"{kind} {n:,}, {size / GIB:.2f}" for kind, (n, size) in c.collectives.items()) or "none"
+        sizes = ["-"] * 3 if c.too_large else [f"{size / GIB:.2f}" for size in (c.arguments, c.temporaries, c.peak)]
+        total = "does not fit" if c.too_large else f"{c.total / GIB:.2f}"
+        share = f"{c.flops / c.ideal_flops:.3f}" if c.ideal_flops and not c.too_large else "-"
+        flops = "-" if c.too_large else f"{c.flops:.2e}"
+        cells = (c.name, c.runs, *sizes, f"{c.beside / GIB:.2f}", total, flops, share, moved, f"{c.compile_seconds:.0f} s")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def checks(config: ConfigDict, layout: Layout, costs: list[Cost], topology: str) -> list[tuple[bool, str]]:
+    """(holds, sentence) for what must be true of a run that is to be started on such a slice."""
+    limit = HBM_GIB[topology.partition(":")[0]] * GIB
+    found = []
+    for c in costs:
+        if c.too_large:
+            found.append((False, f"{c.name}: {c.too_large}"))
+        elif c.total > limit:
+            largest = "; ".join(f"{a.bytes / GIB:.2f} GiB {a.dtype}{list(a.dims)} {a.op_name}" for a in c.program.arrays[:5])
+            found.append((False, f"{c.name}: {c.total / GIB:.1f} GiB per device are more than {limit / GIB:g}; largest: {largest}"))
+    compiled = [c for c in costs if c.program]
+    most = max(compiled, key=lambda c: c.total, default=None)
+    if most and all(ok for ok, _ in found):
+        found.append((True, f"fits: at most {most.total / GIB:.1f} of {limit / GIB:g} GiB per device ({most.name})"))
+    worst = max((c for c in compiled if c.ideal_flops), key=lambda c: abs(c.flops / c.ideal_flops - 1), default=None)
+    if worst:
+        off = worst.flops / worst.ideal_flops - 1
+        found.append((abs(off) <= 0.15, f"FLOPs per device are an equal share of the total to {off:+.1%} or better ({worst.name})"))
+    found.append(_no_gathered_experts(config.model, compiled))
+    found.append(_no_logits_of_whole_rows(config, layout, compiled))
+    return found
+
+
+def _no_gathered_experts(model: ConfigDict, compiled: list[Cost]) -> tuple[bool, str]:
+    whole = {model.num_experts, model.d_model, model.d_expert}
+    gathers = [x for c in compiled for x in c.program.collectives if x.kind == "all-gather"]
+    bad = [x for x in gathers if model.num_experts and whole <= {int(n) for n in re.findall(r"\d+", x.shape.partition("[")[2])}]
+    largest = max(gathers, key=lambda x: x.bytes, default=None)
+    if bad:
+        return False, f"an all-gather brings the weights of all experts to one device: {bad[0].shape} {bad[0].op_name}"
+    size = f"; the largest, {largest.shape}, has {largest.bytes / GIB:.2f} GiB" if largest else ""
+    return True, f"no all-gather of all experts' weights{size}"
+
+
+def _no_logits_of_whole_rows(config: ConfigDict, layout: Layout, compiled: list[Cost]) -> tuple[bool, str]:
+    """A float32 array of the vocabulary by all completion columns of a device's rows. The head's gradient, [D, V], is none."""
+    V = config.model.vocab_size // layout.parts("vocab")
+    rows = (config.micro_batch_size or config.num_prompts * config.num_generations) // layout.parts("rows")
+    wide = [a for c in compiled for a in c.program.arrays if a.dtype == "f32" and V in a.dims]
+    wide = [a for a in wide if sorted(a.dims) != sorted((config.model.d_model, V))]
+    largest = max(wide, key=lambda a: a.bytes, default=None)
+    if largest and largest.bytes >= 4 * V * rows * config.max_completion_length:
+        return False, f"float32 logits of whole rows exist: f32{list(largest.dims)} {largest.op_name}"
+    size = f"; the largest array of logits is f32{list(largest.dims)}, {largest.bytes / GIB:.2f} GiB" if largest else ""
+    return True, f"no [B, T, V] float32 array{size}"
+
+
+def as_json(config: ConfigDict, layout: Layout, costs: list[Cost], topology: str) -> dict[str, Any]:
+    """The numbers of the table, and where the bytes of the collectives come from."""
+    steps = {}
+    for c in costs:
+        sources: dict[str, float] = {}
+        for x in c.program.collectives if c.program else ():
+            source = source_of(x.op_name)
+            sources[source] = sources.get(source, 0) + x.bytes * x.count
+        steps[c.name] = c._asdict() | {"total": c.total, "sources": sources}
+        del steps[c.name]["program"]
+    fields = ("num_prompts", "num_generations", "max_prompt_length", "max_completion_length", "updates_per_rollout", "micro_batch_size")
+    return {
+        "topology": topology, "devices": layout.mesh.size, "mesh": dict(layout.mesh.shape), "rules": layout.rules,
+        "rollout_rules": config.rollout_mesh_rules, "dispatch": layout.dispatch, "jax": jax.__version__, "libtpu": libtpu_version(),
+        "config": {name: config[name] for name in fields}, "steps": steps,
+    }  # fmt: skip
+
+
+SOURCES = (  # what a collective serves, by a word in the name that its operation was traced under
+    ("moe", "experts"), ("attention", "attention"), ("mlp", "feed-forward"), ("embedding", "embedding"), ("_take", "embedding"),
+    ("logits", "head"), ("all_gather", "head"), ("psum", "head"), ("convert_element_type", "parameters"),
+)  # fmt: skip
+
+
+def source_of(op_name: str) -> str:
+    """The part of the model that a collective belongs to."""
+    return next((source for word, source in SOURCES if word in op_name), "other")
+
+
+def libtpu_version() -> str:
+    return importlib.metadata.version("libtpu")

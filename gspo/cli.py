@@ -19,9 +19,11 @@ from gspo.types import UserError
 FLAGS = flags.FLAGS
 
 
-def define_flags() -> None:
-    """--config=FILE with --config.a.b=value overrides, --workdir and --allow_changed_config."""
+def define_flags(workdir: bool = True) -> None:
+    """--config=FILE with --config.a.b=value overrides; --workdir, --allow_changed_config and those of a run of many processes."""
     config_flags.DEFINE_config_file("config", None, "Config file; override a field with --config.a.b=value.", lock_config=True)
+    if not workdir:
+        return
     flags.DEFINE_string("workdir", None, "Folder for checkpoints and metrics; a run found there is resumed.")
     flags.DEFINE_bool("allow_changed_config", False, "Go on in a workdir that was made with another config.")
     flags.DEFINE_bool("distributed", False, "One of many processes, described by SLURM, Open MPI, GKE or Cloud TPU.")
@@ -39,13 +41,15 @@ def run(main: Callable[[], int | None], *, needs: str) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.set_verbosity(logging.WARNING)
     if {"--help", "-h"} & set(sys.argv):
-        print(f"{sys.modules['__main__'].__doc__}\n{FLAGS.module_help(__name__)}")
+        own = FLAGS.module_help(sys.argv[0]) if sys.argv[0] in FLAGS.flags_by_module_dict() else ""
+        print(f"{sys.modules['__main__'].__doc__}\n{FLAGS.module_help(__name__)}{own}")
         sys.exit(0)
     try:
         _parse(sys.argv)
         if needs not in FLAGS.config:
             raise UserError(f"--config: it has no field {needs!r}, so it was made for another script")
-        distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.distributed)
+        if "workdir" in FLAGS:
+            distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.distributed)
         code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -93,7 +97,7 @@ def _parse(argv: list[str]) -> None:
         raise UserError(_first_line(error).removeprefix("flag ")) from None
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; fields are set as --config.a.b=value")
-    if not FLAGS.workdir:
+    if "workdir" in FLAGS and not FLAGS.workdir:
         raise UserError("--workdir is missing; pass --workdir=runs/NAME")
 
 
