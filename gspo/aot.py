@@ -197,6 +197,7 @@ def cost(step: Lowerable, ideal_flops: float) -> Cost:
         seconds = time.perf_counter() - start
         return Cost(step.name, step.runs, seconds, 0, 0, 0, step.beside, 0.0, ideal_flops, {}, None, _complaint(str(error)))
     seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+    globals()["LAST"] = memory
     program = hlo.analyse(compiled.as_text(), unknown_trips=step.loops, ragged_share=step.ragged_rows)
     live = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     return Cost(

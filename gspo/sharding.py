@@ -24,17 +24,20 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor")
 DISPATCHES = ("all_gather", "all_to_all")  # how tokens come to experts on other devices; see gspo.model.dispatch
 
 # Name of the table -> logical name -> the mesh axes it is cut along. Rows are cut along every axis that does not cut a weight inside
-# a matmul. An axis of weights that is cut along an axis of rows (FSDP) is gathered before use.
+# a matmul. An axis of weights that is cut along an axis of rows (FSDP) is gathered before use. The model width is "embed", and
+# "expert_embed" in the weights of experts, where the mesh axis `expert` is already taken.
 _WHOLE: dict[str, tuple[str, ...]] = {
     "rows": ("data", "fsdp", "expert"),
-    "layers": (), "vocab": (), "embed": (), "heads": (), "kv_heads": (), "head_width": (), "mlp": (), "expert": (), "norm": (),
+    "layers": (), "vocab": (), "embed": (), "expert_embed": (), "heads": (), "kv_heads": (), "head_width": (), "mlp": (),
+    "expert": (), "norm": (),
 }  # fmt: skip
-_EXPERT_FSDP = _WHOLE | {"expert": ("expert",), "embed": ("fsdp",)}
+_FSDP = _WHOLE | {"embed": ("fsdp", "expert"), "expert_embed": ("fsdp", "expert")}
+_EXPERT_FSDP = _FSDP | {"expert": ("expert",), "expert_embed": ("fsdp",)}
 RULES: dict[str, dict[str, tuple[str, ...]]] = {
     "single": _WHOLE,  # every weight whole on every device: one device, or data parallelism
-    "fsdp": _WHOLE | {"embed": ("fsdp", "expert")},  # every weight cut along the model width
+    "fsdp": _FSDP,  # every weight cut along the model width
     "expert": _WHOLE | {"expert": ("fsdp", "expert")},  # experts spread over all they can be, everything else whole: for rollouts
-    "expert_fsdp": _EXPERT_FSDP,  # experts along `expert`, everything along `fsdp`
+    "expert_fsdp": _EXPERT_FSDP,  # experts along `expert`, and every weight along the model width as far as it goes
     "tensor": _EXPERT_FSDP | dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), ("tensor",)),  # and heads, widths, vocabulary too
 }
 
@@ -140,8 +143,12 @@ class Layout:
     def gathered(self, weight: jax.Array, *names: str | None) -> jax.Array:
         """A weight as a matmul with rows needs it: whole along every mesh axis that cuts rows. Under autodiff its gradient is
         scattered back. Without it the partitioner may well move the activations instead."""
-        rows = set(self.table["rows"])
-        return self.constrain(weight, *(None if name is None or rows & set(self.table[name]) else name for name in names))
+        cut = {axis for name in names if name for axis in self.axes(name)}
+        order = [axis for axis in self.axes("rows") if axis in cut]
+        for kept in (order[:i] for i in reversed(range(len(order)))):  # axis by axis: see `gather_axes`
+            table = {name: tuple(axis for axis in axes if axis in kept or axis not in order) for name, axes in self.table.items()}
+            weight = jax.lax.with_sharding_constraint(weight, NamedSharding(self.mesh, partition_spec(names, table)))
+        return weight
 
     def lookup(self, table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         """Rows of a table that is cut along ("vocab", "embed"), [B, T, D], cut along their rows.
@@ -177,6 +184,15 @@ class Layout:
 
         fields = record._asdict() if hasattr(record, "_asdict") else vars(record)
         return type(record)(**{name: one(name, x) for name, x in fields.items()})
+
+
+def gather_axes(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
+    """Inside shard_map: x gathered along dimension `dim`, cut along these mesh axes. One axis after the other: of a gather over
+    all devices at once XLA makes an all-reduce of arrays that are zero but for a small part, which moves twice the bytes.
+    """
+    for axis in reversed(axes):
+        x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
+    return x
 
 
 _OF_DIMENSION = {"B": "rows", "Q": "rows", "K": "kv_heads"}

@@ -123,7 +123,18 @@ stop() {
 prefix() {
     local text
     trap '' INT TERM
-    while IFS= read -r text || [[ -n $text ]]; do printf '[%s] %s\n' "$1" "$text"; done >&"$messages"
+    while IFS= read -r text || [[ -n $text ]]; do
+        [[ $text == *'connected peer ranks is : '* ]] || printf '[%s] %s\n' "$1" "$text"
+    done >&"$messages"
+}
+
+# Copies stdin to stdout without gloo's greetings, of which there are dozens.
+without_greetings() {
+    local text
+    trap '' INT TERM
+    while IFS= read -r text || [[ -n $text ]]; do
+        [[ $text == *'connected peer ranks is : '* ]] || printf '%s\n' "$text"
+    done
 }
 
 trap 'stop INT' INT
@@ -133,9 +144,15 @@ trap 'kill_all; [[ -z $tick ]] || kill -KILL "$tick"' EXIT
 for ((i = 0; i < processes; i++)); do
     [[ -z $stopping ]] || break
     command_line "$i"
-    if ((i == 0)); then
+    if ((i == 0)) && [[ -t 1 ]]; then   # a terminal: the live display
         "${line[@]}" < /dev/null 2>&"$messages" {messages}>&- &
         alive[$!]=$i
+    elif ((i == 0)); then
+        exec {output}> >(without_greetings)
+        readers+=("$!")
+        "${line[@]}" < /dev/null >&"$output" 2>&"$messages" {output}>&- {messages}>&- &
+        alive[$!]=$i
+        exec {output}>&-
     else
         exec {output}> >(prefix "$i")
         readers+=("$!")

@@ -84,7 +84,7 @@ def test_two_axes_of_an_array_cannot_claim_the_same_mesh_axis():
 def test_logical_names_become_mesh_axes():
     # Catches a rule that is looked up for the wrong axis of the array.
     layout = Layout(make_mesh({}, jax.devices()[:1]))
-    assert layout.spec("layers", "expert", "embed", "mlp") == PartitionSpec(None, "expert", "fsdp", "tensor")
+    assert layout.spec("layers", "expert", "expert_embed", "mlp") == PartitionSpec(None, "expert", "fsdp", "tensor")
     assert layout.spec("rows", None) == PartitionSpec(("data", "fsdp", "expert"), None)
     assert all(axis in MESH_AXES for rules in RULES.values() for axes in rules.values() for axis in axes)
 
@@ -236,8 +236,7 @@ def test_every_mesh_gives_the_loss_gradients_and_tokens_of_one_device(spec, name
     for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings_of(spec, layout)), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     wide = state.params["blocks"]["moe"]["gate"] if spec.num_experts else state.params["blocks"]["mlp"]["gate"]
-    cut = {"tensor", "fsdp"} | ({"expert"} if spec.num_experts or rules == "fsdp" else set())
-    cut = set() if rules == "expert" and not spec.num_experts else cut
+    cut = set() if rules == "expert" and not spec.num_experts else {"fsdp", "expert", "tensor"}  # "expert" leaves the rest whole
     assert wide.size // wide.addressable_shards[0].data.size == np.prod([size for axis, size in sizes.items() if axis in cut])
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from gspo.model.experts import from_slots, make_slots, most_pairs, to_slots
-from gspo.sharding import Layout
+from gspo.sharding import Layout, gather_axes
 
 Backend = Callable[..., chex.Array]  # (h_MD, gates_MX, experts_MX, w_gate, w_up, w_down) -> [M, D]; see gspo.model.experts
 
@@ -42,7 +42,7 @@ def dispatch(
     if layout is None or layout.mesh.size == 1:
         return _on_tokens(backend, h_BTD, gates_BTX, experts_BTX, *(w.astype(dtype) for w in (w_gate_EDF, w_up_EDF, w_down_EFD)))
 
-    group, tensor, fsdp = layout.axes("expert"), layout.axes("mlp"), layout.axes("embed")
+    group, tensor, embed = layout.axes("expert"), layout.axes("mlp"), layout.axes("expert_embed")
     exchange = {"all_gather": _by_all_gather, "all_to_all": _by_all_to_all}[layout.dispatch]
     ragged = layout.mesh.devices.flat[0].platform != "cpu"
 
@@ -50,9 +50,8 @@ def dispatch(
         # Weights that are cut along an axis of rows are gathered, in the dtype that they are used in; the transpose of that scatters
         # their gradients back.
         w_gate_EDF, w_up_EDF, w_down_EFD = (w.astype(dtype) for w in weights)
-        if fsdp:
-            w_gate_EDF, w_up_EDF = (jax.lax.all_gather(w, fsdp, axis=1, tiled=True) for w in (w_gate_EDF, w_up_EDF))
-            w_down_EFD = jax.lax.all_gather(w_down_EFD, fsdp, axis=2, tiled=True)
+        w_gate_EDF, w_up_EDF = (gather_axes(w, embed, 1) for w in (w_gate_EDF, w_up_EDF))
+        w_down_EFD = gather_axes(w_down_EFD, embed, 2)
 
         def run(h_MD, gates_MX, experts_MX):
             return backend(h_MD, gates_MX, experts_MX, w_gate_EDF, w_up_EDF, w_down_EFD)
@@ -66,7 +65,7 @@ def dispatch(
         y_BTD = _on_tokens(exchanged, h_BTD, gates_BTX, experts_BTX)
         return jax.lax.psum(y_BTD, tensor) if tensor else y_BTD  # each device of `tensor` has a part of the experts' width
 
-    rows, up, down = layout.spec("rows"), layout.spec("expert", "embed", "mlp"), layout.spec("expert", "mlp", "embed")
+    rows, up, down = layout.spec("rows"), layout.spec("expert", "expert_embed", "mlp"), layout.spec("expert", "mlp", "expert_embed")
     mapped = jax.shard_map(
         one_device, mesh=layout.mesh, in_specs=(rows, rows, rows, up, up, down), out_specs=rows, check_vma=False
     )  # fmt: skip

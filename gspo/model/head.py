@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from gspo.model.distribution import Sampling, entropy, log_prob, shape_logits
-from gspo.sharding import Layout
+from gspo.sharding import Layout, gather_axes
 
 
 def token_scores(
@@ -27,9 +27,7 @@ def token_scores(
     rows, embed = layout.axes("rows"), layout.axes("embed")
 
     def one_device(hidden_BCD, target_BC, kernel_DV):
-        if embed:
-            kernel_DV = jax.lax.all_gather(kernel_DV, embed, axis=0, tiled=True)
-        return _on_rows(hidden_BCD, target_BC, kernel_DV, sampling, chunk)
+        return _on_rows(hidden_BCD, target_BC, gather_axes(kernel_DV, embed, 0), sampling, chunk)
 
     spec = jax.sharding.PartitionSpec
     return jax.shard_map(

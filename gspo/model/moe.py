@@ -50,9 +50,9 @@ class MoE(nn.Module):
             free_MX = used_MX  # the swapped experts are the choice of this router
         chex.assert_shape(gates_MX, (B * T, X))
         weights = (
-            weight("gate", (E, D, F), "expert", "embed", "mlp"),
-            weight("up", (E, D, F), "expert", "embed", "mlp"),
-            weight("down", (E, F, D), "expert", "mlp", "embed"),
+            weight("gate", (E, D, F), "expert", "expert_embed", "mlp"),
+            weight("up", (E, D, F), "expert", "expert_embed", "mlp"),
+            weight("down", (E, F, D), "expert", "mlp", "expert_embed"),
         )
         y_BTD = dispatch(
             self.layout, BACKENDS[self.backend], x_BTD, gates_MX.reshape(B, T, X), used_MX.reshape(B, T, X), *weights, dtype=self.dtype
