@@ -79,6 +79,8 @@ def accumulated_gradient(
             return (placed(jax.tree.map(jnp.add, grads, more)), count + n), aux
 
         zeros = (placed(jax.tree.map(jnp.zeros_like, params)), jnp.float32(0))
-        (grads, count), aux = jax.lax.scan(body, zeros, map_rows(lambda x, axis: deal(x, parts, axis), batch))
+        # Two parts without a loop: XLA holds the sum that a loop carries twice, 0.9 GiB of 16 for a 30B model on 64 chips.
+        dealt = map_rows(lambda x, axis: deal(x, parts, axis), batch)
+        (grads, count), aux = jax.lax.scan(body, zeros, dealt, unroll=parts <= 2)
         aux = undeal_fields(aux)
     return jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads), aux

@@ -8,14 +8,7 @@ the checks below the table fails.
 """
 
 import json
-import os
 from pathlib import Path
-
-# Before jax is imported: it looks for no TPU, and libtpu asks no metadata server what machine this is.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
 from absl import flags

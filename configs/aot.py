@@ -1,0 +1,35 @@
+"""Which runs are compiled ahead of time for which slices of TPUs, by experiments/aot.py.
+
+Fit      Qwen3-30B-A3B with 64 prompts x 8 completions x (512 + 2,048) tokens, 4 updates per rollout, on 64 v5p chips and on the
+         smallest slices of v5e and v6e that hold it; Qwen3-235B-A22B with 128 prompts on 128 v5p chips.
+Scaling  Qwen3-30B-A3B on 16, 64 and 256 v5p chips, one prompt and its 8 completions per chip.
+Cost     about 20 minutes on 2 CPU cores, and 6 GB of memory. Needs libtpu, and no TPU.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import gspo_qwen3_30b_a3b, gspo_qwen3_235b_a22b
+
+
+def get_config():
+    config = ConfigDict()
+    config.runs = ConfigDict({"30B-A3B": gspo_qwen3_30b_a3b.get_config(), "235B-A22B": gspo_qwen3_235b_a22b.get_config()})
+    # Name -> the run, the slice, and what is laid over the run's config.
+    config.slices = ConfigDict(
+        {
+            "30B on 64 v5p": {"run": "30B-A3B", "topology": "v5p:4x4x4", "changes": {}},
+            "30B on 64 v5e": {
+                "run": "30B-A3B", "topology": "v5e:8x8", "changes": {"mesh": {"expert": 4}, "model": {"attention_chunk": 256}},
+            },
+            "30B on 32 v6e": {"run": "30B-A3B", "topology": "v6e:4x8", "changes": {"mesh": {"expert": 4}, "micro_batch_size": 32}},
+            "235B on 128 v5p": {"run": "235B-A22B", "topology": "v5p:4x4x8", "changes": {}},
+            "30B on 16 v5p": {"run": "30B-A3B", "topology": "v5p:2x2x4", "changes": {"num_prompts": 16, "micro_batch_size": 16}},
+            "30B on 256 v5p": {
+                "run": "30B-A3B", "topology": "v5p:4x8x8",
+                "changes": {"num_prompts": 256, "micro_batch_size": 256, "mesh": {"data": 2}},
+            },
+        }
+    )  # fmt: skip
+    config.fit = ("30B on 64 v5p", "30B on 64 v5e", "30B on 32 v6e", "235B on 128 v5p")
+    config.scaling = ("30B on 16 v5p", "30B on 64 v5p", "30B on 256 v5p")
+    return config

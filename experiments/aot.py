@@ -1,0 +1,104 @@
+"""Runs that are compiled for slices of TPUs, without a TPU: what fits, and what grows with the number of chips.
+
+python experiments/aot.py --config=configs/aot.py --workdir=runs/aot
+
+Leaves in the workdir: one JSON file per slice (a slice that has one is not compiled again), table.md, scaling.png. Needs libtpu.
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from ml_collections import ConfigDict
+
+from gspo import aot, build, cli
+from gspo.types import UserError
+
+COLORS = {"experts": "#D55E00", "attention": "#0072B2", "head": "#009E73", "embedding": "#CC79A7", "parameters": "#E69F00",
+          "feed-forward": "#56B4E9", "other": "0.6"}  # fmt: skip
+STEPS = ("rollout", "log-probs", "update")
+
+
+def main() -> int:
+    config, workdir = cli.FLAGS.config, Path(cli.FLAGS.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    found = {name: measured(config, name, workdir) for name in config.slices}
+    text = "\n\n".join(section(name, found[name]) for name in config.fit)
+    (workdir / "table.md").write_text(text + "\n")
+    draw([found[name] for name in config.scaling], workdir / "scaling.png")
+    print(text)
+    return 0 if all(holds for name in config.fit for holds, _ in found[name]["checks"]) else 1
+
+
+def measured(config: ConfigDict, name: str, workdir: Path) -> dict:
+    """The report of one slice, from its file or from the compiler."""
+    path = workdir / f"{name.replace(' ', '_')}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    entry = config.slices[name]
+    if entry.run not in config.runs:
+        raise UserError(f"slices.{name}.run={entry.run!r}: choose one of {', '.join(config.runs)}")
+    run = config.runs[entry.run].copy_and_resolve_references()
+    run.update(entry.changes)
+    layout = build.layout(run, aot.devices_of(entry.topology))
+    print(f"{name}: compiling for {entry.topology}", flush=True)
+    costs = aot.report(run, layout)
+    numbers = aot.as_json(run, layout, costs, entry.topology)
+    numbers |= {"table": aot.table(costs, entry.topology), "checks": aot.checks(run, layout, costs, entry.topology)}
+    path.write_text(json.dumps(numbers, indent=1) + "\n")
+    return numbers
+
+
+def section(name: str, numbers: dict) -> str:
+    return f"**Qwen3-{name}** ({describe(numbers)})\n\n{numbers['table']}\n\n{verdicts(numbers)}"
+
+
+def describe(numbers: dict) -> str:
+    mesh = " x ".join(f"{axis}={size}" for axis, size in numbers["mesh"].items() if size > 1)
+    c = numbers["config"]
+    tokens = f"{c['num_prompts']} prompts x {c['num_generations']} x ({c['max_prompt_length']} + {c['max_completion_length']}) tokens"
+    versions = f"jax {numbers['jax']}, libtpu {numbers['libtpu']}"
+    return f"{numbers['topology']}, mesh {mesh}, {tokens}, {c['updates_per_rollout']} updates; {versions}"
+
+
+def verdicts(numbers: dict) -> str:
+    return "\n".join(f"- {'yes' if holds else '**no**'}: {text}" for holds, text in numbers["checks"])
+
+
+def draw(scaling: list[dict], out: Path) -> None:
+    """FLOPs per device of each step, flat where work is shared evenly; and bytes of collectives per device, by what they serve."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained", width_ratios=(2, 3))
+    chips = [numbers["devices"] for numbers in scaling]
+    for step, color in zip(STEPS, ("#0072B2", "#E69F00", "#D55E00"), strict=True):
+        flops = [numbers["steps"][step]["flops"] * numbers["steps"][step]["runs"] / 1e12 for numbers in scaling]
+        ideal = [numbers["steps"][step]["ideal_flops"] * numbers["steps"][step]["runs"] / 1e12 for numbers in scaling]
+        left.plot(chips, flops, "o-", color=color, label=step)
+        left.plot(chips, ideal, "_", color="black", markersize=14, label="equal share" if step == STEPS[0] else None)
+    left.set(xscale="log", xlabel="Chips", ylabel="TFLOPs per chip and rollout", ylim=(0, None))
+    left.set_xticks(chips, map(str, chips))
+    left.minorticks_off()
+    sources = [source for source in COLORS if any(source in s["sources"] for n in scaling for s in n["steps"].values())]
+    width, labels = 0.8, []
+    for i, step in enumerate(STEPS):
+        for j, numbers in enumerate(scaling):
+            x, bottom = i * (len(scaling) + 1) + j, 0.0
+            labels.append((x, str(numbers["devices"])))
+            for source in sources:
+                size = numbers["steps"][step]["sources"].get(source, 0) * numbers["steps"][step]["runs"] / 2**30
+                right.bar(x, size, width, bottom=bottom, color=COLORS[source], label=source if i == j == 0 else None)
+                bottom += size
+        right.text(i * (len(scaling) + 1) + (len(scaling) - 1) / 2, -0.2, step, ha="center", transform=right.get_xaxis_transform())
+    right.set_xticks([x for x, _ in labels], [label for _, label in labels])
+    right.set(ylabel="Collectives per chip and rollout [GiB]")
+    right.text(-0.01, -0.09, "Chips", ha="right", transform=right.transAxes)
+    for letter, axes in zip("ab", (left, right), strict=True):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(letter, loc="left", fontweight="bold", fontsize=10)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(out, dpi=200)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    cli.define_flags()
+    cli.run(main, needs="slices")
