@@ -78,6 +78,7 @@ def common() -> ConfigDict:
     config.mesh_rules = "tensor"  # what is cut along which axis: single | fsdp | expert | expert_fsdp | tensor (gspo/sharding.py)
     config.rollout_mesh_rules = ""  # another one for rollouts, to which parameters are moved once per rollout; "": the same
     config.expert_dispatch = "all_gather"  # all_gather | all_to_all: how tokens come to experts on other devices
+    config.rollout_expert_dispatch = ""  # the same for rollouts; "": the same
     config.eval = ConfigDict(
         dict(
             every=5,  # rollouts (RL) or updates (SFT) between evaluations; 0: only at the end

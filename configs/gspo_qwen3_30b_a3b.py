@@ -32,6 +32,7 @@ def get_config():
     config.mesh.update(data=1, fsdp=-1, expert=8, tensor=1)
     config.mesh_rules = "expert_fsdp"
     config.rollout_mesh_rules = "expert"
+    config.rollout_expert_dispatch = "all_to_all"  # groups of all devices: gathering would move every token to each of them
     config.eval.update(every=20, num_prompts=256, num_generations_eval=4)
     config.checkpoint.every = 20
     return config

@@ -126,7 +126,7 @@ def lowerables(config: ConfigDict, layout: Layout) -> list[Lowerable]:
     rollout = _by_names(layout, jax.eval_shape(steps.sampler, params, *prompts, key))
     held = bytes_per_device(state)
     found = []
-    if jax.tree.leaves(params) != jax.tree.leaves(state.params):
+    if jax.tree.leaves(params) != jax.tree.leaves(state.params):  # another dtype, or another place
         found.append(Lowerable("reshard", steps.rollout_params, (state.params,), 1, 1, 1.0, held - bytes_per_device(state.params)))
     found.append(Lowerable("rollout", steps.sampler, (params, *prompts, key), 1, C - 1, ragged_rows(steps, rollout_layout), held))
     batch = _batch_of(layout, rollout, C)

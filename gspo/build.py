@@ -42,11 +42,13 @@ def layout(config: ConfigDict, devices: list[jax.Device] | None = None) -> Layou
 
 
 def rollout_layout(config: ConfigDict, layout: Layout) -> Layout:
-    """The same devices under config.rollout_mesh_rules; "": as in training."""
+    """The same devices under config.rollout_mesh_rules and config.rollout_expert_dispatch; "": as in training."""
+    rules, dispatch = config.rollout_mesh_rules or layout.rules, config.rollout_expert_dispatch or layout.dispatch
     try:
-        return dataclasses.replace(layout, rules=config.rollout_mesh_rules or layout.rules)
+        return dataclasses.replace(layout, rules=rules, dispatch=dispatch)
     except UserError as error:
-        raise UserError(str(error).replace("mesh_rules=", "rollout_mesh_rules=")) from None
+        text = str(error).replace("mesh_rules=", "rollout_mesh_rules=").replace("expert_dispatch=", "rollout_expert_dispatch=")
+        raise UserError(text) from None
 
 
 def tokenizer(config: ConfigDict) -> Tokenizer:
@@ -162,7 +164,7 @@ def rollout_params(config: ConfigDict, model: Transformer, layout: Layout, preci
     changes nothing.
     """
     rounding, dtype, target = mismatch.make_rounding(precision), model.spec.compute_dtype, rollout_layout(config, layout)
-    if dtype == jnp.float32 and target == layout:
+    if dtype == jnp.float32 and target.rules == layout.rules:
         return rounding
     shardings = tree_shardings(target, jax.eval_shape(model.init_params, jax.random.key(0)))
     return jax.jit(lambda params: as_used(rounding(params), dtype), out_shardings=shardings)

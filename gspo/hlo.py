@@ -37,7 +37,7 @@ class Collective(NamedTuple):
     """One collective instruction: how much it moves at a time and how often.
 
     bytes: size on one device of the larger side, for one execution: the operand of an all-reduce and a reduce-scatter, the result
-    otherwise. A ragged all-to-all fills its result in the worst case only. shape: the text of those arrays, as "bf16[16,2048,768]".
+    otherwise; but of the smaller one for a ragged all-to-all, whose other side is made for the worst case. shape: as "bf16[16,2048]".
     """
 
     kind: str
@@ -340,9 +340,10 @@ class Walk:
             moved = results[len(given) : 2 * len(given)] if ins.opcode.endswith("-start") else results
         if kind == "all-reduce" and scope.name.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # a TPU fusion: all-reduce, then the slice that stays, done as one
+        if kind == "ragged-all-to-all":
+            moved = min(moved, shapes_in(scope[ins.operands[0]].shape), key=lambda arrays: size_of(*arrays[0]))
         text = ", ".join(f"{dtype}[{','.join(map(str, dims))}]" for dtype, dims in moved)
-        op_name = ins.op_name or (caller.op_name if caller else "")
-        size = sum(size_of(*array) for array in moved)
+        op_name, size = ins.op_name or (caller.op_name if caller else ""), sum(size_of(*array) for array in moved)
         return Collective(kind, size, times, group_size(ins.attributes, self.devices), text, op_name)
 
     def binary(self, scope: Computation, name: str) -> tuple[Instruction, list[Instruction]]:

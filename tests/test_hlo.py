@@ -572,3 +572,19 @@ def test_a_step_compiled_for_a_tpu_costs_what_its_equations_say():
     assert program.flops_by_kind == {"dot": 6 * 3 * 2 * scores, "ragged": 6 * 3 * product}
     totals = by_kind(program.collectives)
     assert program.unknown_loops == 0 and totals["all-gather"][1] >= 6 * 8 * 512 * 512 * 2
+
+
+def test_a_ragged_all_to_all_moves_what_its_smaller_side_holds():
+    # Catches a buffer for the worst case, every pair of 64 devices on one of them, counted as traffic; on the way there and back.
+    text = """HloModule m, num_partitions=64
+
+ENTRY %main (p: bf16[64,128], q: bf16[1024,128], n: s32[64]) -> bf16[64,128] {
+  %p = bf16[64,128]{1,0} parameter(0)
+  %q = bf16[1024,128]{1,0} parameter(1)
+  %n = s32[64]{0} parameter(2)
+  %there = bf16[1024,128]{1,0} ragged-all-to-all(%p, %q, %n, %n, %n, %n), replica_groups=[1,64]<=[64]
+  ROOT %back = bf16[64,128]{1,0} ragged-all-to-all(%there, %p, %n, %n, %n, %n), replica_groups=[1,64]<=[64]
+}
+"""
+    moved = analyse(text).collectives
+    assert [(x.kind, x.bytes, x.shape, x.group_size) for x in moved] == [("ragged-all-to-all", 64 * 128 * 2, "bf16[64,128]", 64)] * 2
