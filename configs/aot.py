@@ -14,23 +14,21 @@ from configs import gspo_qwen3_30b_a3b, gspo_qwen3_235b_a22b
 
 def get_config():
     config = ConfigDict()
-    config.runs = ConfigDict({"30B-A3B": gspo_qwen3_30b_a3b.get_config(), "235B-A22B": gspo_qwen3_235b_a22b.get_config()})
+    config.runs = ConfigDict({"qwen3_30b_a3b": gspo_qwen3_30b_a3b.get_config(), "qwen3_235b_a22b": gspo_qwen3_235b_a22b.get_config()})
     # Name -> the run, the slice, and what is laid over the run's config.
     config.slices = ConfigDict(
         {
-            "30B on 64 v5p": {"run": "30B-A3B", "topology": "v5p:4x4x4", "changes": {}},
-            "30B on 64 v5e": {
-                "run": "30B-A3B", "topology": "v5e:8x8", "changes": {"mesh": {"expert": 4}, "updates_per_rollout": 8},
-            },
-            "30B on 32 v6e": {"run": "30B-A3B", "topology": "v6e:4x8", "changes": {"mesh": {"expert": 4}, "micro_batch_size": 32}},
-            "235B on 128 v5p": {"run": "235B-A22B", "topology": "v5p:4x4x8", "changes": {}},
-            "30B on 16 v5p": {"run": "30B-A3B", "topology": "v5p:2x2x4", "changes": {"num_prompts": 16, "micro_batch_size": 16}},
-            "30B on 256 v5p": {
-                "run": "30B-A3B", "topology": "v5p:4x8x8",
+            "v5p_64": {"run": "qwen3_30b_a3b", "topology": "v5p:4x4x4", "changes": {}},
+            "v5e_64": {"run": "qwen3_30b_a3b", "topology": "v5e:8x8", "changes": {"mesh": {"expert": 4}, "updates_per_rollout": 8}},
+            "v6e_32": {"run": "qwen3_30b_a3b", "topology": "v6e:4x8", "changes": {"mesh": {"expert": 4}, "micro_batch_size": 32}},
+            "large_v5p_128": {"run": "qwen3_235b_a22b", "topology": "v5p:4x4x8", "changes": {}},
+            "v5p_16": {"run": "qwen3_30b_a3b", "topology": "v5p:2x2x4", "changes": {"num_prompts": 16, "micro_batch_size": 16}},
+            "v5p_256": {
+                "run": "qwen3_30b_a3b", "topology": "v5p:4x8x8",
                 "changes": {"num_prompts": 256, "micro_batch_size": 256, "mesh": {"data": 2}},
             },
         }
     )  # fmt: skip
-    config.fit = ("30B on 64 v5p", "30B on 64 v5e", "30B on 32 v6e", "235B on 128 v5p")
-    config.scaling = ("30B on 16 v5p", "30B on 64 v5p", "30B on 256 v5p")
+    config.fit = ("v5p_64", "v5e_64", "v6e_32", "large_v5p_128")
+    config.scaling = ("v5p_16", "v5p_64", "v5p_256")
     return config

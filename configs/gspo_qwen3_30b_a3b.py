@@ -17,7 +17,7 @@ def get_config():
     config.init_from = "runs/qwen3_30b_a3b"
     config.tokenizer = "runs/qwen3_30b_a3b/hf"
     config.task.update(name="tfds:gsm8k", train_split="train", eval_split="test")
-    config.task.options = {}
+    config.task.options = {"answer_format": "hash", "data_dir": ""}
     config.model = models.model("qwen3-30b-a3b")
     config.model.attention_chunk = 512
     config.max_prompt_length = 512

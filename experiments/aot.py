@@ -21,9 +21,12 @@ STEPS = ("rollout", "log-probs", "update")
 
 def main() -> int:
     config, workdir = cli.FLAGS.config, Path(cli.FLAGS.workdir)
+    unknown = [name for name in (*config.fit, *config.scaling) if name not in config.slices]
+    if unknown:
+        raise UserError(f"fit, scaling: no slice named {unknown[0]!r}; choose from {', '.join(config.slices)}")
     workdir.mkdir(parents=True, exist_ok=True)
     found = {name: measured(config, name, workdir) for name in config.slices}
-    text = "\n\n".join(section(name, found[name]) for name in config.fit)
+    text = "\n\n".join(section(config.slices[name].run, found[name]) for name in config.fit)
     (workdir / "table.md").write_text(text + "\n")
     draw([found[name] for name in config.scaling], workdir / "scaling.png")
     print(text)
@@ -32,7 +35,7 @@ def main() -> int:
 
 def measured(config: ConfigDict, name: str, workdir: Path) -> dict:
     """The report of one slice, from its file or from the compiler."""
-    path = workdir / f"{name.replace(' ', '_')}.json"
+    path = workdir / f"{name}.json"
     if path.exists():
         return json.loads(path.read_text())
     entry = config.slices[name]
@@ -49,8 +52,8 @@ def measured(config: ConfigDict, name: str, workdir: Path) -> dict:
     return numbers
 
 
-def section(name: str, numbers: dict) -> str:
-    return f"**Qwen3-{name}** ({describe(numbers)})\n\n{numbers['table']}\n\n{verdicts(numbers)}"
+def section(run: str, numbers: dict) -> str:
+    return f"**{run} on {numbers['topology']}** ({describe(numbers)})\n\n{numbers['table']}\n\n{verdicts(numbers)}"
 
 
 def describe(numbers: dict) -> str:
@@ -58,7 +61,7 @@ def describe(numbers: dict) -> str:
     c = numbers["config"]
     tokens = f"{c['num_prompts']} prompts x {c['num_generations']} x ({c['max_prompt_length']} + {c['max_completion_length']}) tokens"
     versions = f"jax {numbers['jax']}, libtpu {numbers['libtpu']}"
-    return f"{numbers['topology']}, mesh {mesh}, {tokens}, {c['updates_per_rollout']} updates; {versions}"
+    return f"mesh {mesh}, {tokens}, {c['updates_per_rollout']} updates; {versions}"
 
 
 def verdicts(numbers: dict) -> str:

@@ -182,6 +182,11 @@ def load(name: str, *overrides: str) -> ConfigDict:
     return holder.config
 
 
+def sections(config: ConfigDict) -> list[ConfigDict]:
+    """The config and all that is nested in it."""
+    return [config, *(part for value in config.values() if isinstance(value, ConfigDict) for part in sections(value))]
+
+
 def assert_like(config: ConfigDict, model: ConfigDict, where: str):
     """The same fields with values of the same types; None where the base has a placeholder. A task brings its own options."""
     free = "task.options."
@@ -200,7 +205,7 @@ def test_every_config_file_loads_with_the_fields_and_types_of_the_base(name):
     # Catches a mistyped assignment (ConfigDict takes any name), 1 for True, a list for a tuple, a config that cannot be overridden.
     config = load(name)
     runs = {"num_rollouts": base.rl(), "num_updates": base.sft()}
-    parts = [config, *(value for value in config.values() if isinstance(value, ConfigDict))]
+    parts = sections(config)
     found = [(part, model) for part in parts for field, model in runs.items() if field in part]
     assert found, f"{name} describes no run"
     for part, model in found:
