@@ -185,13 +185,14 @@ def _is_jaxpr(x: Any) -> bool:
 
 
 def cost(step: Lowerable, ideal_flops: float) -> Cost:
-    """Compiles one step. A program that the compiler finds too large for one device comes back with its complaint."""
+    """Compiles one step. A program that the compiler finds too large for one device comes back with its complaint; where it refuses for
+    another reason (an operation that the chip has not), UserError."""
     start = time.perf_counter()
     try:
         compiled = step.function.lower(*step.arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            raise UserError(f"{step.name}: the compiler refuses it for this slice: {str(error).splitlines()[0]}") from None
         seconds = time.perf_counter() - start
         return Cost(step.name, step.runs, seconds, 0, 0, 0, step.beside, 0.0, ideal_flops, {}, None, _complaint(str(error)))
     seconds, memory = time.perf_counter() - start, compiled.memory_analysis()

@@ -173,25 +173,26 @@ def test_a_checkpoint_of_several_processes_is_whole_for_one_with_any_number_of_d
                      found[0].params)  # fmt: skip
 
 
-def test_a_signal_to_one_process_and_the_loss_of_another_leave_a_run_that_resumes_bit_equal(folder, two):
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])  # 0 is where they meet
+def test_a_signal_to_one_process_and_the_loss_of_another_leave_a_run_that_resumes_bit_equal(folder, two, victim):
     # Catches a process that waits for ever for one that is gone, processes that save different steps, a second process that does not
     # hear of the signal, half a checkpoint taken for a whole one, and a resumed run that goes another way.
-    code, _, stderr = launch(folder, "broken", processes=2, devices=2, die=f"1 4 {int(signal.SIGTERM)}")
+    broken = f"broken-{victim}"
+    code, _, stderr = launch(folder, broken, processes=2, devices=2, die=f"1 4 {int(signal.SIGTERM)}")
     assert code == 143 and stderr.count("stopped by SIGTERM: saved rollout") == 2, stderr
     saved = {line.rpartition("saved rollout ")[2].split()[0] for line in stderr.splitlines() if "saved rollout" in line}
-    assert len(saved) == 1 and (folder / "broken" / "checkpoints" / saved.pop() / "SEAL").exists()
+    assert len(saved) == 1 and (folder / broken / "checkpoints" / saved.pop() / "SEAL").exists()
 
-    for victim in (1, 0):  # 0 is where the others meet
-        code, _, stderr = launch(folder, "broken", processes=2, devices=2, die=f"{victim} 2 {int(signal.SIGKILL)}")
-        assert code == 137 and f"process {victim} was ended by SIGKILL" in stderr, stderr
-        assert "another process of this run is gone" in stderr and "Traceback" not in stderr, stderr
-        assert "had not stopped and are killed" not in stderr, stderr
+    code, _, stderr = launch(folder, broken, processes=2, devices=2, die=f"{victim} 2 {int(signal.SIGKILL)}")
+    assert code == 137 and f"process {victim} was ended by SIGKILL" in stderr, stderr
+    assert "another process of this run is gone" in stderr and "Traceback" not in stderr, stderr
+    assert "had not stopped and are killed" not in stderr, stderr
 
-    code, stdout, stderr = launch(folder, "broken", processes=2, devices=2)
+    code, stdout, stderr = launch(folder, broken, processes=2, devices=2)
     assert code == 0 and "resumed at rollout" in stdout, stderr
     for name in RESULTS:
-        assert (folder / "broken" / name).read_bytes() == (two / name).read_bytes(), name
-    states = [state_of(rl_config(folder, **DIVIDED), path)[1] for path in (folder / "broken", two)]
+        assert (folder / broken / name).read_bytes() == (two / name).read_bytes(), name
+    states = [state_of(rl_config(folder, **DIVIDED), path)[1] for path in (folder / broken, two)]
     assert_bit_equal(*states)
 
 

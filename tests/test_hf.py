@@ -296,7 +296,7 @@ def test_an_import_onto_eight_devices_reads_no_more_than_the_part_of_one_device_
     for got, want in zip(jax.tree.leaves(cut), jax.tree.leaves(abstract), strict=True):
         assert got.sharding == want.sharding
     query = [size for name, size in reads if name.endswith("0.self_attn.q_proj.weight")]
-    assert query == [24 * 16 // 4] * 4  # cut by fsdp and tensor; expert replicates it
+    assert query == [24 * 16 // 8] * 8  # cut by fsdp, expert and tensor
     gate = [size for name, size in reads if name.endswith("0.mlp.experts.3.gate_proj.weight")]
     assert gate == [10 * 16 // 4] * 4
     hf.export_params(cut, spec, tmp_path / "again")
