@@ -80,7 +80,8 @@ def draw(scaling: list[dict], out: Path) -> None:
     left.set(xscale="log", xlabel="Chips", ylabel="TFLOPs per chip and rollout", ylim=(0, None))
     left.set_xticks(chips, map(str, chips))
     left.minorticks_off()
-    sources = [source for source in COLORS if any(source in s["sources"] for n in scaling for s in n["steps"].values())]
+    sizes = {source: max(n["steps"][step]["sources"].get(source, 0) for n in scaling for step in STEPS) for source in COLORS}
+    sources = [source for source, size in sizes.items() if size > 2**29]  # half a GiB: less would not be seen
     width, labels = 0.8, []
     for i, step in enumerate(STEPS):
         for j, numbers in enumerate(scaling):
