@@ -115,6 +115,10 @@ def lowerables(config: ConfigDict, layout: Layout) -> list[Lowerable]:
     if not config.model.vocab_size:
         raise UserError("model.vocab_size=0: no tokenizer is read here; give the number of ids")
     steps: Steps = make_steps(config, layout, Ids())
+    more = [name for name in steps.objective.needs if name not in ("entropy_BC", "sampler_logp_BC")]
+    if more or config.critic.enable or config.reward_kl_coef or config.log.router_kl:
+        raise UserError("the report knows no critic, no reference (objective.beta, reward_kl_coef) and no measures of routers "
+                        "(router_shift_floor, log.router_kl) yet: switch them off, and add what they take")  # fmt: skip
     Q, P, C = config.num_prompts, config.max_prompt_length, config.max_completion_length
     state = steps.abstract
     rows = layout.sharding("rows")
@@ -126,15 +130,17 @@ def lowerables(config: ConfigDict, layout: Layout) -> list[Lowerable]:
     rollout = _by_names(layout, jax.eval_shape(steps.sampler, params, *prompts, key))
     held = bytes_per_device(state)
     found = []
-    if jax.tree.leaves(params) != jax.tree.leaves(state.params):  # another dtype, or another place
+    beside = held
+    if jax.tree.leaves(params) == jax.tree.leaves(state.params):
+        beside -= bytes_per_device(state.params)  # rollouts read the learner's own
+    else:
         found.append(Lowerable("reshard", steps.rollout_params, (state.params,), 1, 1, 1.0, held - bytes_per_device(state.params)))
-    found.append(Lowerable("rollout", steps.sampler, (params, *prompts, key), 1, C - 1, ragged_rows(steps, rollout_layout), held))
+    found.append(Lowerable("rollout", steps.sampler, (params, *prompts, key), 1, C - 1, ragged_rows(steps, rollout_layout), beside))
     batch = _batch_of(layout, rollout, C)
-    if config.old_logps == "learner" or state.ref_params is not None:
-        passes = (config.old_logps == "learner") + (state.ref_params is not None)
-        arguments = (state.params, batch.tokens_BT, batch.prompt_lengths_B)
+    if config.old_logps == "learner" or config.router_replay.mode == "R2":
+        arguments = (state.params, batch.tokens_BT, batch.prompt_lengths_B)  # R3 gives routes too, which changes no matmul
         beside = held - bytes_per_device(state.params) + bytes_per_device(batch)
-        found.append(Lowerable("log-probs", steps.scorer, arguments, passes, 1, ragged_rows(steps, layout), beside))
+        found.append(Lowerable("log-probs", steps.scorer, arguments, 1, 1, ragged_rows(steps, layout), beside))
     parts = jax.eval_shape(steps.minibatches, batch)
     part = _by_names(layout, parts[0])
     beside = bytes_per_device(batch)
@@ -303,7 +309,8 @@ def as_json(config: ConfigDict, layout: Layout, costs: list[Cost], topology: str
     fields = ("num_prompts", "num_generations", "max_prompt_length", "max_completion_length", "updates_per_rollout", "micro_batch_size")
     return {
         "topology": topology, "devices": layout.mesh.size, "mesh": dict(layout.mesh.shape), "rules": layout.rules,
-        "rollout_rules": config.rollout_mesh_rules, "dispatch": layout.dispatch, "jax": jax.__version__, "libtpu": libtpu_version(),
+        "rollout_rules": config.rollout_mesh_rules, "dispatch": layout.dispatch,
+        "rollout_dispatch": config.rollout_expert_dispatch, "jax": jax.__version__, "libtpu": libtpu_version(),
         "config": {name: config[name] for name in fields}, "steps": steps,
     }  # fmt: skip
 

@@ -187,6 +187,11 @@ def check_rows(layout: Layout, **counts: int) -> None:
                 f"{field}={rows}: not divisible by the {parts} devices that share the rows (mesh data x fsdp x expert); "
                 f"use a multiple of {parts}, or fewer devices"
             )
+        owned: dict[int, set] = {}
+        for device, index in layout.sharding("rows").devices_indices_map((rows,)).items():
+            owned.setdefault(device.process_index, set()).add(index[0].indices(rows))
+        if len({len(pieces) for pieces in owned.values()}) > 1:
+            raise UserError(f"mesh: some processes own more of the rows ({field}={rows}) than others; choose sizes that fit the hosts")
 
 
 def needs_reference(config: ConfigDict, objective: objectives.Objective) -> bool:
@@ -280,6 +285,8 @@ def describe_layout(config: ConfigDict, layout: Layout) -> str:
     sizes = " x ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items() if size > 1)
     experts = f", experts by {layout.dispatch} in groups of {layout.parts('expert')}" if layout.parts("expert") > 1 else ""
     rules = f"{layout.rules!r}, rollouts {config.rollout_mesh_rules!r}" if config.rollout_mesh_rules else repr(layout.rules)
+    if config.rollout_expert_dispatch:
+        experts += f", in rollouts by {config.rollout_expert_dispatch}"
     return f"{layout.mesh.size} devices in {jax.process_count()} process(es), mesh {sizes}, rules {rules}{experts}"
 
 

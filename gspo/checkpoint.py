@@ -29,7 +29,6 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
-from jax.experimental import multihost_utils
 
 from gspo import distributed
 from gspo.types import UserError
@@ -158,7 +157,11 @@ def _read_latest(step_dirs: Sequence[Path], tree: Any, prefix: str = "", cast: b
         except UserError:
             raise
         except Exception as error:  # a damaged folder fails in many ways: JSON, missing files, TensorStore
+            if distributed.lost_a_process(error):
+                raise  # the folder is not to blame
             damaged[step_dir] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if distributed.any_process(step_dir in damaged):
+            damaged.setdefault(step_dir, "another process cannot read it")
             continue
         for broken, why in damaged.items():
             log.warning("checkpoint %s cannot be read, falling back to step %s (%s)", broken, step_dir.name, why)
@@ -281,6 +284,8 @@ class Checkpointer:
         """
         self.wait()
         step_dirs = _step_dirs(self._root)
+        if not distributed.all_equal(int(step_dirs[0].name) if step_dirs else -1):
+            raise UserError(f"{self._root}: the processes see different checkpoints; put --workdir on storage that all hosts share")
         if not step_dirs:
             return None
         step_dir, state, content, damaged = _read_latest(step_dirs, abstract_state)
@@ -332,13 +337,14 @@ class Checkpointer:
 
     def _set_aside(self, step_dir: Path, suffix: str) -> Path:
         """Renames <step> to <step>.<suffix> (or .<suffix>-2, ...), a name that Orbax does not take for a step."""
+        distributed.barrier("all look for a free name")
         aside, n = step_dir.with_name(f"{step_dir.name}.{suffix}"), 1
         while aside.exists():
             aside, n = step_dir.with_name(f"{step_dir.name}.{suffix}-{n + 1}"), n + 1
+        distributed.barrier("all have found the same one")
         if jax.process_index() == 0:
             step_dir.rename(aside)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"set aside {aside.name}")
+        distributed.barrier("set aside")
         self._manager.reload()
         return aside
 

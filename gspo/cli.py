@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -52,13 +53,17 @@ def run(main: Callable[[], int | None], *, needs: str) -> None:
             distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.distributed)
         code = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        distributed.leave_if_many(2)
         code = 2
     except Exception as error:
-        if not distributed.lost_a_process(error):
+        if not jax.distributed.is_initialized():
             raise
-        print(f"error: {distributed.LOST}", file=sys.stderr, flush=True)
-        distributed.leave(1)
+        if distributed.lost_a_process(error):
+            print(f"error: {distributed.LOST}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        distributed.leave_if_many(1)
     sys.exit(code or 0)
 
 

@@ -223,7 +223,7 @@ class Collector:
         return metrics | {f"rewards/{name}": float(draw.parts_BR[:, r].mean()) for r, name in enumerate(self.rewards)}
 
     def samples(self, draw: Draw) -> list[dict[str, Any]]:
-        """The first rows among those of this process: the first of all, in the process that writes them down."""
+        """The first rows among those of this process. With several processes they need not be the first of all."""
         rows = list(zip(draw.examples, draw.texts, draw.rewards_B[draw.own_B], strict=True))[: self.config.log.num_samples]
         return [{"prompt": ex.prompt, "completion": text, "answer": ex.answer, "reward": float(r)} for ex, text, r in rows]
 

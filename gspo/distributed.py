@@ -5,7 +5,10 @@ the devices of all. What differs is the host's work: a process tokenizes the pro
 own devices. With one process everything here is the identity, or nearly.
 """
 
+import functools
 import os
+import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -130,14 +133,18 @@ def gather_rows(own: np.ndarray, count: int, *arrays: np.ndarray) -> tuple[np.nd
     return tuple(map(one, parts))
 
 
-def fetch(tree: Any, mesh: Mesh | None = None) -> Any:
+@functools.cache
+def _replicator(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def fetch(tree: Any) -> Any:
     """Arrays of all processes, whole, on every host. Every process must call."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     whole = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not x.is_fully_replicated]
     if whole:
-        mesh = mesh or whole[0].sharding.mesh
-        tree = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
+        tree = _replicator(whole[0].sharding.mesh)(tree)
     return jax.device_get(tree)
 
 
@@ -151,6 +158,11 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array(flag, np.int32))))
 
 
+def all_equal(number: int) -> bool:
+    """Whether all processes have the same number. Every process must call."""
+    return jax.process_count() == 1 or len(np.unique(multihost_utils.process_allgather(np.array(number, np.int32)))) == 1
+
+
 def barrier(name: str) -> None:
     """Returns when every process has come here."""
     if jax.process_count() > 1:
@@ -158,17 +170,19 @@ def barrier(name: str) -> None:
 
 
 def on_primary(work: Callable[[], None], name: str) -> None:
-    """Runs `work` in the first process while the others wait. A UserError in it is raised in all of them."""
+    """Runs `work` in the first process while the others wait. What it raises is raised in all of them, in the others as a UserError."""
     if jax.process_count() == 1:
         return work()
-    message = b""
+    message, failed = b"", None
     if is_primary():
         try:
             work()
-        except UserError as error:
-            message = (str(error) or name).encode()[:1000]
+        except Exception as error:  # the others wait below, whatever it is
+            message, failed = (str(error) or name).encode()[:1000], error
     told = multihost_utils.broadcast_one_to_all(np.frombuffer(message.ljust(1000, b"\0"), np.uint8))
     message = bytes(np.asarray(told, np.uint8)).rstrip(b"\0")
+    if failed is not None:
+        raise failed
     if message:
         raise UserError(message.decode(errors="ignore"))
     return None
@@ -181,9 +195,17 @@ def lost_a_process(error: Exception) -> bool:
     """Whether an error says that another process no longer answers."""
     text = f"{type(error).__name__}: {error}"
     signs = ("gloo", "Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination service", "Connection reset", "heartbeat")
-    return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and any(sign in text for sign in signs)
+    kinds = (jax.errors.JaxRuntimeError, ValueError)  # jax has a ValueError for some
+    return jax.process_count() > 1 and isinstance(error, kinds) and any(sign in text for sign in signs)
 
 
-def leave(code: int) -> None:
-    """Ends this process without a word to the others: the usual way out waits for those that are gone."""
-    os._exit(code)
+def leave_if_many(code: int) -> None:
+    """In a run of many processes, ends this one without waiting for the others, as the usual way out does: one that failed alone would
+    wait for ever, and so would they for it. Once it is gone they notice. Process 0 stays a moment, so that those that found the same
+    mistake can say so.
+    """
+    if jax.distributed.is_initialized():
+        sys.stderr.flush()
+        sys.stdout.flush()
+        time.sleep(3 if is_primary() else 0)
+        os._exit(code)

@@ -56,10 +56,11 @@ def test_the_report_compiles_the_steps_of_a_run_and_their_flops_add_up(tmp_path)
     for cost in costs.values():
         assert 0 < cost.flops == pytest.approx(cost.ideal_flops, rel=1e-6), cost.name
         assert cost.total == cost.peak + cost.beside and cost.peak >= cost.arguments > 0
-    # A rollout feeds 4 prompt columns once and 5 completion columns; each token makes the same matmuls but for attention and logits.
     state = aot.bytes_per_device(aot.lowerables(config, layout)[2].arguments[0])
-    params = aot.bytes_per_device(aot.lowerables(config, layout)[0].arguments[0])
-    assert costs["rollout"].beside == state > 3 * params > 0
+    weights = aot.bytes_per_device(aot.lowerables(config, layout)[2].arguments[0].params)
+    assert costs["rollout"].beside == state - weights > 2 * weights > 0  # Adam's moments: it reads the learner's weights
+    with pytest.raises(UserError, match="knows no critic, no reference"):
+        aot.lowerables(rl_config(tmp_path, **DENSE | MESH | {"objective.beta": 0.1}), layout)
     assert all(kind in hlo.COLLECTIVES for cost in costs.values() for kind in cost.collectives)
     verdicts = aot.checks(config, layout, list(costs.values()), "v5e:2x2")
     assert [holds for holds, _ in verdicts] == [True] * 4, verdicts

@@ -196,6 +196,22 @@ def test_a_signal_to_one_process_and_the_loss_of_another_leave_a_run_that_resume
     assert_bit_equal(*states)
 
 
+def test_an_error_in_one_process_alone_ends_all_of_them(folder, two):
+    # Catches a process that waits at the way out for those that wait for it in a collective, and a lost one told as a traceback.
+    (folder / "alone.py").write_text(
+        "import jax, sys\nfrom gspo import cli, distributed\nfrom gspo.types import UserError\n\n\ndef main():\n"
+        "    if jax.process_index() == 1:\n        raise UserError('a file is missing here')\n"
+        "    distributed.any_process(False)\n\n\ncli.define_flags()\ncli.run(main, needs='num_rollouts')\n"
+    )
+    command = ["bash", "scripts/launch_local.sh", "-n", "2", "--devices-per-process", "1", "--", sys.executable, folder / "alone.py"]
+    command += [f"--config={folder / 'config.py'}", f"--workdir={folder / 'alone'}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "[1] error: a file is missing here" in done.stderr, done.stderr
+    assert "another process of this run is gone" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert "had not stopped and are killed" not in done.stderr, done.stderr
+
+
 def test_a_mistake_is_told_by_every_process_and_none_of_them_waits(folder, two):
     # Catches processes that wait at a barrier for one that has left with an error only it has seen.
     config = json.loads((two / "config.json").read_text())

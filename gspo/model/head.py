@@ -25,6 +25,8 @@ def token_scores(
     if layout is None or layout.mesh.size == 1:
         return _on_rows(hidden_BCD, target_BC, kernel_DV, sampling, chunk)
     rows, embed = layout.axes("rows"), layout.axes("embed")
+    if not rows:  # `tensor` alone: the partitioner cuts the vocabulary
+        return _on_rows(hidden_BCD, target_BC, kernel_DV, sampling, chunk)
 
     def one_device(hidden_BCD, target_BC, kernel_DV):
         return _on_rows(hidden_BCD, target_BC, gather_axes(kernel_DV, embed, 0), sampling, chunk)
