@@ -31,6 +31,11 @@ TPU = ["--name=gspo-1", "--zone=us-east5-a", "--type=v5p-128", f"--config={CONFI
 pytestmark = pytest.mark.skipif(BASH is None, reason="needs bash")
 
 
+def heed_interrupts():
+    """As at a terminal: where tests run in the background SIGINT comes ignored, and bash cannot trap a signal that it finds ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def write_program(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -265,7 +270,9 @@ while True:
     time.sleep(0.05)
 """
     words = [BASH, SCRIPTS / "launch_local.sh", "-n", "2", "--", sys.executable, "-c", program]
-    launcher = subprocess.Popen(words, env=tools, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen(
+        words, env=tools, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     wait_for(lambda: len(list(tmp_path.glob("ready*"))) == 2)
     launcher.send_signal(number)
     stdout, stderr = launcher.communicate(timeout=15)
@@ -279,7 +286,7 @@ def test_a_second_ctrl_c_kills_processes_that_do_not_end(tools, tmp_path):
     pids = tmp_path / "pids"
     program = f'trap "" TERM; echo $$ >> {pids}; while :; do sleep 0.1; done'
     words = [BASH, SCRIPTS / "launch_local.sh", "-n", "2", "--", "bash", "-c", program]
-    launcher = subprocess.Popen(words, env=tools, stderr=subprocess.DEVNULL)
+    launcher = subprocess.Popen(words, env=tools, stderr=subprocess.DEVNULL, preexec_fn=heed_interrupts)
     wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 2)
     launcher.send_signal(signal.SIGINT)
     time.sleep(0.3)

@@ -250,3 +250,14 @@ def test_backends_recomputation_and_micro_batches_agree_across_devices(dispatch,
     spec = dataclasses.replace(MOE, **change)
     layout = Layout(make_mesh({"data": 2, "expert": 4}), dispatch=dispatch)
     assert_same_updates(updates_of(spec, layout, micro_batch_size=8)[0], on_one_device(MOE)[0])
+
+
+@needs_eight
+def test_a_bfloat16_update_runs_on_a_mesh():
+    # Catches a program that XLA's CPU backend ends the process on: gradients in bfloat16 under a shard_map over some of the axes.
+    spec = dataclasses.replace(MOE, dtype="bfloat16")
+    found, _ = updates_of(spec, Layout(make_mesh({"data": 2, "expert": 2})))
+    expected = on_one_device(MOE)[0]
+    for recorded, (grads, metrics) in found.items():
+        assert float(metrics["loss"]) == pytest.approx(float(expected[recorded][1]["loss"]), abs=0.05)
+        assert all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))

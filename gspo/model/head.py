@@ -31,10 +31,12 @@ def token_scores(
     def one_device(hidden_BCD, target_BC, kernel_DV):
         return _on_rows(hidden_BCD, target_BC, gather_axes(kernel_DV, embed, 0), sampling, chunk)
 
+    # Manual along all axes unless `tensor` has to stay with the partitioner: a mix makes XLA's CPU backend abort on bfloat16 gradients.
+    manual = set(rows) if layout.axes("vocab") else set(layout.mesh.axis_names)
     spec = jax.sharding.PartitionSpec
     return jax.shard_map(
         one_device, mesh=layout.mesh, in_specs=(spec(rows), spec(rows), spec(embed or None)), out_specs=spec(rows),
-        axis_names=set(rows), check_vma=False,
+        axis_names=manual, check_vma=False,
     )(hidden_BCD, target_BC, kernel_DV)  # fmt: skip
 
 
