@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from gspo import build, hlo
-from gspo.sharding import Layout, make_mesh, tree_shardings
+from gspo.sharding import Layout, make_mesh, tree_shardings, with_shardings
 from gspo.steps import Steps, make_steps
 from gspo.types import Batch, UserError
 
@@ -99,17 +99,6 @@ def bytes_per_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _placed(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-
-def _by_names(layout: Layout, record: Any) -> Any:
-    """A record of abstract arrays, laid out by the names of its fields."""
-    fields = {name: None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.of_field(name))
-              for name, x in vars(record).items()}  # fmt: skip
-    return type(record)(**fields)
-
-
 def lowerables(config: ConfigDict, layout: Layout) -> list[Lowerable]:
     """The steps of a run with the arguments that it would call them with."""
     if not config.model.vocab_size:
@@ -123,11 +112,11 @@ def lowerables(config: ConfigDict, layout: Layout) -> list[Lowerable]:
     state = steps.abstract
     rows = layout.sharding("rows")
     prompts = (jax.ShapeDtypeStruct((Q, P), "int32", sharding=rows), jax.ShapeDtypeStruct((Q,), "int32", sharding=rows))
-    key = _placed(jax.eval_shape(lambda: jax.random.key(0)), layout.sharding())
+    key = with_shardings(jax.eval_shape(lambda: jax.random.key(0)), layout.sharding())
     rollout_layout = build.rollout_layout(config, layout)
     params = jax.eval_shape(steps.rollout_params, state.params)
-    params = _placed(params, tree_shardings(rollout_layout, jax.eval_shape(steps.model.init_params, key)))
-    rollout = _by_names(layout, jax.eval_shape(steps.sampler, params, *prompts, key))
+    params = with_shardings(params, tree_shardings(rollout_layout, jax.eval_shape(steps.model.init_params, key)))
+    rollout = layout.map_fields(with_shardings, jax.eval_shape(steps.sampler, params, *prompts, key))
     held = bytes_per_device(state)
     found = []
     beside = held
@@ -142,7 +131,7 @@ def lowerables(config: ConfigDict, layout: Layout) -> list[Lowerable]:
         beside = held - bytes_per_device(state.params) + bytes_per_device(batch)
         found.append(Lowerable("log-probs", steps.scorer, arguments, 1, 1, ragged_rows(steps, layout), beside))
     parts = jax.eval_shape(steps.minibatches, batch)
-    part = _by_names(layout, parts[0])
+    part = layout.map_fields(with_shardings, parts[0])
     beside = bytes_per_device(batch)
     found.append(Lowerable("update", steps.train_step, (state, part), len(parts), 1, ragged_rows(steps, layout), beside))
     return found
@@ -154,7 +143,7 @@ def _batch_of(layout: Layout, rollout: Any, C: int) -> Batch:
     fields = {"advantages_BC": "float32", "old_logp_BC": "float32", "loss_mask_BC": "bool", "sampler_logp_BC": "float32"}
     new = {name: jax.ShapeDtypeStruct((B, C), dtype) for name, dtype in fields.items()}
     same = {name: getattr(rollout, name) for name in ("tokens_BT", "prompt_lengths_B", "completion_lengths_B", "routes_LBTX")}
-    return _by_names(layout, Batch(**same, **new))
+    return layout.map_fields(with_shardings, Batch(**same, **new))
 
 
 def ragged_rows(steps: Steps, layout: Layout) -> float:

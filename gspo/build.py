@@ -22,7 +22,7 @@ from gspo.model.distribution import Sampling
 from gspo.model.transformer import ModelSpec, Transformer
 from gspo.optim import make_optimizer, make_schedule
 from gspo.sampler import as_used, make_sampler
-from gspo.sharding import Layout, indivisible, make_mesh, tree_shardings
+from gspo.sharding import ONE_DEVICE, Layout, indivisible, make_mesh, tree_shardings, with_shardings
 from gspo.types import Params, TrainState, UserError
 
 
@@ -83,13 +83,13 @@ def demonstration_source(config: ConfigDict, tokenizer: Tokenizer) -> batches.De
     )
 
 
-def model(config: ConfigDict, tokenizer: Tokenizer, layout: Layout | None = None) -> Transformer:
+def model(config: ConfigDict, tokenizer: Tokenizer, layout: Layout = ONE_DEVICE) -> Transformer:
     fields = config.model.to_dict()
     if 0 < fields["vocab_size"] < tokenizer.vocab_size:
         raise UserError(f"model.vocab_size={fields['vocab_size']}: the tokenizer has {tokenizer.vocab_size} ids (0: as many as it has)")
     fields["vocab_size"] = fields["vocab_size"] or tokenizer.vocab_size
     spec = ModelSpec(**fields)
-    for axis, field in (("heads", "num_heads"), ("kv_heads", "num_kv_heads")) if layout else ():
+    for axis, field in (("heads", "num_heads"), ("kv_heads", "num_kv_heads")):
         if fields[field] % layout.parts(axis):
             raise UserError(indivisible(layout, axis, f"model.{field}", fields[field]))
     return Transformer(spec, layout=layout)
@@ -239,8 +239,7 @@ def state_on_mesh(
         entropy_coef=None if entropy_coef is None else everywhere,
         stale_params=(param_shardings,) * num_stale,
     )
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return jax.jit(init, out_shardings=shardings), abstract
+    return jax.jit(init, out_shardings=shardings), with_shardings(shapes, shardings)
 
 
 def add_critic(
@@ -257,7 +256,7 @@ def add_critic(
 
 def shardings_of(layout: Layout, abstract: TrainState) -> TrainState | None:
     """Where each array of the state lies, for `make_train_step`; None on one device."""
-    return None if layout.mesh.size == 1 else jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.tree.map(lambda x: x.sharding, abstract) if layout.several else None
 
 
 def initial_state(config: ConfigDict, init: Callable[[jax.Array], TrainState], abstract: TrainState) -> TrainState:

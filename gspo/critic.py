@@ -18,7 +18,7 @@ from gspo.learner import jit_update
 from gspo.masked import masked_mean
 from gspo.microbatch import accumulated_gradient, deal, num_parts, undeal
 from gspo.model.transformer import ModelSpec, Transformer
-from gspo.sharding import Layout
+from gspo.sharding import ONE_DEVICE, Layout
 from gspo.types import Batch, Params, TrainState
 
 
@@ -26,7 +26,7 @@ class Critic(nn.Module):
     """tokens -> values [B, T] float32. The last layer starts at zero: an untrained critic expects nothing, and PPO is REINFORCE."""
 
     spec: ModelSpec
-    layout: Layout | None = None
+    layout: Layout = ONE_DEVICE
 
     def setup(self):
         # Tied: no head of its own, which nothing would read.
@@ -34,12 +34,12 @@ class Critic(nn.Module):
         self.value = self.param("value", nn.with_partitioning(nn.initializers.zeros, ("embed",)), (self.spec.d_model,), jnp.float32)
 
     def __call__(self, tokens_BT: chex.Array, first_B: chex.Array) -> chex.Array:
-        value_D = self.value if self.layout is None else self.layout.gathered(self.value, "embed")
+        value_D = self.layout.gathered(self.value, "embed")
         return self.body(tokens_BT, first_B).hidden_BTD.astype(jnp.float32) @ value_D
 
     def init_params(self, key: chex.PRNGKey) -> Any:
         """Parameters boxed with their logical axis names, as those of the policy."""
-        return self.clone(layout=None).init(key, jnp.zeros((1, 1), jnp.int32), jnp.zeros((1,), jnp.int32))["params"]
+        return self.clone(layout=ONE_DEVICE).init(key, jnp.zeros((1, 1), jnp.int32), jnp.zeros((1,), jnp.int32))["params"]
 
 
 class Values(NamedTuple):

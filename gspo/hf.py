@@ -25,7 +25,7 @@ from jax.sharding import SingleDeviceSharding
 
 from gspo.hf_families import Row, family_of, hf_config, read_config, table
 from gspo.model.transformer import ModelSpec, Transformer
-from gspo.sharding import Layout, tree_shardings
+from gspo.sharding import Layout, tree_shardings, with_shardings
 from gspo.types import Params, UserError
 
 INDEX = "model.safetensors.index.json"
@@ -46,7 +46,7 @@ def abstract_params(spec: ModelSpec, layout: Layout | None = None) -> Params:
     shapes = nn.unbox(boxed)
     if layout is None:
         return shapes
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, tree_shardings(layout, boxed))
+    return with_shardings(shapes, tree_shardings(layout, boxed))
 
 
 def _flat(spec: ModelSpec, tree: Params) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Rows in parts: minibatches of a rollout, micro-batches of an update, and gradients that do not depend on the split.
+"""Rows in parts, and columns: minibatches of a rollout, micro-batches of an update, and gradients that do not depend on the split.
 
 A loss is a sum and a count. The gradient of the sum is accumulated over micro-batches, and divided by the summed count once.
 """
@@ -29,6 +29,19 @@ def undeal(x: chex.Array, axis: int = 0) -> chex.Array:
     """Inverse of `deal`."""
     x = jnp.moveaxis(x, 0, axis + 1)
     return x.reshape(x.shape[:axis] + (-1,) + x.shape[axis + 2 :])
+
+
+def cut_columns(x: chex.Array, chunk: int, fill: float = 0) -> chex.Array:
+    """[B, T, ...] -> [parts, B, chunk, ...], contiguous chunks of columns; the last is filled up."""
+    parts = -(-x.shape[1] // chunk)
+    x = jnp.pad(x, ((0, 0), (0, parts * chunk - x.shape[1])) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
+    return jnp.moveaxis(x.reshape(x.shape[0], parts, chunk, *x.shape[2:]), 1, 0)
+
+
+def join_columns(x: chex.Array, width: int) -> chex.Array:
+    """Inverse of `cut_columns`, without what filled the last chunk up."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :width]
 
 
 def row_axis(name: str) -> int:

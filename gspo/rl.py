@@ -61,7 +61,7 @@ def prepare(config: ConfigDict) -> Run:
         f"[1 - {settings['epsilon']:g}, 1 + {settings['epsilon_high']:g}], {settings['loss_agg_mode']}",
         *(f"warning: {text}" for text in presets.warnings_of(settings, updates_per_rollout=updates)),
     ]
-    if layout.mesh.size > 1:
+    if layout.several:
         notes.insert(1, build.describe_layout(config, layout))
     if config.objective.preset == "ppo" and not config.critic.enable:
         notes.append("warning: objective.preset 'ppo' without a critic takes its advantages from the group; set critic.enable=true")

@@ -72,9 +72,9 @@ def make_sampler(
     log-prob counts) or after max_completion_length tokens; the rest of its frame is pad_id, and -1 in routes. Token i of the
     rollout is drawn with fold_in(key, i). Compiled once per prompt width P. On a mesh (`model.layout`) rows are cut as the layout says.
     """
-    spec, layout, C, G = model.spec, model.layout, max_completion_length, num_generations
+    spec, C, G = model.spec, max_completion_length, num_generations
     injects = model.router_noise > 0 or model.router_swap > 0
-    on_mesh = (lambda record: record) if layout is None else layout.constrain_fields
+    on_mesh = model.layout.constrain_fields
 
     def forward(params, key, step, *args, **kwargs):
         """The model, with a stream of router noise of its own at every step where a mismatch is injected."""

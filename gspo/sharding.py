@@ -8,13 +8,12 @@ every token, and may want them all at hand (`rollout_mesh_rules`).
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -95,12 +94,13 @@ def partition_spec(names: tuple[str | None, ...], rules: Mapping[str, tuple[str,
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh and a table of RULES: where every array of a program lies. Hashable, so that a linen module may hold one.
+    """A mesh and a table of RULES: where every array of a program lies. Hashable, so that a linen module may hold one. Without a mesh
+    (ONE_DEVICE) and on a mesh of one device, everything that lays an array out is the identity.
 
     Raises UserError for a table that does not exist, and for one that leaves devices without work of their own.
     """
 
-    mesh: Mesh
+    mesh: Mesh | None = None
     rules: str = "tensor"
     dispatch: str = "all_gather"
 
@@ -109,7 +109,8 @@ class Layout:
             raise UserError(f"mesh_rules={self.rules!r}: choose one of {', '.join(RULES)}")
         if self.dispatch not in DISPATCHES:
             raise UserError(f"expert_dispatch={self.dispatch!r}: choose one of {', '.join(DISPATCHES)}")
-        idle = [axis for axis, size in self.mesh.shape.items() if size > 1 and not any(axis in axes for axes in self.table.values())]
+        sizes = self.mesh.shape if self.several else {}
+        idle = [axis for axis, size in sizes.items() if size > 1 and not any(axis in axes for axes in self.table.values())]
         if idle:
             fitting = [name for name, table in RULES.items() if any(idle[0] in axes for axes in table.values())]
             raise UserError(
@@ -118,16 +119,21 @@ class Layout:
             )
 
     @property
+    def several(self) -> bool:
+        """Whether there is more than one device."""
+        return self.mesh is not None and self.mesh.size > 1
+
+    @property
     def table(self) -> dict[str, tuple[str, ...]]:
         return RULES[self.rules]
 
     def axes(self, name: str) -> tuple[str, ...]:
         """The mesh axes of more than one device along which `name` is cut."""
-        return tuple(axis for axis in self.table[name] if self.mesh.shape[axis] > 1)
+        return tuple(axis for axis in self.table[name] if self.several and self.mesh.shape[axis] > 1)
 
     def parts(self, name: str) -> int:
         """Number of pieces that an axis of this name is cut into."""
-        return math.prod(self.mesh.shape[axis] for axis in self.table[name])
+        return math.prod(self.mesh.shape[axis] for axis in self.axes(name))
 
     def spec(self, *names: str | None) -> PartitionSpec:
         return partition_spec(names, self.table)
@@ -138,7 +144,7 @@ class Layout:
 
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
         """x, inside jit, laid out by the names of its axes."""
-        return x if self.mesh.size == 1 else jax.lax.with_sharding_constraint(x, self.sharding(*names))
+        return jax.lax.with_sharding_constraint(x, self.sharding(*names)) if self.several else x
 
     def gathered(self, weight: jax.Array, *names: str | None) -> jax.Array:
         """A weight as a matmul with rows needs it: whole along every mesh axis that cuts rows. Under autodiff its gradient is
@@ -156,14 +162,13 @@ class Layout:
         Each device looks its part of the width up for the tokens of all that share the table with it, and the parts are exchanged
         (all-to-all): that moves B T D numbers, and the gradient of the table stays where the table lies. Gathering it moves V D.
         """
-        embed = set(self.table["embed"])
+        embed = self.table["embed"]
+        if not (self.several and embed):
+            return self.constrain(jnp.take(table_VD, tokens_BT, axis=0), "rows", None, None)
         apart = tuple(axis for axis in self.table["rows"] if axis not in embed)
-        by_width = NamedSharding(self.mesh, PartitionSpec(apart, None, self.table["embed"] or None))
-        if self.mesh.size > 1 and embed:
-            tokens_BT = jax.lax.with_sharding_constraint(tokens_BT, NamedSharding(self.mesh, PartitionSpec(apart)))
-            x_BTD = jax.lax.with_sharding_constraint(jnp.take(table_VD, tokens_BT, axis=0), by_width)
-        else:
-            x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+        tokens_BT = jax.lax.with_sharding_constraint(tokens_BT, NamedSharding(self.mesh, PartitionSpec(apart)))
+        by_width = NamedSharding(self.mesh, PartitionSpec(apart, None, embed))
+        x_BTD = jax.lax.with_sharding_constraint(jnp.take(table_VD, tokens_BT, axis=0), by_width)
         return self.constrain(x_BTD, "rows", None, None)
 
     def of_field(self, name: str) -> NamedSharding:
@@ -172,18 +177,23 @@ class Layout:
         dims = name.rpartition("_")[2]
         return self.sharding(*(_OF_DIMENSION.get(letter) for letter in dims if dims.isupper()))
 
-    def constrain_fields(self, record: Any) -> Any:
-        """A record (flax struct or named tuple of arrays, None, and records), inside jit, laid out by the names of its fields."""
+    def map_fields(self, function: Callable[[Any, NamedSharding], Any], record: Any) -> Any:
+        """function(array, sharding) on every array of a record (a flax struct of arrays, None, and records), each with the sharding
+        that its name gives it (`of_field`)."""
 
         def one(name, x):
-            if x is None or self.mesh.size == 1:
-                return x
-            if hasattr(x, "shape"):
-                return jax.lax.with_sharding_constraint(x, self.of_field(name))
-            return self.constrain_fields(x)
+            if x is None:
+                return None
+            return function(x, self.of_field(name)) if hasattr(x, "shape") else self.map_fields(function, x)
 
-        fields = record._asdict() if hasattr(record, "_asdict") else vars(record)
-        return type(record)(**{name: one(name, x) for name, x in fields.items()})
+        return type(record)(**{name: one(name, x) for name, x in vars(record).items()})
+
+    def constrain_fields(self, record: Any) -> Any:
+        """A record, inside jit, laid out by the names of its fields."""
+        return self.map_fields(jax.lax.with_sharding_constraint, record) if self.several else record
+
+
+ONE_DEVICE = Layout()
 
 
 def gather_axes(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
@@ -196,6 +206,11 @@ def gather_axes(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
 
 
 _OF_DIMENSION = {"B": "rows", "Q": "rows", "K": "kv_heads"}
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """A tree of shapes and dtypes and one of shardings -> ShapeDtypeStructs with both: what checkpoints and imports fill."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def tree_shardings(layout: Layout, boxed_tree: Any) -> Any:
@@ -219,5 +234,5 @@ def tree_shardings(layout: Layout, boxed_tree: Any) -> Any:
 def indivisible(layout: Layout, name: str, where: str, size: int) -> str:
     """Message: axis `name`, of `size` entries in `where`, does not come out even."""
     sizes = " x ".join(f"mesh.{axis}={layout.mesh.shape[axis]}" for axis in layout.axes(name))
-    choices = ", ".join(str(d) for d in np.arange(1, size + 1) if size % d == 0) if size <= 256 else f"the divisors of {size}"
+    choices = ", ".join(str(d) for d in range(1, size + 1) if size % d == 0) if size <= 256 else f"the divisors of {size}"
     return f"{sizes}: cannot cut axis {name!r} of {where}, {size} entries, into {layout.parts(name)} equal parts; choose from {choices}"

@@ -6,7 +6,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from gspo.sharding import Layout
+from gspo.microbatch import cut_columns, join_columns
+from gspo.sharding import ONE_DEVICE, Layout
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives a mean and not NaN
 
@@ -103,15 +104,9 @@ def attend(
     K = k_BSKH.shape[2]
     chex.assert_shape(visible_BTS, (B, T, k_BSKH.shape[1]))
     if 0 < chunk < T:
-        pieces = -(-T // chunk)
-
-        def cut(x, fill):
-            x = jnp.pad(x, ((0, 0), (0, pieces * chunk - T)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
-            return jnp.moveaxis(x.reshape(B, pieces, chunk, *x.shape[2:]), 1, 0)
-
         piece = jax.checkpoint(lambda q_and_visible: attend(q_and_visible[0], k_BSKH, v_BSKH, q_and_visible[1]))
-        out = jax.lax.map(piece, (cut(q_BTNH, 0), cut(visible_BTS, True)))
-        return jnp.moveaxis(out, 0, 1).reshape(B, pieces * chunk, N, H)[:, :T]
+        out = jax.lax.map(piece, (cut_columns(q_BTNH, chunk), cut_columns(visible_BTS, chunk, fill=True)))
+        return join_columns(out, T)
     q_BTKRH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
     score_BKRTS = jnp.einsum("BTKRH,BSKH->BKRTS", q_BTKRH, k_BSKH, preferred_element_type=jnp.float32)
     score_BKRTS = jnp.where(visible_BTS[:, None, None], score_BKRTS, MASKED)
@@ -132,13 +127,11 @@ class Attention(nn.Module):
     dtype: jnp.dtype
     qk_norm_over: str = "head"
     chunk: int = 0
-    layout: Layout | None = None
+    layout: Layout = ONE_DEVICE
 
     def _project(self, name: str, x_BTD, heads: int, axis: str):
         kernel_init_ = nn.with_partitioning(kernel_init, ("embed", axis))
         kernel = self.param(name, kernel_init_, (x_BTD.shape[-1], heads * self.head_width), jnp.float32).astype(self.dtype)
-        if self.layout is None:
-            return (x_BTD @ kernel).reshape(*x_BTD.shape[:2], heads, self.head_width)
         y = (x_BTD @ self.layout.gathered(kernel, "embed", axis)).reshape(*x_BTD.shape[:2], heads, self.head_width)
         return self.layout.constrain(y, "rows", None, axis, None)
 
@@ -166,6 +159,4 @@ class Attention(nn.Module):
         mixed_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, visible_BTS, self.chunk)
         kernel_init_ = nn.with_partitioning(kernel_init, ("heads", "embed"))
         kernel = self.param("out", kernel_init_, (self.num_heads * self.head_width, x_BTD.shape[-1]), jnp.float32).astype(self.dtype)
-        if self.layout is not None:
-            kernel = self.layout.gathered(kernel, "heads", "embed")
-        return mixed_BTNH.reshape(*x_BTD.shape[:2], -1) @ kernel, cache
+        return mixed_BTNH.reshape(*x_BTD.shape[:2], -1) @ self.layout.gathered(kernel, "heads", "embed"), cache

@@ -13,6 +13,7 @@ many of them are filled, and the grouped matmuls of the `ragged` backend visit o
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import chex
 import jax
@@ -25,7 +26,7 @@ Backend = Callable[..., chex.Array]  # (h_MD, gates_MX, experts_MX, w_gate, w_up
 
 
 def dispatch(
-    layout: Layout | None,
+    layout: Layout,
     backend: Backend,
     h_BTD: chex.Array,
     gates_BTX: chex.Array,
@@ -36,15 +37,15 @@ def dispatch(
     *,
     dtype: jnp.dtype,
 ) -> chex.Array:
-    """Σ_x gate_x · E_{expert_x}(h) for every token, [B, T, D]; weights are cast to dtype. Without a layout: on one device."""
+    """Σ_x gate_x · E_{expert_x}(h) for every token, [B, T, D]; weights are cast to dtype."""
     chex.assert_equal_shape([gates_BTX, experts_BTX])
     chex.assert_equal_shape_prefix([h_BTD, gates_BTX], 2)
-    if layout is None or layout.mesh.size == 1:
+    if not layout.several:
         return _on_tokens(backend, h_BTD, gates_BTX, experts_BTX, *(w.astype(dtype) for w in (w_gate_EDF, w_up_EDF, w_down_EFD)))
 
     group, tensor, embed = layout.axes("expert"), layout.axes("mlp"), layout.axes("expert_embed")
-    exchange = {"all_gather": _by_all_gather, "all_to_all": _by_all_to_all}[layout.dispatch]
     ragged = layout.mesh.devices.flat[0].platform != "cpu"
+    exchange = {"all_gather": _by_all_gather, "all_to_all": partial(_by_all_to_all, ragged=ragged)}[layout.dispatch]
 
     def one_device(h_BTD, gates_BTX, experts_BTX, *weights):
         # Weights that are cut along an axis of rows are gathered, in the dtype that they are used in; the transpose of that scatters
@@ -59,8 +60,7 @@ def dispatch(
         def exchanged(h_MD, gates_MX, experts_MX):
             if not group:
                 return run(h_MD, gates_MX, experts_MX)
-            more = {"ragged": ragged} if exchange is _by_all_to_all else {}
-            return exchange(run, w_gate_EDF.shape[0], group, h_MD, gates_MX, experts_MX, **more)
+            return exchange(run, w_gate_EDF.shape[0], group, h_MD, gates_MX, experts_MX)
 
         y_BTD = _on_tokens(exchanged, h_BTD, gates_BTX, experts_BTX)
         return jax.lax.psum(y_BTD, tensor) if tensor else y_BTD  # each device of `tensor` has a part of the experts' width

@@ -4,8 +4,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from gspo.microbatch import cut_columns, join_columns
 from gspo.model.distribution import Sampling, entropy, log_prob, shape_logits
-from gspo.sharding import Layout, gather_axes
+from gspo.sharding import ONE_DEVICE, Layout, gather_axes
 
 
 def token_scores(
@@ -15,17 +16,15 @@ def token_scores(
     *,
     sampling: Sampling,
     chunk: int,
-    layout: Layout | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[chex.Array, chex.Array]:
     """(log-probs, entropies) of the distribution that is sampled, float32 [B, C]; `chunk` columns of logits exist at a time (remat).
 
     On a mesh each device scores its own rows: the kernel is gathered once, and its gradient summed over the chunks before it is
     scattered. Left to the partitioner, both happen in every chunk. The vocabulary may be cut along `tensor`.
     """
-    if layout is None or layout.mesh.size == 1:
-        return _on_rows(hidden_BCD, target_BC, kernel_DV, sampling, chunk)
     rows, embed = layout.axes("rows"), layout.axes("embed")
-    if not rows:  # `tensor` alone: the partitioner cuts the vocabulary
+    if not rows:  # one device; or `tensor` alone, where the partitioner cuts the vocabulary
         return _on_rows(hidden_BCD, target_BC, kernel_DV, sampling, chunk)
 
     def one_device(hidden_BCD, target_BC, kernel_DV):
@@ -41,7 +40,7 @@ def token_scores(
 
 
 def _on_rows(hidden_BCD, target_BC, kernel_DV, sampling: Sampling, chunk: int):
-    B, C = target_BC.shape
+    C = target_BC.shape[1]
 
     @jax.checkpoint
     def score_chunk(hidden_BcD, target_Bc):
@@ -51,12 +50,5 @@ def _on_rows(hidden_BCD, target_BC, kernel_DV, sampling: Sampling, chunk: int):
 
     if chunk >= C:
         return score_chunk(hidden_BCD, target_BC)
-    pieces = -(-C // chunk)
-    pad = pieces * chunk - C
-
-    def cut(x):
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, pieces, chunk, *x.shape[2:]), 1, 0)
-
-    _, scored = jax.lax.scan(lambda _, xs: (None, score_chunk(*xs)), None, (cut(hidden_BCD), cut(target_BC)))
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(B, pieces * chunk)[:, :C] for x in scored)
+    scored = jax.lax.map(lambda xs: score_chunk(*xs), (cut_columns(hidden_BCD, chunk), cut_columns(target_BC, chunk)))
+    return tuple(join_columns(x, C) for x in scored)

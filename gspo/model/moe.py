@@ -9,7 +9,7 @@ from gspo.model.attention import kernel_init
 from gspo.model.dispatch import dispatch
 from gspo.model.experts import BACKENDS
 from gspo.model.routing import route, swap_experts, top_k_experts
-from gspo.sharding import Layout
+from gspo.sharding import ONE_DEVICE, Layout
 
 
 class MoE(nn.Module):
@@ -21,7 +21,7 @@ class MoE(nn.Module):
     norm_topk_prob: bool
     backend: str
     dtype: jnp.dtype
-    layout: Layout | None = None
+    layout: Layout = ONE_DEVICE
     noise: float = 0.0
     swap: float = 0.0
 
@@ -35,9 +35,7 @@ class MoE(nn.Module):
             return self.param(name, nn.with_partitioning(init, axes), shape, jnp.float32)
 
         x_MD = x_BTD.reshape(B * T, D)
-        router_DE = weight("router", (D, E), "embed", None)
-        if self.layout is not None:
-            router_DE = self.layout.gathered(router_DE, "embed", None)
+        router_DE = self.layout.gathered(weight("router", (D, E), "embed", None), "embed", None)
         # float32 whatever the compute dtype: a rounded logit can change an expert, and then the whole token changes.
         logits_ME = jnp.matmul(x_MD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
         if self.noise:  # mismatch injection: a router that is not the learner's

@@ -19,7 +19,7 @@ from gspo.model.attention import Attention, KVCache, RMSNorm, kernel_init, rope_
 from gspo.model.experts import BACKENDS
 from gspo.model.moe import MoE
 from gspo.model.routing import route_dtype
-from gspo.sharding import Layout
+from gspo.sharding import ONE_DEVICE, Layout
 from gspo.types import UserError
 
 
@@ -103,7 +103,7 @@ class SwiGLU(nn.Module):
 
     width: int
     dtype: jnp.dtype
-    layout: Layout | None = None
+    layout: Layout = ONE_DEVICE
 
     @nn.compact
     def __call__(self, x_BTD):
@@ -111,7 +111,7 @@ class SwiGLU(nn.Module):
 
         def weight(name, shape, *axes):
             w = self.param(name, nn.with_partitioning(kernel_init, axes), shape, jnp.float32).astype(self.dtype)
-            return w if self.layout is None else self.layout.gathered(w, *axes)
+            return self.layout.gathered(w, *axes)
 
         hidden = jax.nn.silu(x_BTD @ weight("gate", (D, F), "embed", "mlp")) * (x_BTD @ weight("up", (D, F), "embed", "mlp"))
         return hidden @ weight("down", (F, D), "mlp", "embed")
@@ -121,7 +121,7 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)). A scan body: (carry, layer inputs) -> (carry, layer outputs)."""
 
     spec: ModelSpec
-    layout: Layout | None
+    layout: Layout
     router_noise: float
     router_swap: float
 
@@ -129,7 +129,7 @@ class Block(nn.Module):
     def __call__(self, carry, layer, given_BTX, rope, visible_BTS, start):
         x_BTD, cache = carry
         s = self.spec
-        rows = (lambda x: x) if self.layout is None else (lambda x: self.layout.constrain(x, "rows", None, None))
+        rows = lambda x: self.layout.constrain(x, "rows", None, None)  # noqa: E731
         attention = Attention(
             s.num_heads, s.num_kv_heads, s.head_width, s.qk_norm, s.rms_eps, s.compute_dtype, s.qk_norm_over,
             s.attention_chunk, self.layout, name="attention",
@@ -151,7 +151,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embedding, L blocks, final norm; `logits` maps hidden states to the vocabulary.
 
-    layout: where arrays lie on a mesh of devices (rows must divide); None: on one device.
+    layout: where arrays lie on a mesh of devices (rows must divide).
     router_noise, router_swap: mismatch injection, for samplers that are to differ from the learner on purpose. Standard deviation of
     noise on the router logits, and the rate at which a token's last expert is swapped; both draw from the rng stream "router".
     """
@@ -159,7 +159,7 @@ class Transformer(nn.Module):
     spec: ModelSpec
     router_noise: float = 0.0
     router_swap: float = 0.0
-    layout: Layout | None = None
+    layout: Layout = ONE_DEVICE
 
     def setup(self):
         s = self.spec
@@ -195,8 +195,7 @@ class Transformer(nn.Module):
         s = self.spec
         B, T = tokens_BT.shape
         chex.assert_shape(first_B, (B,))
-        table_VD = self.embedding.astype(s.compute_dtype)
-        x_BTD = jnp.take(table_VD, tokens_BT, axis=0) if self.layout is None else self.layout.lookup(table_VD, tokens_BT)
+        x_BTD = self.layout.lookup(self.embedding.astype(s.compute_dtype), tokens_BT)
         positions_BT = jnp.maximum(start + jnp.arange(T) - first_B[:, None], 0)
         rope = rope_tables(positions_BT, s.head_width, s.rope_theta, s.rope_scaling)
         keys = T if cache is None else cache.k_LBSKH.shape[2]
@@ -207,10 +206,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: chex.Array) -> chex.Array:
         """[..., D] -> float32 [..., V]."""
-        kernel_DV = self.head_kernel()
-        if self.layout is None:
-            return jnp.matmul(hidden, kernel_DV, preferred_element_type=jnp.float32)
-        kernel_DV = self.layout.gathered(kernel_DV, "embed", "vocab")
+        kernel_DV = self.layout.gathered(self.head_kernel(), "embed", "vocab")
         logits = jnp.matmul(hidden, kernel_DV, preferred_element_type=jnp.float32)
         return self.layout.constrain(logits, "rows", *(None,) * (logits.ndim - 2), "vocab")
 
@@ -222,4 +218,4 @@ class Transformer(nn.Module):
     def init_params(self, key: chex.PRNGKey) -> Any:
         """Parameters boxed with their logical axis names (`gspo.sharding.tree_shardings` reads them; `nn.unbox` strips them)."""
         tokens_BT = jnp.zeros((1, 1), jnp.int32)
-        return self.clone(layout=None).init(key, tokens_BT, jnp.zeros((1,), jnp.int32))["params"]
+        return self.clone(layout=ONE_DEVICE).init(key, tokens_BT, jnp.zeros((1,), jnp.int32))["params"]
