@@ -25,17 +25,14 @@
 
 set -euo pipefail
 
-fail() { echo "error: $*" >&2; exit 2; }
-
-# One word of a command as it would have to be typed.
-quote() { if [[ $1 =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then printf '%s' "$1"; else printf '%s' "${1@Q}"; fi; }
+source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"
 
 # ------------------------------------------------------------------------------------------------ arguments
 
 dry_run=''
 while (($#)); do
     case $1 in
-        -h | --help) sed -n '1d; /^#/!q; s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        -h | --help) show_help; exit 0 ;;
         --dry-run) dry_run=yes; shift ;;
         --) shift; break ;;
         --config.*) fail "${1%%=*} is a field of the config; pass it after --" ;;

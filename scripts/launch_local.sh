@@ -18,16 +18,7 @@
 
 set -u
 
-fail() { echo "error: $*" >&2; exit 2; }
-
-# One word of a command as it would have to be typed.
-quote() { if [[ $1 =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then printf '%s' "$1"; else printf '%s' "${1@Q}"; fi; }
-
-print_command() {
-    local word separator=''
-    for word in "$@"; do printf '%s' "$separator"; quote "$word"; separator=' '; done
-    echo
-}
+source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"
 
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || fail "bash 5.1 or later is needed, this is $BASH_VERSION; install a newer one"
 
@@ -37,7 +28,7 @@ processes='' devices='' port='' dry_run='' grace=${GRACE:-60}
 while (($#)); do
     case $1 in --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
     case $1 in
-        -h | --help) sed -n '1d; /^#/!q; s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        -h | --help) show_help; exit 0 ;;
         --dry-run) dry_run=yes; shift ;;
         -n | --devices-per-process | --port)
             (($# > 1)) || fail "$1 has no value; pass a number, like $1 2"

@@ -30,16 +30,7 @@
 
 set -euo pipefail
 
-fail() { echo "error: $*" >&2; exit 2; }
-
-# One word of a command as it would have to be typed.
-quote() { if [[ $1 =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then printf '%s' "$1"; else printf '%s' "${1@Q}"; fi; }
-
-print_command() {
-    local word separator=''
-    for word in "$@"; do printf '%s' "$separator"; quote "$word"; separator=' '; done
-    echo
-}
+source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"
 
 # Runs a command, or prints it.
 run() { if [[ -n $dry_run ]]; then print_command "$@"; else "$@"; fi; }
@@ -50,14 +41,14 @@ subcommands='create, setup, run, stop, delete, all'
 name='' zone='' type='' version='' project='' workdir='' config='' bucket='' spot='' dry_run=''
 case ${1:-} in
     create | setup | run | stop | delete | all) subcommand=$1; shift ;;
-    -h | --help) sed -n '1d; /^#/!q; s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) show_help; exit 0 ;;
     '' | -*) fail "the subcommand is missing; pass one of $subcommands first, or --help" ;;
     *) fail "$(quote "$1") is no subcommand; pass one of $subcommands" ;;
 esac
 while (($#)); do
     case $1 in --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
     case $1 in
-        -h | --help) sed -n '1d; /^#/!q; s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        -h | --help) show_help; exit 0 ;;
         --dry-run) dry_run=yes; shift ;;
         --spot) spot=yes; shift ;;
         --name | --zone | --type | --version | --project | --workdir | --config | --bucket)
