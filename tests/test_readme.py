@@ -1,13 +1,10 @@
 """The README as it stands: its commands parse, its files exist, its code runs."""
 
 import re
-import runpy
 import shlex
 import subprocess
-import sys
 
 import pytest
-from absl import flags
 
 from configs import base
 from gspo import cli, presets, surrogates
@@ -30,7 +27,7 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("line", commands())
-def test_every_command_names_a_script_and_flags_that_exist(line, command, monkeypatch, capfd):  # noqa: F811
+def test_every_command_names_a_script_and_flags_that_exist(line, command, monkeypatch):  # noqa: F811
     # Catches a renamed script, config or field, and a flag that a script does not have.
     program, script, *arguments = shlex.split(line)
     assert program in ("python", "bash"), f"neither python nor bash: {line}"
@@ -40,22 +37,14 @@ def test_every_command_names_a_script_and_flags_that_exist(line, command, monkey
         return
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))  # as the interpreter does for the folder of a script
-    if script.startswith("experiments/"):
+    folder, _, name = script.removesuffix(".py").partition("/")
+    if folder == "experiments":
         run = cli.run
         monkeypatch.setattr(cli, "run", lambda main, needs: run(lambda: print("parsed"), needs=needs))  # all but the run itself
-        code, stdout, stderr = command(script.removeprefix("experiments/").removesuffix(".py"), *arguments)
-        assert (code, stdout, stderr) == (0, "parsed\n", "")
+        assert command(name, *arguments) == (0, "parsed\n", "")
         return
-    monkeypatch.setattr(sys, "argv", [script, *arguments, "--help"])
-    known = set(flags.FLAGS)
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(script, run_name="__main__")
-    finally:
-        for name in set(flags.FLAGS) - known:
-            delattr(flags.FLAGS, name)
-    usage = capfd.readouterr().out
-    assert stopped.value.code == 0 and usage
+    code, usage, _ = command(name, *arguments, "--help", folder=folder)
+    assert code == 0 and usage
     for flag in [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]:
         assert re.search(rf"(^|[\s\[]){flag}([\s,:\]]|$)", usage), f"{script} has no {flag}"
 

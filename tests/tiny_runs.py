@@ -141,10 +141,10 @@ def kept_compiles(tmp_path_factory):
 
 @pytest.fixture
 def command(monkeypatch, capfd):
-    """command("rl", *arguments) -> (exit code, stdout, stderr) of experiments/rl.py, run in this process."""
+    """command("rl", *arguments) -> (exit code, stdout, stderr) of experiments/rl.py, run in this process. folder: another place."""
 
-    def run(script: str, *arguments: str) -> tuple[int, str, str]:
-        path = str(ROOT / "experiments" / f"{script}.py")
+    def run(script: str, *arguments: str, folder: str = "experiments") -> tuple[int, str, str]:
+        path = str(ROOT / folder / f"{script}.py")
         monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
         known = set(flags.FLAGS)
         capfd.readouterr()
