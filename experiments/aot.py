@@ -8,6 +8,7 @@ Leaves in the workdir: one JSON file per slice (a slice that has one is not comp
 import json
 from pathlib import Path
 
+import compare
 import matplotlib.pyplot as plt
 from ml_collections import ConfigDict
 
@@ -95,12 +96,7 @@ def draw(scaling: list[dict], out: Path) -> None:
     right.set_xticks([x for x, _ in labels], [label for _, label in labels])
     right.set(ylabel="Collectives per chip and rollout [GiB]")
     right.text(-0.01, -0.09, "Chips", ha="right", transform=right.transAxes)
-    for letter, axes in zip("ab", (left, right), strict=True):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(letter, loc="left", fontweight="bold", fontsize=10)
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(out, dpi=200)
-    plt.close(figure)
+    compare.save_panels(figure, (left, right), out)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,12 @@ Leaves in the workdir: cold/ and one folder per arm and seed, table.md, curves.p
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
@@ -95,6 +99,16 @@ def show(rows: list[list[str]], columns: tuple[str, ...] = COLUMNS) -> None:
     for cells in rows:
         table.add_row(*cells)
     Console().print(table)
+
+
+def save_panels(figure: Figure, panels: Sequence[Axes], out: Path) -> None:
+    """Letters, legends and open frames for the panels of a figure; saves it, and lets go of it."""
+    for letter, axes in zip("abcd", panels, strict=False):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(letter, loc="left", fontweight="bold", fontsize=10)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(out, dpi=200)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -128,12 +128,7 @@ def draw(lines: list[dict], lengths: dict[str, list[float]], out: Path) -> None:
     reference = np.array(lengths["token"]) / np.array(lengths["length"])
     right.plot(lengths["length"], reference, color="0.6", linestyle="--", label="token variance / length")
     right.set(xlabel="Length [tokens]", ylabel="Variance of log-ratio", yscale="log")
-    for letter, axes in zip("abc", (left, middle, right), strict=True):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(letter, loc="left", fontweight="bold", fontsize=10)
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(out, dpi=200)
-    plt.close(figure)
+    compare.save_panels(figure, (left, middle, right), out)
 
 
 if __name__ == "__main__":
