@@ -158,16 +158,15 @@ def mismatched(config: ConfigDict, model: Transformer) -> Transformer:
     return model.clone(router_noise=m.router_noise, router_swap=m.expert_swap)
 
 
-def rollout_params(config: ConfigDict, model: Transformer, layout: Layout, precision: str = "float32") -> Callable[[Params], Params]:
-    """Returns the map from the learner's parameters to those that rollouts read, applied once per rollout: rounded to `precision` where
-    a mismatch is injected, in the dtype of the matmuls, and laid out by config.rollout_mesh_rules. The identity where all of that
-    changes nothing.
+def rollout_params(config: ConfigDict, model: Transformer, layout: Layout) -> Callable[[Params], Params]:
+    """Returns the map from the learner's parameters to those that rollouts read, applied once per rollout: in the dtype of the matmuls,
+    and laid out by config.rollout_mesh_rules. The identity where that changes nothing.
     """
-    rounding, dtype, target = mismatch.make_rounding(precision), model.spec.compute_dtype, rollout_layout(config, layout)
+    dtype, target = model.spec.compute_dtype, rollout_layout(config, layout)
     if dtype == jnp.float32 and target.rules == layout.rules:
-        return rounding
+        return lambda params: params
     shardings = tree_shardings(target, jax.eval_shape(model.init_params, jax.random.key(0)))
-    return jax.jit(lambda params: as_used(rounding(params), dtype), out_shardings=shardings)
+    return jax.jit(lambda params: as_used(params, dtype), out_shardings=shardings)
 
 
 def micro_batch_size(config: ConfigDict, rows: int, what: str) -> int:

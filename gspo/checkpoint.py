@@ -270,7 +270,7 @@ class Checkpointer:
         self._unfinished = self._finisher.submit(self._finish, self._root / str(step))
         if replaced or not self._async_save:
             self.wait()
-        if replaced and jax.process_index() == 0:
+        if replaced and distributed.is_primary():
             shutil.rmtree(replaced)
         return True
 
@@ -325,7 +325,7 @@ class Checkpointer:
     def _finish(self, step_dir: Path) -> None:
         """In the background: waits until Orbax has written and renamed the folder, then seals it."""
         self._manager.wait_until_finished()
-        if jax.process_index() == 0 and step_dir.exists():
+        if distributed.is_primary() and step_dir.exists():
             _seal(step_dir)
 
     def _score(self, step: int, metrics: dict[str, float]) -> None:
@@ -342,7 +342,7 @@ class Checkpointer:
         while aside.exists():
             aside, n = step_dir.with_name(f"{step_dir.name}.{suffix}-{n + 1}"), n + 1
         distributed.barrier("all have found the same one")
-        if jax.process_index() == 0:
+        if distributed.is_primary():
             step_dir.rename(aside)
         distributed.barrier("set aside")
         self._manager.reload()

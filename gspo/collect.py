@@ -6,6 +6,7 @@
     compare   advantages of each completion against its group
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +21,23 @@ from gspo.data.tokenizer import Tokenizer
 from gspo.masked import masked_mean
 from gspo.metrics import Timer
 from gspo.microbatch import row_axis
+from gspo.mismatch import make_rounding
 from gspo.model.routing import by_layer, changed, recorded
+from gspo.sharding import Layout
 from gspo.steps import Steps
-from gspo.types import Batch, Rollout, TrainState, UserError, completion_mask
+from gspo.types import Batch, Params, Rollout, TrainState, UserError, completion_mask
+
+
+class Sampled(NamedTuple):
+    """Completions of Q prompts, B = Q · G rows. `rollout` is on the devices. On the host, of the rows `own_B` that lie on this
+    process's devices: their prompts, tokens and lengths.
+    """
+
+    rollout: Rollout
+    own_B: np.ndarray
+    prompts: batches.PromptBatch
+    tokens_BT: np.ndarray
+    lengths_B: np.ndarray
 
 
 class Draw(NamedTuple):
@@ -51,13 +66,14 @@ class Collector:
     def __init__(self, config: ConfigDict, steps: Steps, tokenizer: Tokenizer, source: batches.PromptSource):
         self.config, self.steps, self.tokenizer, self.source = config, steps, tokenizer, source
         self.rewards = build.reward_functions(config, source)
+        self.rounding = make_rounding(config.mismatch.params)
         self.advantage_fn = advantages.ADVANTAGES[config.scale_rewards]
         # Under jit, so that on many processes every array is one of the whole mesh.
         self._as_batch, self._take, self._compare = map(jax.jit, (self._batch_of, self._taken, self._compared))
 
     def __call__(self, state: TrainState, cursor: int, key: jax.Array, timer: Timer) -> Experience:
         with timer("rollout"):
-            params = self.steps.rollout_params(state.stale_params[0] if state.stale_params else state.params)
+            params = self.steps.rollout_params(self.rounding(state.stale_params[0] if state.stale_params else state.params))
         draws = [self.draw(params, cursor, key, timer)]
         if self.config.filter_groups.enable:
             while self._mixed(draws) < self.config.num_prompts and len(draws) < self.config.filter_groups.max_num_gen_batches:
@@ -81,21 +97,13 @@ class Collector:
     def draw(self, params, cursor: int, key: jax.Array, timer: Timer) -> Draw:
         """Samples the prompts at positions cursor .. cursor + Q of the run, and scores the completions: those of its own devices, on
         each host."""
-        Q, G = self.config.num_prompts, self.config.num_generations
-        rows = self.steps.layout.sharding("rows")
-        own_Q = distributed.own_rows(rows, Q)
-        own_B = groups_to_rows(own_Q, G)
+        config, steps = self.config, self.steps
         with timer("rollout"):
-            prompts = self.source.batch(cursor, Q, own_Q)
-            prompt_rows = distributed.put_rows(rows, own_Q, Q, prompts.tokens_QP, prompts.lengths_Q)
-            rollout = self.steps.sampler(params, *prompt_rows, key)
-            tokens_BT, lengths_B = distributed.fetch_rows(own_B, rollout.tokens_BT, rollout.completion_lengths_B)
+            sampled = sample(
+                steps.layout, self.source, steps.sampler, params, cursor, config.num_prompts, config.num_generations, key
+            )
         with timer("reward"):
-            texts = batches.completion_texts(self.tokenizer, tokens_BT, prompts.tokens_QP.shape[1], lengths_B)
-            examples = [example for example in prompts.examples for _ in range(G)]
-            scored = batches.score_completions(texts, examples, list(self.rewards.values()), self.config.reward_weights)
-            rewards_B, parts_BR = distributed.gather_rows(own_B, Q * G, *scored)
-        return Draw(rollout, own_B, examples, texts, rewards_B, parts_BR)
+            return judge(sampled, self.tokenizer, list(self.rewards.values()), config.reward_weights)
 
     def _mixed(self, draws: list[Draw]) -> int:
         return sum(int((spread(draw.rewards_B, self.config.num_generations) > 0).sum()) for draw in draws)
@@ -108,7 +116,7 @@ class Collector:
             return draws[0]
         G, Q = self.config.num_generations, self.config.num_prompts
         mixed = np.concatenate([spread(draw.rewards_B, G) > 0 for draw in draws])
-        rows = groups_to_rows(np.sort(np.argsort(~mixed, kind="stable")[:Q]), G)
+        rows = rows_of(np.sort(np.argsort(~mixed, kind="stable")[:Q]), G)
         known = {
             i * Q * G + row: pair
             for i, draw in enumerate(draws)
@@ -225,7 +233,29 @@ class Collector:
     def samples(self, draw: Draw) -> list[dict[str, Any]]:
         """The first rows among those of this process. With several processes they need not be the first of all."""
         rows = list(zip(draw.examples, draw.texts, draw.rewards_B[draw.own_B], strict=True))[: self.config.log.num_samples]
-        return [{"prompt": ex.prompt, "completion": text, "answer": ex.answer, "reward": float(r)} for ex, text, r in rows]
+        return [sample_line(*row) for row in rows]
+
+
+def sample(
+    layout: Layout, source: batches.PromptSource, sampler: Callable[..., Rollout], params: Params, cursor: int, num_prompts: int,
+    num_generations: int, key: jax.Array,
+) -> Sampled:  # fmt: skip
+    """Completions of the prompts at positions cursor .. cursor + num_prompts; each process reads the prompts of its own devices."""
+    rows = layout.sharding("rows")
+    own_Q = distributed.own_rows(rows, num_prompts)
+    own_B = rows_of(own_Q, num_generations)
+    prompts = source.batch(cursor, num_prompts, own_Q)
+    rollout = sampler(params, *distributed.put_rows(rows, own_Q, num_prompts, prompts.tokens_QP, prompts.lengths_Q), key)
+    return Sampled(rollout, own_B, prompts, *distributed.fetch_rows(own_B, rollout.tokens_BT, rollout.completion_lengths_B))
+
+
+def judge(sampled: Sampled, tokenizer: Tokenizer, functions: list[Callable], weights: Sequence[float]) -> Draw:
+    """The rewards of completions: each process scores its own, and all come to know all of them."""
+    prompts, B = sampled.prompts, sampled.rollout.tokens_BT.shape[0]
+    texts = batches.completion_texts(tokenizer, sampled.tokens_BT, prompts.tokens_QP.shape[1], sampled.lengths_B)
+    examples = [example for example in prompts.examples for _ in range(len(texts) // len(prompts.examples))]
+    scored = batches.score_completions(texts, examples, functions, weights)
+    return Draw(sampled.rollout, sampled.own_B, examples, texts, *distributed.gather_rows(sampled.own_B, B, *scored))
 
 
 @jax.jit
@@ -233,7 +263,12 @@ def _changed_by_layer(sampled_LBTX, scored_LBTX):
     return by_layer(changed(sampled_LBTX, scored_LBTX), recorded(sampled_LBTX))
 
 
-def groups_to_rows(groups: np.ndarray, num_generations: int) -> np.ndarray:
+def sample_line(example: Example, text: str, reward: float) -> dict[str, Any]:
+    """A completion as samples.jsonl and the live display have it."""
+    return {"prompt": example.prompt, "completion": text, "answer": example.answer, "reward": float(reward)}
+
+
+def rows_of(groups: np.ndarray, num_generations: int) -> np.ndarray:
     """Indices of prompts -> those of their rows."""
     return (groups[:, None] * num_generations + np.arange(num_generations)).reshape(-1)
 

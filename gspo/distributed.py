@@ -21,8 +21,6 @@ from gspo.types import UserError
 
 HEARTBEAT_SECONDS = 30  # a process that was silent for so long is lost, and the others stop
 JOIN_SECONDS = 300
-
-
 LOST = (
     "another process of this run is gone, and this one cannot go on without it; start all of them again with the same command: the run "
     "resumes from its last checkpoint"
@@ -56,8 +54,7 @@ def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = 
         arguments = {}
     else:
         return
-    if "preemption" not in os.environ.get("JAX_ENABLE_PREEMPTION_SERVICE", ""):
-        jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours: see `gspo.cli.StopSignal`
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours: see `gspo.cli.StopSignal`
     try:
         jax.distributed.initialize(**arguments, **limits)
     except (RuntimeError, ValueError) as error:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from gspo import build, distributed
 from gspo.checkpoint import restore_params
-from gspo.data import batches
+from gspo.collect import judge, sample, sample_line
 from gspo.data.tokenizer import Tokenizer
 from gspo.hf import abstract_params
 from gspo.model.distribution import Sampling
@@ -21,12 +21,19 @@ EVAL_STREAM = 2  # of the run's random keys; the loops use 1, initialisation 0
 
 
 def make_evaluator(
-    config: ConfigDict, layout: Layout, model: Transformer, tokenizer: Tokenizer, *, sampler: Callable | None = None
+    config: ConfigDict,
+    layout: Layout,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    *,
+    sampler: Callable | None = None,
+    rollout_params: Callable[[Params], Params] | None = None,
 ) -> Callable[[Params], tuple[dict[str, float], list[dict]]]:
     """Returns `evaluate(params) -> (metrics, samples)` over config.eval.num_prompts prompts of the evaluation split.
 
     The prompts and the noise are the same at every call, so that two evaluations differ by the parameters alone. sampler: one to
-    share with the caller (and its compilation), where it draws what config.eval asks for.
+    share with the caller (and its compilation), where it draws what config.eval asks for. rollout_params: likewise, what maps the
+    parameters to those that it reads.
 
     metrics: eval/pass@1 (mean over all samples), its standard error over prompts, eval/pass@k, lengths in tokens, truncated share.
     """
@@ -39,34 +46,23 @@ def make_evaluator(
     if sampler is None:
         sampled = model.clone(layout=build.rollout_layout(config, layout))
         sampler = build.sampler(config, sampled, tokenizer, Sampling(config.eval.temperature), k)
-    rollout_params = build.rollout_params(config, model, layout)
-    rows = layout.sharding("rows")
-    own_Q = distributed.own_rows(rows, width)
-    own_B = np.concatenate([np.arange(q * k, (q + 1) * k) for q in own_Q])
+    rollout_params = rollout_params or build.rollout_params(config, model, layout)
     key = jax.random.fold_in(jax.random.key(config.seed), EVAL_STREAM)
 
     def evaluate(params: Params) -> tuple[dict[str, float], list[dict]]:
         solved, lengths, truncated, samples = [], [], [], []
         params = rollout_params(params)
         for start in range(0, count, width):
-            prompts, kept = source.batch(start, width, own_Q), min(width, count - start)
-            prompt_rows = distributed.put_rows(rows, own_Q, width, prompts.tokens_QP, prompts.lengths_Q)
-            rollout = sampler(params, *prompt_rows, jax.random.fold_in(key, start))
-            own_tokens_BT, own_lengths_B, own_truncated_B = distributed.fetch_rows(
-                own_B, rollout.tokens_BT, rollout.completion_lengths_B, rollout.truncated_B
-            )
-            texts = batches.completion_texts(tokenizer, own_tokens_BT, prompts.tokens_QP.shape[1], own_lengths_B)
-            examples = [example for example in prompts.examples for _ in range(k)]
-            own_rewards_B, _ = batches.score_completions(texts, examples, [source.task.reward], [1.0])
-            rewards_B, lengths_B, truncated_B = distributed.gather_rows(
-                own_B, width * k, own_rewards_B, own_lengths_B, own_truncated_B
-            )
-            solved.append((rewards_B >= SOLVED).reshape(width, k)[:kept])
-            lengths.append(lengths_B[: kept * k])
-            truncated.append(truncated_B[: kept * k])
-            for q, example, text, reward in zip(own_Q, prompts.examples, texts[::k], own_rewards_B[::k], strict=True):
-                if q < kept:
-                    samples.append({"prompt": example.prompt, "completion": text, "answer": example.answer, "reward": float(reward)})
+            kept = min(width, count - start) * k
+            sampled = sample(layout, source, sampler, params, start, width, k, jax.random.fold_in(key, start))
+            draw = judge(sampled, tokenizer, [source.task.reward], [1.0])
+            lengths_B, truncated_B = distributed.fetch((draw.rollout.completion_lengths_B, draw.rollout.truncated_B))
+            solved.append((draw.rewards_B[:kept] >= SOLVED).reshape(-1, k))
+            lengths.append(lengths_B[:kept])
+            truncated.append(truncated_B[:kept])
+            for row, example, text in list(zip(draw.own_B, draw.examples, draw.texts, strict=True))[::k]:
+                if row < kept:
+                    samples.append(sample_line(example, text, draw.rewards_B[row]))
         solved_Qk = np.concatenate(solved)
         metrics = {
             "eval/pass@1": float(solved_Qk.mean()),

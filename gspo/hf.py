@@ -23,6 +23,7 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
+from gspo import distributed
 from gspo.hf_families import Row, family_of, hf_config, read_config, table
 from gspo.model.transformer import ModelSpec, Transformer
 from gspo.sharding import Layout, tree_shardings, with_shardings
@@ -186,13 +187,12 @@ def export_params(
     leaves = _flat(spec, params)
     shards = _plan(table(spec), leaves, kind.itemsize, shard_bytes)
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    primary, fetch, carried = jax.process_index() == 0, _fetcher(leaves), []
+    primary, fetch, carried = distributed.is_primary(), _fetcher(leaves), []
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise UserError(f"{out} is not empty: choose another folder")
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("export: all have seen the empty folder")
+        distributed.barrier("export: all have seen the empty folder")
         for file, shard in zip(files, shards, strict=True):
             tensors = {}
             for row, at in shard:

@@ -28,6 +28,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from gspo import distributed
 from gspo.types import UserError
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class MetricsWriter:
     def __init__(self, workdir: str | os.PathLike, *, tensorboard: bool = False, wandb: bool = False, project: str = "gspo",
                  config: dict[str, Any] | None = None):  # fmt: skip
         self._workdir = Path(workdir).absolute()
-        self._primary = jax.process_index() == 0
+        self._primary = distributed.is_primary()
         self._tensorboardX = _require("tensorboardX", "tensorboard") if tensorboard else None
         self._wandb = _require("wandb", "wandb") if wandb else None
         self._event_writer = self._wandb_run = None
@@ -220,13 +221,13 @@ class Progress:
         self._done, self._latest, self._sample = start, {}, None
         self._began = time.perf_counter()
         self._console = console or Console()
-        live = self._console.is_terminal and not self._console.is_dumb_terminal and jax.process_index() == 0
+        live = self._console.is_terminal and not self._console.is_dumb_terminal and distributed.is_primary()
         # Redrawn on update only: no thread of its own that would compete with the training step.
         self._live = Live(console=self._console, auto_refresh=False) if live else None
 
     def note(self, text: str) -> None:
         """One line above the display: what the run is, warnings."""
-        if jax.process_index() == 0:
+        if distributed.is_primary():
             print(f"{self._title}: {text}", file=self._console.file, flush=True)
 
     def update(self, step: int, values: dict[str, Any], sample: str | None = None) -> None:
@@ -236,7 +237,7 @@ class Progress:
         self._latest |= fresh
         if self._live:
             self._live.update(self._render(), refresh=True)
-        elif jax.process_index() == 0:
+        elif distributed.is_primary():
             cells = "  ".join(f"{name} {text}" for name, text in self._cells() if name in fresh)
             print(f"{self._title} {self._done}/{self._total}  {cells}  ETA {self._eta()}", file=self._console.file, flush=True)
 

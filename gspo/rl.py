@@ -50,7 +50,9 @@ def prepare(config: ConfigDict) -> Run:
     source = build.prompt_source(config, config.task.train_split, tokenizer)
     same_draw = (Sampling(config.eval.temperature), config.eval.num_generations_eval) == (steps.sampling, config.num_generations)
     same_draw = same_draw and not (config.mismatch.router_noise or config.mismatch.expert_swap)
-    evaluate = make_evaluator(config, layout, steps.model, tokenizer, sampler=steps.sampler if same_draw else None)
+    evaluate = make_evaluator(
+        config, layout, steps.model, tokenizer, sampler=steps.sampler if same_draw else None, rollout_params=steps.rollout_params
+    )
     collector = Collector(config, steps, tokenizer, source)
 
     settings, updates = steps.settings, config.updates_per_rollout

@@ -16,7 +16,7 @@ from gspo.evaluate import make_evaluator
 from gspo.learner import make_train_step, negative_log_likelihood
 from gspo.metrics import MetricsWriter, Progress, Timer
 from gspo.sharding import Layout
-from gspo.types import Batch, UserError
+from gspo.types import Batch, UserError, completion_mask
 from gspo.workdir import open_workdir
 
 STOP_EVERY = 5  # updates between looks at whether any process was asked to stop: they all must take part
@@ -101,7 +101,7 @@ def make_batch(config: ConfigDict, layout: Layout, source: DemonstrationSource, 
     rows, count = layout.sharding("rows"), config.batch_size
     own_B = distributed.own_rows(rows, count)
     demos = source.batch(cursor, count, own_B)
-    mask_BC = np.arange(config.max_completion_length) < demos.completion_lengths_B[:, None]
+    mask_BC = np.asarray(completion_mask(demos.completion_lengths_B, config.max_completion_length))
     zeros_BC = np.zeros(mask_BC.shape, np.float32)
     return Batch(*distributed.put_rows(
         rows, own_B, count, demos.tokens_BT, demos.prompt_lengths_B, demos.completion_lengths_B, mask_BC, zeros_BC, zeros_BC

@@ -93,7 +93,7 @@ def make_steps(config: ConfigDict, layout: Layout, tokenizer: Tokenizer) -> Step
     )  # fmt: skip
     return Steps(
         layout, model, objective, settings, sampling,
-        rollout_params=build.rollout_params(config, model, layout, config.mismatch.params),
+        rollout_params=build.rollout_params(config, model, layout),
         sampler=build.sampler(config, sampled, tokenizer, sampling, config.num_generations),
         scorer=scorer,
         minibatches=jax.jit(lambda batch: tuple(layout.constrain_fields(minibatch(batch, j, updates)) for j in range(updates))),
