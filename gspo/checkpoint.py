@@ -105,20 +105,16 @@ def _check_seal(step_dir: Path) -> None:
             raise ValueError(f"{changed[0]} is damaged")
 
 
-def _check_seals(step_dir: Path) -> None:
-    """`_check_seal` in every process; raises in all of them where it raises in one, so that all fall back to the same step."""
-    failed = None
-    try:
-        _check_seal(step_dir)
-    except (ValueError, OSError) as error:
-        failed = error
-    if distributed.any_process(failed is not None):
-        raise failed or ValueError("another process finds it damaged")
+def _reader(handler: Any) -> ocp.Checkpointer:
+    """Reads without waiting for other processes: what one of them cannot read, the others must not wait for (`_read_latest` has all
+    processes agree afterwards)."""
+    alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _read_meta(step_dir: Path) -> dict[str, Any]:
     """{"meta", "metrics", "arrays"} of one checkpoint. Raises anything if it is damaged."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    with _reader(ocp.JsonCheckpointHandler()) as reader:
         content = reader.restore(step_dir / "meta", args=ocp.args.JsonRestore())
     if not {"meta", "metrics", "arrays"} <= content.keys():
         raise ValueError("meta is not complete")
@@ -135,7 +131,7 @@ def _read_arrays(step_dir: Path, wanted: dict[str, Any]) -> dict[str, jax.Array]
     stored = {name: leaf for name, leaf in targets.items() if leaf.size}  # the empty ones were left out by `save`
     arrays = {name: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding) for name, leaf in targets.items() if not leaf.size}
     args = ocp.args.PyTreeRestore(stored, restore_args=ocp.checkpoint_utils.construct_restore_args(stored), partial_restore=True)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with _reader(ocp.PyTreeCheckpointHandler()) as reader:
         arrays |= reader.restore(step_dir / "state", args=args)
     return jax.block_until_ready(arrays)
 
@@ -149,7 +145,7 @@ def _read_latest(step_dirs: Sequence[Path], tree: Any, prefix: str = "", cast: b
     damaged = {}
     for step_dir in step_dirs:
         try:
-            _check_seals(step_dir)
+            _check_seal(step_dir)
             meta = _read_meta(step_dir)
             saved = {name: text for name, text in meta["arrays"].items() if name.startswith(prefix)}
             _check_fits(step_dir, saved, wanted, cast)
@@ -157,8 +153,6 @@ def _read_latest(step_dirs: Sequence[Path], tree: Any, prefix: str = "", cast: b
         except UserError:
             raise
         except Exception as error:  # a damaged folder fails in many ways: JSON, missing files, TensorStore
-            if distributed.lost_a_process(error):
-                raise  # the folder is not to blame
             damaged[step_dir] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if distributed.any_process(step_dir in damaged):
             damaged.setdefault(step_dir, "another process cannot read it")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,10 +126,10 @@ def folder(tmp_path_factory):
     return path
 
 
-def launch(folder, name, *, processes, devices, die=""):
-    """Runs the config by scripts/launch_local.sh in folder/name; returns (exit code, stdout, stderr)."""
+def launch(folder, name, *, processes, devices, die="", script="experiments/rl.py"):
+    """Runs the script with the config by scripts/launch_local.sh in folder/name; returns (exit code, stdout, stderr)."""
     command = ["bash", "scripts/launch_local.sh", "-n", str(processes), "--devices-per-process", str(devices), "--"]
-    command += [sys.executable, "experiments/rl.py", f"--config={folder / 'config.py'}", f"--workdir={folder / name}"]
+    command += [sys.executable, script, f"--config={folder / 'config.py'}", f"--workdir={folder / name}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "GRACE": "60"} | ({"DIE": die} if die else {})
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout, done.stderr
@@ -203,13 +204,29 @@ def test_an_error_in_one_process_alone_ends_all_of_them(folder, two):
         "    if jax.process_index() == 1:\n        raise UserError('a file is missing here')\n"
         "    distributed.any_process(False)\n\n\ncli.define_flags()\ncli.run(main, needs='num_rollouts')\n"
     )
-    command = ["bash", "scripts/launch_local.sh", "-n", "2", "--devices-per-process", "1", "--", sys.executable, folder / "alone.py"]
-    command += [f"--config={folder / 'config.py'}", f"--workdir={folder / 'alone'}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "[1] error: a file is missing here" in done.stderr, done.stderr
-    assert "another process of this run is gone" in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert "had not stopped and are killed" not in done.stderr, done.stderr
+    code, _, stderr = launch(folder, "alone", processes=2, devices=1, script=folder / "alone.py")
+    assert code == 2 and "[1] error: a file is missing here" in stderr, stderr
+    assert "another process of this run is gone" in stderr and "Traceback" not in stderr, stderr
+    assert "had not stopped and are killed" not in stderr, stderr
+
+
+def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(folder, two):
+    # Catches processes that go on from different steps, and good checkpoints that are judged by what went wrong with another.
+    shutil.copytree(two, folder / "unread")
+    (folder / "unread.py").write_text(
+        "import jax\nfrom gspo import checkpoint, cli, rl\n\n\ndef main():\n"
+        "    read, calls = checkpoint._read_arrays, []\n\n"
+        "    def failing(*args):\n        calls.append(args)\n"
+        "        if len(calls) == 1 and jax.process_index() == 1:\n            raise ValueError('unreadable here')\n"
+        "        return read(*args)\n\n"
+        "    checkpoint._read_arrays = failing\n"
+        "    with checkpoint.Checkpointer(cli.FLAGS.workdir) as checkpointer:\n"
+        "        print('restored', checkpointer.restore(rl.prepare(cli.FLAGS.config).steps.abstract)[0])\n\n\n"
+        "cli.define_flags()\ncli.run(main, needs='num_rollouts')\n"
+    )
+    code, stdout, stderr = launch(folder, "unread", processes=2, devices=2, script=folder / "unread.py")
+    assert code == 0 and "restored 2" in stdout and "[1] restored 2" in stderr, stdout + stderr
+    assert {path.name for path in (folder / "unread" / "checkpoints").iterdir()} == {"2", "4.broken"}
 
 
 def test_a_mistake_is_told_by_every_process_and_none_of_them_waits(folder, two):
