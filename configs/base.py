@@ -1,7 +1,7 @@
 """Every field of a run, with its default. Experiment configs start from here and change a few.
 
-A field that is None takes its value from somewhere better: an objective's from its preset, a default that depends on another field.
-"""
+A field that is None takes its value from somewhere better: an objective's from its preset, a default that depends on
+another field."""
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -75,8 +75,12 @@ def common() -> ConfigDict:
     config.micro_batch_size = 0  # rows per forward and backward pass; 0: the whole minibatch
     config.logp_chunk = 128  # completion columns whose logits exist at a time
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, expert=1, tensor=1))  # devices along each axis; -1: the rest
-    config.mesh_rules = "tensor"  # what is cut along which axis: single | fsdp | expert | expert_fsdp | tensor (gspo/sharding.py)
-    config.rollout_mesh_rules = ""  # another one for rollouts, to which parameters are moved once per rollout; "": the same
+    config.mesh_rules = (
+        "tensor"  # what is cut along which axis: single | fsdp | expert | expert_fsdp | tensor (gspo/parallel/sharding)
+    )
+    config.rollout_mesh_rules = (
+        ""  # another one for rollouts, to which parameters are moved once per rollout; "": the same
+    )
     config.expert_dispatch = "all_gather"  # all_gather | all_to_all: how tokens come to experts on other devices
     config.rollout_expert_dispatch = ""  # the same for rollouts; "": the same
     config.eval = ConfigDict(
@@ -114,31 +118,37 @@ def rl() -> ConfigDict:
     config.top_p = 1.0
     config.min_p = 0.0
     config.old_logps = "sampler"  # sampler | learner: whose log-probs of the rollout are the old policy's
-    config.objective = ConfigDict(  # None: as the preset has it, else the default; all are explained in gspo/presets.py
-        dict(
-            preset="gspo",
-            importance_sampling_level=placeholder(str),  # token | sequence | sequence_token | sequence_sum
-            surrogate=placeholder(str),  # clip | dual_clip | cispo | gmpo | sapo | minirl | reinforce
-            epsilon=placeholder(float),
-            epsilon_high=placeholder(float),
-            delta=placeholder(float),
-            temperature_pos=placeholder(float),
-            temperature_neg=placeholder(float),
-            cap=placeholder(float),
-            loss_agg_mode=placeholder(str),
-            loss_norm_length=placeholder(int),
-            beta=placeholder(float),  # weight of the KL term; 0: no reference tree is held
-            kl_loss_type=placeholder(str),  # k1 | k2 | k3
-            kl_importance=placeholder(str),  # none | stopped | differentiable
-            entropy_coef=placeholder(float),
-            sampler_is=placeholder(str),  # tis | mis | icepop | seq_tis | seq_mis | geo_rs; needs old_logps = "learner"
-            sampler_is_low=placeholder(float),
-            sampler_is_high=placeholder(float),
-            off_policy_mask_threshold=placeholder(float),
-            router_shift_floor=placeholder(float),
+    config.objective = (
+        ConfigDict(  # None: as the preset has it, else the default; all are explained in gspo/objectives/presets.py
+            dict(
+                preset="gspo",
+                importance_sampling_level=placeholder(str),  # token | sequence | sequence_token | sequence_sum
+                surrogate=placeholder(str),  # clip | dual_clip | cispo | gmpo | sapo | minirl | reinforce
+                epsilon=placeholder(float),
+                epsilon_high=placeholder(float),
+                delta=placeholder(float),
+                temperature_pos=placeholder(float),
+                temperature_neg=placeholder(float),
+                cap=placeholder(float),
+                loss_agg_mode=placeholder(str),
+                loss_norm_length=placeholder(int),
+                beta=placeholder(float),  # weight of the KL term; 0: no reference tree is held
+                kl_loss_type=placeholder(str),  # k1 | k2 | k3
+                kl_importance=placeholder(str),  # none | stopped | differentiable
+                entropy_coef=placeholder(float),
+                sampler_is=placeholder(
+                    str
+                ),  # tis | mis | icepop | seq_tis | seq_mis | geo_rs; needs old_logps = "learner"
+                sampler_is_low=placeholder(float),
+                sampler_is_high=placeholder(float),
+                off_policy_mask_threshold=placeholder(float),
+                router_shift_floor=placeholder(float),
+            )
         )
     )
-    config.entropy_target = placeholder(float)  # nats per token; the bonus then adapts, starting at objective.entropy_coef
+    config.entropy_target = placeholder(
+        float
+    )  # nats per token; the bonus then adapts, starting at objective.entropy_coef
     config.entropy_step = 1e-3  # change of the coefficient per update
     config.sync_ref_model = False
     config.ref_model_sync_steps = 10  # rollouts
@@ -152,14 +162,18 @@ def rl() -> ConfigDict:
     config.rewards = ("task",)  # "task" is the task's own; others from gspo.data.rewards
     config.reward_weights = (1.0,)
     config.reward_kl_coef = 0.0  # penalty on log π_old/π_ref, summed over a completion
-    config.overlong_buffer = ConfigDict(dict(len=0, penalty_factor=1.0))  # tokens before the limit in which a penalty grows
+    config.overlong_buffer = ConfigDict(
+        dict(len=0, penalty_factor=1.0)
+    )  # tokens before the limit in which a penalty grows
     config.mask_truncated_completions = False
     config.filter_groups = ConfigDict(dict(enable=False, max_num_gen_batches=4))  # dynamic sampling
     config.router_replay = ConfigDict(dict(mode="disabled"))  # disabled | R2 | R3
     config.router_aux_loss_coef = 0.0  # load-balance loss of the routers on completion tokens
     config.router_z_loss_coef = 0.0
-    config.mismatch = ConfigDict(  # a sampler that differs from the learner on purpose; gspo/mismatch.py explains
-        dict(params="float32", router_noise=0.0, expert_swap=0.0, stale_rollouts=0)
+    config.mismatch = (
+        ConfigDict(  # a sampler that differs from the learner on purpose; gspo/learning/mismatch.py explains
+            dict(params="float32", router_noise=0.0, expert_swap=0.0, stale_rollouts=0)
+        )
     )
     config.log.update(samples_every=5, router_kl=False)  # rollouts between samples; whether the routers' KL is measured
     config.check_tolerance = placeholder(float)  # largest |log-ratio| allowed before the first update; None: by dtype

@@ -1,6 +1,8 @@
-"""GSPO on Qwen3-235B-A22B, for 128 TPU v5p chips. As gspo_qwen3_30b_a3b.py, with 128 prompts: one row per device and pass.
+"""GSPO on Qwen3-235B-A22B, for 128 TPU v5p chips. As gspo_qwen3_30b_a3b.py, with 128 prompts: one row per device and
+pass.
 
-Layout   training: experts along `expert` (8), weights and optimizer along `fsdp` (16) too. Rollouts: one expert on each device.
+Layout   training: experts along `expert` (8), weights and optimizer along `fsdp` (16) too. Rollouts: one expert on each
+         device.
 Cost     scripts/aot_report.py --topology=v5p:4x4x8 says what it takes.
 """
 

@@ -2,9 +2,9 @@
 
     config.model = models.model("qwen3-0.6b")
 
-Numbers are those of the published config.json files; `scripts/import_hf.py` prints the same for a folder of weights. The full-size
-models compute in bfloat16, recompute activations in the backward pass, and use XLA's grouped matmul for their experts.
-"""
+Numbers are those of the published config.json files; `scripts/import_hf.py` prints the same for a folder of weights.
+The full-size models compute in bfloat16, recompute activations in the backward pass, and use XLA's grouped matmul for
+their experts."""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,5 @@
-"""Every preset of gspo/presets.py on the quickstart's task, from one cold start, with what belongs to the method outside its loss.
+"""Every preset of gspo.objectives on the quickstart's task, from one cold start, with what belongs to the method
+outside its loss.
 
 Cold start  as in quickstart.py.
 Arms        as in quickstart.py, but 50 rollouts. Clip ranges are the papers' own, also where they were chosen for

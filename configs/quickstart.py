@@ -1,8 +1,9 @@
-"""The main comparison: one cold start on running sums, then GRPO and GSPO from it, on the same prompts with the same keys.
+"""The main comparison: one cold start on running sums, then GRPO and GSPO from it, on the same prompts with the same
+keys.
 
 Cold start  300 updates of 128 demonstrations, whose steps are wrong with probability 0.12 each: pass@1 of about 0.2.
-Arms        60 rollouts of 64 prompts x 8 completions, 4 updates each, no KL term. The arms differ in the objective alone: token
-            ratios clipped to 0.2 / 0.27, sequence ratios clipped to 3e-4 / 4e-4 (the paper's ranges).
+Arms        60 rollouts of 64 prompts x 8 completions, 4 updates each, no KL term. The arms differ in the objective
+            alone: token ratios clipped to 0.2 / 0.27, sequence ratios clipped to 3e-4 / 4e-4 (the paper's ranges).
 Cost        about 4 minutes on 2 CPU cores, compilation included.
 """
 

@@ -2,8 +2,8 @@
 
 Drift     GSPO, routed freely: experts changed per update and per rollout, router KL, margins, and the variance of token
           and of sequence log-ratios by length. 30 rollouts of 64 x 8, 4 updates each.
-Mismatch  for each injection and each replay mode, 4 rollouts: sampler against learner before the first update, and the spread of
-          log-ratios over the 4 updates.
+Mismatch  for each injection and each replay mode, 4 rollouts: sampler against learner before the first update, and the
+          spread of log-ratios over the 4 updates.
 Cost      about 8 minutes on 2 CPU cores.
 """
 

@@ -3,8 +3,8 @@
 Task   12 random digits and "="; the answer is the 12 running sums modulo 10, as in "314=" -> "348".
 Model  4 layers, width 64, 8 experts of which 2 run.
 Cost   about a minute on 2 CPU cores.
-Ends   at a pass@1 of about 0.88^12 = 0.2, as far as the demonstrator goes: right and wrong completions in most groups of 8.
-"""
+Ends   at a pass@1 of about 0.88^12 = 0.2, as far as the demonstrator goes: right and wrong completions in most groups
+of 8."""
 
 from configs import base
 

@@ -2,8 +2,8 @@
 
 python experiments/aot.py --config=configs/aot.py --workdir=runs/aot
 
-Leaves in the workdir: one JSON file per slice (a slice that has one is not compiled again), table.md, scaling.png. Needs libtpu.
-"""
+Leaves in the workdir: one JSON file per slice (a slice that has one is not compiled again), table.md, scaling.png.
+Needs libtpu."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,9 @@ import compare
 import matplotlib.pyplot as plt
 from ml_collections import ConfigDict
 
-from gspo import aot, build, cli
+from gspo import build
+from gspo.report import aot
+from gspo.run import cli
 from gspo.types import UserError
 
 COLORS = {"experts": "#D55E00", "attention": "#0072B2", "head": "#009E73", "embedding": "#CC79A7", "parameters": "#E69F00",
@@ -70,7 +72,8 @@ def verdicts(numbers: dict) -> str:
 
 
 def draw(scaling: list[dict], out: Path) -> None:
-    """FLOPs per device of each step, flat where work is shared evenly; and bytes of collectives per device, by what they serve."""
+    """FLOPs per device of each step, flat where work is shared evenly; and bytes of collectives per device, by what
+    they serve."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained", width_ratios=(2, 3))
     chips = [numbers["devices"] for numbers in scaling]
     for step, color in zip(STEPS, ("#0072B2", "#E69F00", "#D55E00"), strict=True):
@@ -81,7 +84,9 @@ def draw(scaling: list[dict], out: Path) -> None:
     left.set(xscale="log", xlabel="Chips", ylabel="TFLOPs per chip and rollout", ylim=(0, None))
     left.set_xticks(chips, map(str, chips))
     left.minorticks_off()
-    sizes = {source: max(n["steps"][step]["sources"].get(source, 0) for n in scaling for step in STEPS) for source in COLORS}
+    sizes = {
+        source: max(n["steps"][step]["sources"].get(source, 0) for n in scaling for step in STEPS) for source in COLORS
+    }
     sources = [source for source, size in sizes.items() if size > 2**29]  # half a GiB: less would not be seen
     width, labels = 0.8, []
     for i, step in enumerate(STEPS):
@@ -92,7 +97,13 @@ def draw(scaling: list[dict], out: Path) -> None:
                 size = numbers["steps"][step]["sources"].get(source, 0) * numbers["steps"][step]["runs"] / 2**30
                 right.bar(x, size, width, bottom=bottom, color=COLORS[source], label=source if i == j == 0 else None)
                 bottom += size
-        right.text(i * (len(scaling) + 1) + (len(scaling) - 1) / 2, -0.2, step, ha="center", transform=right.get_xaxis_transform())
+        right.text(
+            i * (len(scaling) + 1) + (len(scaling) - 1) / 2,
+            -0.2,
+            step,
+            ha="center",
+            transform=right.get_xaxis_transform(),
+        )
     right.set_xticks([x for x, _ in labels], [label for _, label in labels])
     right.set(ylabel="Collectives per chip and rollout [GiB]")
     right.text(-0.01, -0.09, "Chips", ha="right", transform=right.transAxes)

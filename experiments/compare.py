@@ -2,8 +2,8 @@
 
 python experiments/compare.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Leaves in the workdir: cold/ and one folder per arm and seed, table.md, curves.png. Run again, it resumes where it was stopped.
-"""
+Leaves in the workdir: cold/ and one folder per arm and seed, table.md, curves.png. Run again, it resumes where it was
+stopped."""
 
 import statistics
 import sys
@@ -18,14 +18,16 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from gspo import cli, rl, sft
-from gspo.metrics import read_jsonl
+from gspo import rl, sft
+from gspo.run import cli
+from gspo.run.writers import read_jsonl
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from plot_curves import plot_curves
 
 COLUMNS = (
-    "arm", "pass@1 before", "pass@1 after", "clipped tokens", "experts changed per update", "experts changed per rollout",
+    "arm", "pass@1 before", "pass@1 after", "clipped tokens", "experts changed per "
+                                                              "update", "experts changed per rollout",
     "s per rollout", "tokens/s",
 )  # fmt: skip
 
@@ -39,14 +41,18 @@ def main() -> None:
     folders = {arm: [workdir / folder_name(config, arm, seed) for seed in config.seeds] for arm in config.arms}
     for arm, seeds in folders.items():
         for seed, folder in zip(config.seeds, seeds, strict=True):
-            rl.train(arm_config(config, arm, seed, workdir / "cold"), str(folder), title=f"{arm} (seed {seed})", **options)
+            rl.train(
+                arm_config(config, arm, seed, workdir / "cold"), str(folder), title=f"{arm} (seed {seed})", **options
+            )
 
     rows = [row(arm, runs) for arm, runs in folders.items()]
     (workdir / "table.md").write_text(markdown(rows))
     runs = [(arm, folder) for arm, seeds in folders.items() for folder in seeds]
     plot_curves([folder for _, folder in runs], [arm for arm, _ in runs], workdir / "curves.png")
     show(rows)
-    print(f"curves: {workdir / 'curves.png'}   table: {workdir / 'table.md'}   {time.perf_counter() - start:.0f} s in all")
+    print(
+        f"curves: {workdir / 'curves.png'}   table: {workdir / 'table.md'}   {time.perf_counter() - start:.0f} s in all"
+    )
 
 
 def folder_name(config: ConfigDict, arm: str, seed: int) -> str:
@@ -67,7 +73,9 @@ def row(arm: str, folders: list[Path]) -> list[str]:
     """One row of the table: the mean over the arm's seeds, its range in brackets where there are several."""
 
     def over_seeds(value_of, form: str) -> str:
-        values = [value_of(read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "timings.jsonl")) for folder in folders]
+        values = [
+            value_of(read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "timings.jsonl")) for folder in folders
+        ]
         text = form.format(statistics.mean(values))
         return text if len(values) == 1 else f"{text} [{form.format(min(values))}, {form.format(max(values))}]"
 

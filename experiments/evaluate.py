@@ -5,8 +5,8 @@ python experiments/evaluate.py --config=configs/gspo_running_sum.py --workdir=ru
 
 import json
 
-from gspo import cli
 from gspo.evaluate import evaluate_workdir
+from gspo.run import cli
 
 
 def main() -> None:

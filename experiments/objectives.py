@@ -11,8 +11,9 @@ from pathlib import Path
 import compare
 import matplotlib.pyplot as plt
 
-from gspo import cli, rl, sft
-from gspo.metrics import read_jsonl
+from gspo import rl, sft
+from gspo.run import cli
+from gspo.run.writers import read_jsonl
 
 COLUMNS = ("preset", "pass@1 before", "pass@1 after", "best", "clipped tokens", "gradient spikes", "entropy, last 5")
 SPIKE, WINDOW = 3.0, 10
@@ -58,7 +59,9 @@ def draw(runs: dict[str, list[dict]], out: Path) -> None:
     """Small multiples: training reward of each preset, the others behind it in grey, held-out pass@1 as dots."""
     columns = 5
     count = -(-len(runs) // columns)
-    figure, grid = plt.subplots(count, columns, figsize=(2.3 * columns, 1.9 * count), sharex=True, sharey=True, layout="constrained")
+    figure, grid = plt.subplots(
+        count, columns, figsize=(2.3 * columns, 1.9 * count), sharex=True, sharey=True, layout="constrained"
+    )
     for axes in grid.flat[len(runs) :]:
         axes.set_visible(False)
     for axes, (arm, lines) in zip(grid.flat, runs.items(), strict=False):

@@ -3,7 +3,8 @@
 python experiments/rl.py --config=configs/gspo_running_sum.py --workdir=runs/gspo --config.init_from=runs/cold
 """
 
-from gspo import cli, rl
+from gspo import rl
+from gspo.run import cli
 
 
 def main() -> None:

@@ -2,15 +2,16 @@
 
 python experiments/routing_drift.py --config=configs/routing_drift.py --workdir=runs/routing_drift
 
-Leaves drift.png (routing change per update; variance of token and sequence log-ratios by length), replay.md (a table), and the runs.
+Leaves drift.png (routing change per update; variance of token and sequence log-ratios by length), replay.md (a table),
+and the runs.
 
-Found (seed 0, 4 layers, 8 experts of which 2 run): one update moves 0.8% of the routers' choices, three move 2.0%, at most 4.4%,
-the last layer 3.7 times as many as the first; the 13% of tokens with a moved choice carry 28% of the variance of token log-
-ratios. The variance of log s falls as 1/length, as for independent tokens, while that of token log-ratios does not fall: what a
-sequence ratio gains is averaging. Replaying the sampler's routes (R3) shrinks the gap between sampler and learner (k3) 3 to 6
-times where noisy routers or rounding cause it, closes it where experts were swapped, and does not where parameters are stale;
-replaying the learner's own (R2) leaves that gap alone. Either lowers the variance of token log-ratios during the updates by about
-a fifth to a half. Not run on a GPU-sized MoE.
+Found (seed 0, 4 layers, 8 experts of which 2 run): one update moves 0.8% of the routers' choices, three move 2.0%, at
+most 4.4%, the last layer 3.7 times as many as the first; the 13% of tokens with a moved choice carry 28% of the
+variance of token log- ratios. The variance of log s falls as 1/length, as for independent tokens, while that of token
+log-ratios does not fall: what a sequence ratio gains is averaging. Replaying the sampler's routes (R3) shrinks the gap
+between sampler and learner (k3) 3 to 6 times where noisy routers or rounding cause it, closes it where experts were
+swapped, and does not where parameters are stale; replaying the learner's own (R2) leaves that gap alone. Either lowers
+the variance of token log-ratios during the updates by about a fifth to a half. Not run on a GPU-sized MoE.
 """
 
 import json
@@ -23,8 +24,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from ml_collections import ConfigDict
 
-from gspo import cli, rl, sft
-from gspo.metrics import Timer, read_jsonl
+from gspo import rl, sft
+from gspo.run import cli
+from gspo.run.progress import Timer
+from gspo.run.writers import read_jsonl
 
 COLUMNS = (
     "sampler", "replay", "experts that differ: sampler, learner", "experts replayed otherwise", "sampler-learner k3",
@@ -41,12 +44,22 @@ def main() -> None:
     drift = changed(config.base, cold)
     rl.train(drift, str(workdir / "drift"), title="drift", **options)
     (workdir / "by_length.json").write_text(json.dumps(variance_by_length(drift, rollouts=config.mismatch_rollouts)))
-    draw(read_jsonl(workdir / "drift" / "metrics.jsonl"), json.loads((workdir / "by_length.json").read_text()), workdir / "drift.png")
+    draw(
+        read_jsonl(workdir / "drift" / "metrics.jsonl"),
+        json.loads((workdir / "by_length.json").read_text()),
+        workdir / "drift.png",
+    )
 
     rows = []
     for injection, mismatch in config.injections.items():
         for mode in config.modes:
-            arm = changed(config.base, cold, num_rollouts=config.mismatch_rollouts, mismatch=mismatch, router_replay={"mode": mode})
+            arm = changed(
+                config.base,
+                cold,
+                num_rollouts=config.mismatch_rollouts,
+                mismatch=mismatch,
+                router_replay={"mode": mode},
+            )
             arm.eval.num_prompts = arm.num_prompts
             arm.optimizer.update(schedule="constant", warmup_steps=config.base.updates_per_rollout)
             folder = workdir / f"{injection} {mode}".replace(" ", "_").replace("%", "")
@@ -58,13 +71,16 @@ def main() -> None:
 
 def changed(base: ConfigDict, cold: Path, **changes) -> ConfigDict:
     config = ConfigDict(base.to_dict())
-    config.update({name: value.to_dict() if isinstance(value, ConfigDict) else value for name, value in changes.items()})
+    config.update(
+        {name: value.to_dict() if isinstance(value, ConfigDict) else value for name, value in changes.items()}
+    )
     config.init_from = str(cold)
     return config
 
 
 def row(injection: str, mode: str, lines: list[dict]) -> list[str]:
-    """Means over the rollouts. Under R3 the experts that run are the sampler's, by definition none of them is replayed otherwise."""
+    """Means over the rollouts. Under R3 the experts that run are the sampler's, by definition none of them is replayed
+    otherwise."""
 
     def mean(name):
         return statistics.mean(line[name] for line in lines)
@@ -82,7 +98,8 @@ def row(injection: str, mode: str, lines: list[dict]) -> list[str]:
 
 
 def variance_by_length(config: ConfigDict, rollouts: int) -> dict[str, list[float]]:
-    """Variance of token log-ratios and of log s_i, over prefixes of the completions of 1, 2, ... tokens, after 3 updates of a rollout.
+    """Variance of token log-ratios and of log s_i, over prefixes of the completions of 1, 2, ... tokens, after 3
+    updates of a rollout.
 
     A prefix of n tokens stands for a completion of length n: log s is then the mean of its n token log-ratios.
     """

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: python experiments/sft.py --config=configs/sft_running_sum.py --workdir=runs/cold"""
 
-from gspo import cli, sft
+from gspo import sft
+from gspo.run import cli
 
 
 def main() -> None:

@@ -3,13 +3,14 @@
 The public names, one by one. `gspo.rl` is where a reader starts; `from gspo import objectives` works on its own.
 """
 
-from gspo import advantages, objectives
-from gspo.learner import make_scorer, make_train_step, negative_log_likelihood, score_completions
+from gspo import objectives
+from gspo.learning.learner import make_scorer, make_train_step, negative_log_likelihood, score_completions
+from gspo.learning.sampler import make_sampler
 from gspo.masked import Mean
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import ModelSpec, Transformer
-from gspo.objectives import OBJECTIVES, make_objective, preset
-from gspo.sampler import make_sampler
+from gspo.objectives import advantages
+from gspo.objectives.compose import OBJECTIVES, make_objective, preset
 from gspo.types import Batch, Rollout, TrainState, UserError
 
 __all__ = [

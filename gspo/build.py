@@ -1,7 +1,7 @@
 """Config -> the parts of a run. The lowest floor that reads a config object; everything below takes plain arguments.
 
-Each function reads its own fields and checks what can be wrong with them, so that a mistake is one line before anything is compiled.
-"""
+Each function reads its own fields and checks what can be wrong with them, so that a mistake is one line before anything
+is compiled."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,16 +13,18 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from gspo import mismatch, objectives, presets
-from gspo.checkpoint import restore_params
-from gspo.critic import Critic
+from gspo import objectives
 from gspo.data import batches, rewards, tasks
 from gspo.data.tokenizer import Tokenizer, make_tokenizer
+from gspo.learning import mismatch
+from gspo.learning.critic import Critic
+from gspo.learning.optim import make_optimizer, make_schedule
+from gspo.learning.sampler import as_used, make_sampler
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import ModelSpec, Transformer
-from gspo.optim import make_optimizer, make_schedule
-from gspo.sampler import as_used, make_sampler
-from gspo.sharding import ONE_DEVICE, Layout, indivisible, make_mesh, tree_shardings, with_shardings
+from gspo.objectives import presets
+from gspo.parallel.sharding import ONE_DEVICE, Layout, indivisible, make_mesh, tree_shardings, with_shardings
+from gspo.run.checkpoint import restore_params
 from gspo.types import Params, TrainState, UserError
 
 
@@ -47,7 +49,11 @@ def rollout_layout(config: ConfigDict, layout: Layout) -> Layout:
     try:
         return dataclasses.replace(layout, rules=rules, dispatch=dispatch)
     except UserError as error:
-        text = str(error).replace("mesh_rules=", "rollout_mesh_rules=").replace("expert_dispatch=", "rollout_expert_dispatch=")
+        text = (
+            str(error)
+            .replace("mesh_rules=", "rollout_mesh_rules=")
+            .replace("expert_dispatch=", "rollout_expert_dispatch=")
+        )
         raise UserError(text) from None
 
 
@@ -86,7 +92,10 @@ def demonstration_source(config: ConfigDict, tokenizer: Tokenizer) -> batches.De
 def model(config: ConfigDict, tokenizer: Tokenizer, layout: Layout = ONE_DEVICE) -> Transformer:
     fields = config.model.to_dict()
     if 0 < fields["vocab_size"] < tokenizer.vocab_size:
-        raise UserError(f"model.vocab_size={fields['vocab_size']}: the tokenizer has {tokenizer.vocab_size} ids (0: as many as it has)")
+        raise UserError(
+            f"model.vocab_size={fields['vocab_size']}: the tokenizer has {tokenizer.vocab_size} ids (0: as many as "
+            "it has)"
+        )
     fields["vocab_size"] = fields["vocab_size"] or tokenizer.vocab_size
     spec = ModelSpec(**fields)
     for axis, field in (("heads", "num_heads"), ("kv_heads", "num_kv_heads")):
@@ -109,7 +118,9 @@ def objective(config: ConfigDict) -> tuple[objectives.Objective, dict[str, Any]]
 def reward_functions(config: ConfigDict, source: batches.PromptSource) -> dict[str, Callable]:
     """Name -> reward; "task" is the task's own."""
     if len(config.rewards) != len(config.reward_weights):
-        raise UserError(f"reward_weights: {len(config.reward_weights)} weights for {len(config.rewards)} rewards; give one each")
+        raise UserError(
+            f"reward_weights: {len(config.reward_weights)} weights for {len(config.rewards)} rewards; give one each"
+        )
     known = {"task": source.task.reward} | rewards.REWARDS
     for name in config.rewards:
         if name not in known:
@@ -126,7 +137,9 @@ def optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.GradientTrans
 
 def sampling(config: ConfigDict) -> Sampling:
     if config.temperature <= 0:
-        raise UserError(f"temperature={config.temperature}: training needs a positive one; 0 (greedy) is for eval.temperature")
+        raise UserError(
+            f"temperature={config.temperature}: training needs a positive one; 0 (greedy) is for eval.temperature"
+        )
     return Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
 
 
@@ -147,7 +160,9 @@ def mismatched(config: ConfigDict, model: Transformer) -> Transformer:
     if m.params not in mismatch.ROUNDINGS:
         raise UserError(f"mismatch.params={m.params!r}: choose one of {', '.join(mismatch.ROUNDINGS)}")
     if m.router_noise < 0 or not 0 <= m.expert_swap <= 1 or m.stale_rollouts < 0:
-        raise UserError("mismatch: router_noise and stale_rollouts must not be negative, and expert_swap lies in [0, 1]")
+        raise UserError(
+            "mismatch: router_noise and stale_rollouts must not be negative, and expert_swap lies in [0, 1]"
+        )
     differs = m.params != "float32" or m.router_noise or m.expert_swap or m.stale_rollouts
     if differs and config.old_logps != "learner":
         raise UserError("mismatch: the sampler's log-probs are then not the old policy's; set old_logps='learner'")
@@ -159,8 +174,8 @@ def mismatched(config: ConfigDict, model: Transformer) -> Transformer:
 
 
 def rollout_params(config: ConfigDict, model: Transformer, layout: Layout) -> Callable[[Params], Params]:
-    """Returns the map from the learner's parameters to those that rollouts read, applied once per rollout: in the dtype of the matmuls,
-    and laid out by config.rollout_mesh_rules. The identity where that changes nothing.
+    """Returns the map from the learner's parameters to those that rollouts read, applied once per rollout: in the dtype
+    of the matmuls, and laid out by config.rollout_mesh_rules. The identity where that changes nothing.
     """
     dtype, target = model.spec.compute_dtype, rollout_layout(config, layout)
     if dtype == jnp.float32 and target.rules == layout.rules:
@@ -183,14 +198,18 @@ def check_rows(layout: Layout, **counts: int) -> None:
     for field, rows in counts.items():
         if rows % parts:
             raise UserError(
-                f"{field}={rows}: not divisible by the {parts} devices that share the rows (mesh data x fsdp x expert); "
+                f"{field}={rows}: not divisible by the {parts} devices that share the rows (mesh data x fsdp x "
+                "expert); "
                 f"use a multiple of {parts}, or fewer devices"
             )
         owned: dict[int, set] = {}
         for device, index in layout.sharding("rows").devices_indices_map((rows,)).items():
             owned.setdefault(device.process_index, set()).add(index[0].indices(rows))
         if len({len(pieces) for pieces in owned.values()}) > 1:
-            raise UserError(f"mesh: some processes own more of the rows ({field}={rows}) than others; choose sizes that fit the hosts")
+            raise UserError(
+                f"mesh: some processes own more of the rows ({field}={rows}) than others; choose sizes that fit the "
+                "hosts"
+            )
 
 
 def needs_reference(config: ConfigDict, objective: objectives.Objective) -> bool:
@@ -214,8 +233,8 @@ def state_on_mesh(
     entropy_coef: float | None = None,
     num_stale: int = 0,
 ) -> tuple[Callable[[jax.Array], TrainState], TrainState]:
-    """Returns (init, abstract): a jitted `init(key) -> TrainState` whose arrays are born on their devices, never whole on one; and
-    the same state as ShapeDtypeStructs with shardings, which a checkpoint is restored into.
+    """Returns (init, abstract): a jitted `init(key) -> TrainState` whose arrays are born on their devices, never whole
+    on one; and the same state as ShapeDtypeStructs with shardings, which a checkpoint is restored into.
     """
     boxed = jax.eval_shape(model.init_params, jax.random.key(0))
     param_shardings = tree_shardings(layout, boxed)
@@ -232,7 +251,11 @@ def state_on_mesh(
         step=everywhere,
         params=param_shardings,
         opt_state=optax.tree_utils.tree_map_params(
-            optimizer, lambda _, sharding: sharding, shapes.opt_state, param_shardings, transform_non_params=lambda _: everywhere
+            optimizer,
+            lambda _, sharding: sharding,
+            shapes.opt_state,
+            param_shardings,
+            transform_non_params=lambda _: everywhere,
         ),
         ref_params=param_shardings if with_ref else None,
         entropy_coef=None if entropy_coef is None else everywhere,
@@ -250,7 +273,9 @@ def add_critic(
 ) -> tuple[Callable[[jax.Array], TrainState], TrainState]:
     """The (init, abstract) of `state_on_mesh`, with the state of a critic in it."""
     critic_init, critic_abstract = state_on_mesh(layout, critic, optimizer)
-    return lambda key: init(key).replace(critic=critic_init(jax.random.fold_in(key, 1))), abstract.replace(critic=critic_abstract)
+    return lambda key: init(key).replace(critic=critic_init(jax.random.fold_in(key, 1))), abstract.replace(
+        critic=critic_abstract
+    )
 
 
 def shardings_of(layout: Layout, abstract: TrainState) -> TrainState | None:
@@ -259,7 +284,8 @@ def shardings_of(layout: Layout, abstract: TrainState) -> TrainState | None:
 
 
 def initial_state(config: ConfigDict, init: Callable[[jax.Array], TrainState], abstract: TrainState) -> TrainState:
-    """A fresh state; with config.init_from, the parameters of that run, for the policy, the reference and the body of the critic."""
+    """A fresh state; with config.init_from, the parameters of that run, for the policy, the reference and the body of
+    the critic."""
     state = init(jax.random.fold_in(jax.random.key(config.seed), 0))
     if not config.init_from:
         return state
@@ -281,8 +307,12 @@ def copy_tree(params: Params) -> Params:
 def describe_layout(config: ConfigDict, layout: Layout) -> str:
     """One line for the log: devices, processes, and what is cut along what."""
     sizes = " x ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items() if size > 1)
-    experts = f", experts by {layout.dispatch} in groups of {layout.parts('expert')}" if layout.parts("expert") > 1 else ""
-    rules = f"{layout.rules!r}, rollouts {config.rollout_mesh_rules!r}" if config.rollout_mesh_rules else repr(layout.rules)
+    experts = (
+        f", experts by {layout.dispatch} in groups of {layout.parts('expert')}" if layout.parts("expert") > 1 else ""
+    )
+    rules = (
+        f"{layout.rules!r}, rollouts {config.rollout_mesh_rules!r}" if config.rollout_mesh_rules else repr(layout.rules)
+    )
     if config.rollout_expert_dispatch:
         experts += f", in rollouts by {config.rollout_expert_dispatch}"
     return f"{layout.mesh.size} devices in {jax.process_count()} process(es), mesh {sizes}, rules {rules}{experts}"
@@ -294,7 +324,9 @@ def describe(model: Transformer, abstract: TrainState) -> str:
     total, spec = sum(sizes.values()), model.spec
     if not spec.num_experts:
         return f"dense model, {spec.num_layers} layers, {total:,} parameters"
-    expert = sum(size for path, size in sizes.items() if jax.tree_util.keystr(path[-1:]).strip("[']") in ("gate", "up", "down"))
+    expert = sum(
+        size for path, size in sizes.items() if jax.tree_util.keystr(path[-1:]).strip("[']") in ("gate", "up", "down")
+    )
     active = total - expert + expert * spec.experts_per_token // spec.num_experts
     return (
         f"MoE model, {spec.num_layers} layers, {spec.num_experts} experts of which {spec.experts_per_token} run, "

@@ -1,9 +1,9 @@
 """Experience: prompts -> completions -> rewards -> advantages -> the batch that the updates of one rollout share.
 
-    draw      sample G completions for each prompt, score them with verifiable rewards
-    select    dynamic sampling (DAPO §3.2): keep groups whose rewards differ, draw again for the rest
-    shape     what is added to the raw reward: a penalty on length, on the distance to the reference
-    compare   advantages of each completion against its group
+draw      sample G completions for each prompt, score them with verifiable rewards
+select    dynamic sampling (DAPO §3.2): keep groups whose rewards differ, draw again for the rest
+shape     what is added to the raw reward: a penalty on length, on the distance to the reference
+compare   advantages of each completion against its group
 """
 
 from collections.abc import Callable, Sequence
@@ -14,23 +14,25 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from gspo import advantages, build, distributed
+from gspo import build
 from gspo.data import batches
 from gspo.data.rewards import Example, overlong_penalty
 from gspo.data.tokenizer import Tokenizer
+from gspo.learning.microbatch import row_axis
+from gspo.learning.mismatch import make_rounding
 from gspo.masked import masked_mean
-from gspo.metrics import Timer
-from gspo.microbatch import row_axis
-from gspo.mismatch import make_rounding
 from gspo.model.routing import by_layer, changed, recorded
-from gspo.sharding import Layout
+from gspo.objectives import advantages
+from gspo.parallel import distributed
+from gspo.parallel.sharding import Layout
+from gspo.run.progress import Timer
 from gspo.steps import Steps
 from gspo.types import Batch, Params, Rollout, TrainState, UserError, completion_mask
 
 
 class Sampled(NamedTuple):
-    """Completions of Q prompts, B = Q · G rows. `rollout` is on the devices. On the host, of the rows `own_B` that lie on this
-    process's devices: their prompts, tokens and lengths.
+    """Completions of Q prompts, B = Q · G rows. `rollout` is on the devices. On the host, of the rows `own_B` that lie
+    on this process's devices: their prompts, tokens and lengths.
     """
 
     rollout: Rollout
@@ -41,8 +43,8 @@ class Sampled(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """One call of the sampler with its rewards, B = Q · G rows. `rollout` is on the devices. On the host: rewards_B and parts_BR of all
-    rows; examples and texts of the rows `own_B`, which lie on this process's devices.
+    """One call of the sampler with its rewards, B = Q · G rows. `rollout` is on the devices. On the host: rewards_B and
+    parts_BR of all rows; examples and texts of the rows `own_B`, which lie on this process's devices.
     """
 
     rollout: Rollout
@@ -73,10 +75,15 @@ class Collector:
 
     def __call__(self, state: TrainState, cursor: int, key: jax.Array, timer: Timer) -> Experience:
         with timer("rollout"):
-            params = self.steps.rollout_params(self.rounding(state.stale_params[0] if state.stale_params else state.params))
+            params = self.steps.rollout_params(
+                self.rounding(state.stale_params[0] if state.stale_params else state.params)
+            )
         draws = [self.draw(params, cursor, key, timer)]
         if self.config.filter_groups.enable:
-            while self._mixed(draws) < self.config.num_prompts and len(draws) < self.config.filter_groups.max_num_gen_batches:
+            while (
+                self._mixed(draws) < self.config.num_prompts
+                and len(draws) < self.config.filter_groups.max_num_gen_batches
+            ):
                 cursor += self.config.num_prompts
                 draws.append(self.draw(params, cursor, jax.random.fold_in(key, len(draws)), timer))
         del params  # a second copy of the policy, which only the sampler reads
@@ -95,12 +102,19 @@ class Collector:
         return Experience(batch, metrics, self.samples(draw), cursor + self.config.num_prompts)
 
     def draw(self, params, cursor: int, key: jax.Array, timer: Timer) -> Draw:
-        """Samples the prompts at positions cursor .. cursor + Q of the run, and scores the completions: those of its own devices, on
-        each host."""
+        """Samples the prompts at positions cursor .. cursor + Q of the run, and scores the completions: those of its
+        own devices, on each host."""
         config, steps = self.config, self.steps
         with timer("rollout"):
             sampled = sample(
-                steps.layout, self.source, steps.sampler, params, cursor, config.num_prompts, config.num_generations, key
+                steps.layout,
+                self.source,
+                steps.sampler,
+                params,
+                cursor,
+                config.num_prompts,
+                config.num_generations,
+                key,
             )
         with timer("reward"):
             return judge(sampled, self.tokenizer, list(self.rewards.values()), config.reward_weights)
@@ -109,8 +123,8 @@ class Collector:
         return sum(int((spread(draw.rewards_B, self.config.num_generations) > 0).sum()) for draw in draws)
 
     def select(self, draws: list[Draw]) -> Draw:
-        """The first Q groups with rewards that differ, filled up with groups that do not; shapes never change. The raw reward
-        decides: a penalty on length would make every group look mixed.
+        """The first Q groups with rewards that differ, filled up with groups that do not; shapes never change. The raw
+        reward decides: a penalty on length would make every group look mixed.
         """
         if len(draws) == 1:
             return draws[0]
@@ -151,16 +165,16 @@ class Collector:
         ))  # fmt: skip
 
     def score(self, state: TrainState, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
-        """The rollout as the learner sees it, advantages still missing: old log-probs, reference log-probs, routes. And how far the
-        sampler's routes are from the learner's, where both are known.
+        """The rollout as the learner sees it, advantages still missing: old log-probs, reference log-probs, routes. And
+        how far the sampler's routes are from the learner's, where both are known.
         """
         config, scorer, batch = self.config, self.steps.scorer, self._as_batch(rollout)
         mode, measured = config.router_replay.mode, {}
         rows = (rollout.tokens_BT, rollout.prompt_lengths_B)
         router_logp = "old_router_logp_LBCX" in self.steps.objective.needs
         if config.old_logps == "learner" or mode == "R2" or config.log.router_kl or router_logp:
-            # Under R3 the policy in training runs the sampler's experts, so the old policy does too. Else it routes freely, and what it
-            # chose is what drift is measured against and, under R2, what is replayed.
+            # Under R3 the policy in training runs the sampler's experts, so the old policy does too. Else it routes
+            # freely, and what it chose is what drift is measured against and, under R2, what is replayed.
             old = scorer(state.params, *rows, *((rollout.routes_LBTX, True) if mode == "R3" else ()))
             batch = batch.replace(
                 routes_LBTX=rollout.routes_LBTX if mode == "R3" else old.routes_LBTX,
@@ -187,9 +201,9 @@ class Collector:
         return shaped_B
 
     def compare(self, state: TrainState, batch: Batch, shaped_B: np.ndarray, truncated_B: np.ndarray) -> Batch:
-        """Fills in the advantages, against the group or the critic, and takes rows that were cut off out of the loss where the config
-        says so. A penalty on the distance to the reference, β log π_old/π_ref per token, is part of what is compared.
-        """
+        """Fills in the advantages, against the group or the critic, and takes rows that were cut off out of the loss
+        where the config says so. A penalty on the distance to the reference, β log π_old/π_ref per token, is part of
+        what is compared."""
         value_fn = self.steps.value_fn
         values_BC = None if value_fn is None else value_fn(state.critic.params, batch.tokens_BT, batch.prompt_lengths_B)
         return self._compare(batch, shaped_B, truncated_B, values_BC)
@@ -209,7 +223,9 @@ class Collector:
             mean = masked_mean(raw_BC, mask_BC).value
             deviation = jnp.sqrt(masked_mean(jnp.square(raw_BC - mean), mask_BC).value)
             advantages_BC = (raw_BC - mean) / (deviation + advantages.EPSILON)
-        advantages_BC = advantages.weighted_by_sign(advantages_BC, config.advantage_weight_pos, config.advantage_weight_neg)
+        advantages_BC = advantages.weighted_by_sign(
+            advantages_BC, config.advantage_weight_pos, config.advantage_weight_neg
+        )
         if config.mask_truncated_completions:
             mask_BC = mask_BC & ~truncated_B[:, None]
         batch = batch.replace(loss_mask_BC=mask_BC, advantages_BC=jnp.where(mask_BC, advantages_BC, 0.0))
@@ -232,7 +248,9 @@ class Collector:
 
     def samples(self, draw: Draw) -> list[dict[str, Any]]:
         """The first rows among those of this process. With several processes they need not be the first of all."""
-        rows = list(zip(draw.examples, draw.texts, draw.rewards_B[draw.own_B], strict=True))[: self.config.log.num_samples]
+        rows = list(zip(draw.examples, draw.texts, draw.rewards_B[draw.own_B], strict=True))[
+            : self.config.log.num_samples
+        ]
         return [sample_line(*row) for row in rows]
 
 
@@ -240,13 +258,18 @@ def sample(
     layout: Layout, source: batches.PromptSource, sampler: Callable[..., Rollout], params: Params, cursor: int, num_prompts: int,
     num_generations: int, key: jax.Array,
 ) -> Sampled:  # fmt: skip
-    """Completions of the prompts at positions cursor .. cursor + num_prompts; each process reads the prompts of its own devices."""
+    """Completions of the prompts at positions cursor .. cursor + num_prompts; each process reads the prompts of its own
+    devices."""
     rows = layout.sharding("rows")
     own_Q = distributed.own_rows(rows, num_prompts)
     own_B = rows_of(own_Q, num_generations)
     prompts = source.batch(cursor, num_prompts, own_Q)
-    rollout = sampler(params, *distributed.put_rows(rows, own_Q, num_prompts, prompts.tokens_QP, prompts.lengths_Q), key)
-    return Sampled(rollout, own_B, prompts, *distributed.fetch_rows(own_B, rollout.tokens_BT, rollout.completion_lengths_B))
+    rollout = sampler(
+        params, *distributed.put_rows(rows, own_Q, num_prompts, prompts.tokens_QP, prompts.lengths_Q), key
+    )
+    return Sampled(
+        rollout, own_B, prompts, *distributed.fetch_rows(own_B, rollout.tokens_BT, rollout.completion_lengths_B)
+    )
 
 
 def judge(sampled: Sampled, tokenizer: Tokenizer, functions: list[Callable], weights: Sequence[float]) -> Draw:
@@ -294,7 +317,8 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"{field}={value!r}: choose one of {', '.join(known)}")
     if not 0 <= config.overlong_buffer.len < config.max_completion_length:
         raise UserError(
-            f"overlong_buffer.len={config.overlong_buffer.len}: must be in 0..{config.max_completion_length - 1} (0: no penalty)"
+            f"overlong_buffer.len={config.overlong_buffer.len}: must be in 0..{config.max_completion_length - 1} (0: "
+            "no penalty)"
         )
     if min(config.advantage_weight_pos, config.advantage_weight_neg) < 0:
         raise UserError("advantage_weight_pos and advantage_weight_neg: must not be negative")

@@ -6,14 +6,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from gspo import build, distributed
-from gspo.checkpoint import restore_params
+from gspo import build
 from gspo.collect import judge, sample, sample_line
 from gspo.data.tokenizer import Tokenizer
-from gspo.hf import abstract_params
+from gspo.hf.folder import abstract_params
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer
-from gspo.sharding import Layout
+from gspo.parallel import distributed
+from gspo.parallel.sharding import Layout
+from gspo.run.checkpoint import restore_params
 from gspo.types import Params
 
 SOLVED = 1.0 - 1e-6  # a completion is correct when the task's own reward is 1
@@ -31,17 +32,19 @@ def make_evaluator(
 ) -> Callable[[Params], tuple[dict[str, float], list[dict]]]:
     """Returns `evaluate(params) -> (metrics, samples)` over config.eval.num_prompts prompts of the evaluation split.
 
-    The prompts and the noise are the same at every call, so that two evaluations differ by the parameters alone. sampler: one to
-    share with the caller (and its compilation), where it draws what config.eval asks for. rollout_params: likewise, what maps the
-    parameters to those that it reads.
+    The prompts and the noise are the same at every call, so that two evaluations differ by the parameters alone.
+    sampler: one to share with the caller (and its compilation), where it draws what config.eval asks for.
+    rollout_params: likewise, what maps the parameters to those that it reads.
 
-    metrics: eval/pass@1 (mean over all samples), its standard error over prompts, eval/pass@k, lengths in tokens, truncated share.
-    """
+    metrics: eval/pass@1 (mean over all samples), its standard error over prompts, eval/pass@k, lengths in tokens,
+    truncated share."""
     build.positive(config, "eval.num_prompts", "eval.num_generations_eval")
     source = build.prompt_source(config, config.task.eval_split, tokenizer)
     k = config.eval.num_generations_eval
     count = min(config.eval.num_prompts, len(source))
-    width = min(count, config.get("num_prompts", count))  # equal calls, one compile; what the last has too many is dropped
+    width = min(
+        count, config.get("num_prompts", count)
+    )  # equal calls, one compile; what the last has too many is dropped
     build.check_rows(layout, **{"eval.num_prompts": width})
     if sampler is None:
         sampled = model.clone(layout=build.rollout_layout(config, layout))

@@ -1,7 +1,7 @@
 """Masked sums and means, kept as (sum, count) until the very end.
 
-A mean of means is wrong as soon as parts differ in size: micro-batches with different lengths, devices with different rows.
-So nothing here divides; `Mean.value` does, once, after the parts were added.
+A mean of means is wrong as soon as parts differ in size: micro-batches with different lengths, devices with different
+rows. So nothing here divides; `Mean.value` does, once, after the parts were added.
 """
 
 import chex

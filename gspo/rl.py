@@ -1,4 +1,5 @@
-"""Reinforcement learning: rollout -> rewards -> advantages -> several updates against a fixed old policy. Start reading here.
+"""Reinforcement learning: rollout -> rewards -> advantages -> several updates against a fixed old policy. Start reading
+here.
 
     for each rollout
         sample G completions per prompt from the policy, with their log-probs and routes
@@ -6,8 +7,8 @@
         for each of N minibatches
             one optimizer update; the ratio is π_θ / π_old, π_old the policy that sampled, the same for all N
 
-Everything random is a function of (seed, rollout), and the data position is one integer. So a run that is killed anywhere and started
-again continues from its last checkpoint as if nothing had happened, bit by bit.
+Everything random is a function of (seed, rollout), and the data position is one integer. So a run that is killed
+anywhere and started again continues from its last checkpoint as if nothing had happened, bit by bit.
 """
 
 from typing import Any, NamedTuple
@@ -16,17 +17,20 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from gspo import build, collect, distributed, presets
-from gspo.checkpoint import Checkpointer
-from gspo.cli import StopSignal
+from gspo import build, collect
 from gspo.collect import Collector
 from gspo.evaluate import make_evaluator
-from gspo.learner import make_ref_sync
-from gspo.metrics import MetricsWriter, Progress, Timer
+from gspo.learning.learner import make_ref_sync
 from gspo.model.distribution import Sampling
+from gspo.objectives import presets
+from gspo.parallel import distributed
+from gspo.run.checkpoint import Checkpointer
+from gspo.run.cli import StopSignal
+from gspo.run.progress import Progress, Timer
+from gspo.run.workdir import open_workdir
+from gspo.run.writers import MetricsWriter
 from gspo.steps import Steps, make_steps
 from gspo.types import UserError
-from gspo.workdir import open_workdir
 
 ROLLOUT_STREAM = 1  # of the run's random keys
 PHASES = ("rollout", "reward", "old_logps", "update")  # what a rollout costs, evaluation and checkpoints aside
@@ -48,10 +52,18 @@ def prepare(config: ConfigDict) -> Run:
     layout, tokenizer = build.layout(config), build.tokenizer(config)
     steps = make_steps(config, layout, tokenizer)
     source = build.prompt_source(config, config.task.train_split, tokenizer)
-    same_draw = (Sampling(config.eval.temperature), config.eval.num_generations_eval) == (steps.sampling, config.num_generations)
+    same_draw = (Sampling(config.eval.temperature), config.eval.num_generations_eval) == (
+        steps.sampling,
+        config.num_generations,
+    )
     same_draw = same_draw and not (config.mismatch.router_noise or config.mismatch.expert_swap)
     evaluate = make_evaluator(
-        config, layout, steps.model, tokenizer, sampler=steps.sampler if same_draw else None, rollout_params=steps.rollout_params
+        config,
+        layout,
+        steps.model,
+        tokenizer,
+        sampler=steps.sampler if same_draw else None,
+        rollout_params=steps.rollout_params,
     )
     collector = Collector(config, steps, tokenizer, source)
 
@@ -66,9 +78,14 @@ def prepare(config: ConfigDict) -> Run:
     if layout.several:
         notes.insert(1, build.describe_layout(config, layout))
     if config.objective.preset == "ppo" and not config.critic.enable:
-        notes.append("warning: objective.preset 'ppo' without a critic takes its advantages from the group; set critic.enable=true")
+        notes.append(
+            "warning: objective.preset 'ppo' without a critic takes its advantages from the group; set "
+            "critic.enable=true"
+        )
     if source.num_dropped:
-        notes.append(f"{source.num_dropped} prompts longer than max_prompt_length={config.max_prompt_length} tokens were dropped")
+        notes.append(
+            f"{source.num_dropped} prompts longer than max_prompt_length={config.max_prompt_length} tokens were dropped"
+        )
     return Run(steps, collector, evaluate, notes)
 
 
@@ -94,7 +111,9 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
     else:
         first, state, meta = restored
         run.notes.append(f"resumed at rollout {first}")
-    open_workdir(workdir, config.to_dict(), allow_changed_config=allow_changed_config)  # nothing failed: from now on it is this run's
+    open_workdir(
+        workdir, config.to_dict(), allow_changed_config=allow_changed_config
+    )  # nothing failed: from now on it is this run's
     writer.truncate(meta["offsets"])
     cursor = meta["cursor"]
     run_key = jax.random.fold_in(jax.random.key(config.seed), ROLLOUT_STREAM)
@@ -141,7 +160,11 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
             if sync_reference and (index + 1) % config.ref_model_sync_steps == 0:
                 state = state.replace(ref_params=sync_reference(state.params, state.ref_params))
 
-            line |= experience.metrics | update_metrics(done) | {"learning_rate": float(steps.learning_rate(index * updates))}
+            line |= (
+                experience.metrics
+                | update_metrics(done)
+                | {"learning_rate": float(steps.learning_rate(index * updates))}
+            )
             writer.write(index, line)
             timings = timer.take()
             timings["tokens_per_second"] = line["num_tokens"] / sum(timings[phase] for phase in PHASES)
@@ -149,7 +172,11 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
             if config.log.samples_every and index % config.log.samples_every == 0:
                 writer.write_samples(index, experience.samples)
             sample = experience.samples[0] if experience.samples else None
-            progress.update(index, line | timings, sample and f"{sample['prompt']}{sample['completion']}  reward {sample['reward']:g}")
+            progress.update(
+                index,
+                line | timings,
+                sample and f"{sample['prompt']}{sample['completion']}  reward {sample['reward']:g}",
+            )
     return line
 
 
@@ -167,20 +194,23 @@ def check(config: ConfigDict) -> None:
 
 
 def guard(config: ConfigDict, index: int, steps: list[dict], checkpointer: Checkpointer) -> None:
-    """Stops the run where going on would waste it: NaN, or an old policy that is not the one that sampled. Before the first update of
-    a rollout, ratio and 1 may differ by rounding only.
+    """Stops the run where going on would waste it: NaN, or an old policy that is not the one that sampled. Before the
+    first update of a rollout, ratio and 1 may differ by rounding only.
     """
     for j, metrics in enumerate(steps):
         if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
             raise UserError(
-                f"rollout {index}, update {j}: loss or gradient is not finite{checkpointer.last_good()}; lower optimizer.learning_rate"
+                f"rollout {index}, update {j}: loss or gradient is not finite{checkpointer.last_good()}; lower "
+                "optimizer.learning_rate"
             )
     tolerance = config.check_tolerance or TOLERANCE[config.model.dtype]
     gap = float(steps[0]["log_ratio/abs_max"])
     if gap > tolerance:
         raise UserError(
-            f"rollout {index}: before the first update sampler and learner differ by {gap:.2e} in a token's log-prob, more than "
-            f"check_tolerance={tolerance:g}; the old log-probs are not those of this policy (stale weights, another temperature, a "
+            f"rollout {index}: before the first update sampler and learner differ by {gap:.2e} in a token's "
+            "log-prob, more than "
+            f"check_tolerance={tolerance:g}; the old log-probs are not those of this policy (stale weights, another "
+            "temperature, a "
             f"wrong mask){checkpointer.last_good()}"
         )
 
@@ -188,8 +218,8 @@ def guard(config: ConfigDict, index: int, steps: list[dict], checkpointer: Check
 def update_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
     """One value per metric from the N updates of a rollout: the mean, but the extreme where the name says so.
 
-    Routing drift is a distance from the policy that sampled: after one update (`..._per_update`, from the second minibatch) and
-    after N - 1 (the last minibatch).
+    Routing drift is a distance from the policy that sampled: after one update (`..._per_update`, from the second
+    minibatch) and after N - 1 (the last minibatch).
     """
     line = {}
     for name in steps[0]:

@@ -1,5 +1,5 @@
-"""Supervised fine-tuning on demonstrations: the cold start of a policy. It stops early on purpose (pass@1 of 0.1 to 0.6), since
-reinforcement learning needs groups in which some completions are right and some are wrong.
+"""Supervised fine-tuning on demonstrations: the cold start of a policy. It stops early on purpose (pass@1 of 0.1 to
+0.6), since reinforcement learning needs groups in which some completions are right and some are wrong.
 """
 
 from typing import Any
@@ -8,21 +8,25 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from gspo import build, distributed
-from gspo.checkpoint import Checkpointer
-from gspo.cli import StopSignal
+from gspo import build
 from gspo.data.batches import DemonstrationSource
 from gspo.evaluate import make_evaluator
-from gspo.learner import make_train_step, negative_log_likelihood
-from gspo.metrics import MetricsWriter, Progress, Timer
-from gspo.sharding import Layout
+from gspo.learning.learner import make_train_step, negative_log_likelihood
+from gspo.parallel import distributed
+from gspo.parallel.sharding import Layout
+from gspo.run.checkpoint import Checkpointer
+from gspo.run.cli import StopSignal
+from gspo.run.progress import Progress, Timer
+from gspo.run.workdir import open_workdir
+from gspo.run.writers import MetricsWriter
 from gspo.types import Batch, UserError, completion_mask
-from gspo.workdir import open_workdir
 
 STOP_EVERY = 5  # updates between looks at whether any process was asked to stop: they all must take part
 
 
-def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = False, title: str = "SFT") -> dict[str, Any]:
+def train(
+    config: ConfigDict, workdir: str, *, allow_changed_config: bool = False, title: str = "SFT"
+) -> dict[str, Any]:
     """Runs, or resumes, supervised fine-tuning in workdir. Returns the last line of its metrics. Raises UserError."""
     # ------------------------------------------------------------------ config, layout, data, model
     micro = build.micro_batch_size(config, config.batch_size, "a batch (batch_size)")
@@ -52,7 +56,9 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
     else:
         first, state, meta = restored
         writer.truncate(meta["offsets"])
-    open_workdir(workdir, config.to_dict(), allow_changed_config=allow_changed_config)  # nothing failed: from now on it is this run's
+    open_workdir(
+        workdir, config.to_dict(), allow_changed_config=allow_changed_config
+    )  # nothing failed: from now on it is this run's
     progress = Progress(config.num_updates, start=first, title=title)
     progress.note(build.describe(model, abstract))
     if source.num_dropped:
@@ -76,7 +82,9 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
             if stopping and not last:
                 checkpointer.wait()
                 raise stop.leave(f"saved update {index} in {workdir}; start the same command again to go on")
-            writer.write_samples(index, samples[: config.log.num_samples])  # after the save, like all that a resume does again
+            writer.write_samples(
+                index, samples[: config.log.num_samples]
+            )  # after the save, like all that a resume does again
             if last:
                 writer.write(index, line)
                 progress.update(index, line)
@@ -87,7 +95,8 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
                 metrics = jax.device_get(metrics)
             if not np.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 raise UserError(
-                    f"update {index}: loss or gradient is not finite{checkpointer.last_good()}; lower optimizer.learning_rate"
+                    f"update {index}: loss or gradient is not finite{checkpointer.last_good()}; lower "
+                    "optimizer.learning_rate"
                 )
             line |= metrics | {"learning_rate": float(learning_rate(index))}
             writer.write(index, line)

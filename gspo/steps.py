@@ -1,4 +1,5 @@
-"""Config -> the jitted functions of one run, on a mesh: rollout, log-probs, update. What `gspo.rl` runs and `gspo.aot` compiles.
+"""Config -> the jitted functions of one run, on a mesh: rollout, log-probs, update. What `gspo.rl` runs and
+`gspo.report.aot` compiles.
 
 Nothing here reads data: of the tokenizer only the ids that end a completion and pad it.
 """
@@ -10,15 +11,15 @@ import jax
 from ml_collections import ConfigDict
 
 from gspo import build
-from gspo.critic import Critic, make_critic_step, make_value_fn
 from gspo.data.tokenizer import Tokenizer
-from gspo.learner import make_scorer, make_train_step
-from gspo.microbatch import minibatch
+from gspo.learning.critic import Critic, make_critic_step, make_value_fn
+from gspo.learning.learner import make_scorer, make_train_step
+from gspo.learning.microbatch import minibatch
+from gspo.learning.optim import make_optimizer
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer
-from gspo.objectives import Objective
-from gspo.optim import make_optimizer
-from gspo.sharding import Layout
+from gspo.objectives.compose import Objective
+from gspo.parallel.sharding import Layout
 from gspo.types import Batch, Params, Rollout, TrainState, UserError
 
 
@@ -56,7 +57,8 @@ def make_steps(config: ConfigDict, layout: Layout, tokenizer: Tokenizer) -> Step
     routed = routed or config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0
     if routed and not model.spec.num_experts:
         raise UserError(
-            "router_replay.mode, router_shift_floor, router_aux_loss_coef, router_z_loss_coef, log.router_kl: a dense model has no "
+            "router_replay.mode, router_shift_floor, router_aux_loss_coef, router_z_loss_coef, log.router_kl: a "
+            "dense model has no "
             "routers; switch them off"
         )
     optimizer, learning_rate = build.optimizer(config, total_steps=config.num_rollouts * updates)

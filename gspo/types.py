@@ -1,6 +1,7 @@
 """The dimension key, and the few records that cross file borders.
 
-Dimension key. Every array of rank >= 1 that crosses a function border carries its dimensions as a suffix, `logp_BC` say:
+Dimension key. Every array of rank >= 1 that crosses a function border carries its dimensions as a suffix, `logp_BC`
+say:
 
     B  rows (one completion each)     D  model width             E  experts
     N  query heads                    L  layers                  X  experts chosen per token
@@ -15,9 +16,8 @@ One sequence is one frame of T = P + C tokens: the prompt ends at column P - 1, 
     column      0 ......... P-len ..... P-1 | P ......... P+len-1 ....... T-1
     token       pad  ...    prompt          | completion           ...    pad
 
-Sampler and learner share the frame, its positions and its mask, so that everything they compute can be compared element by
-element. Masks come from the two lengths, never from token ids: a sampled pad token is a token like any other.
-"""
+Sampler and learner share the frame, its positions and its mask, so that everything they compute can be compared element
+by element. Masks come from the two lengths, never from token ids: a sampled pad token is a token like any other."""
 
 from typing import Any
 
@@ -29,7 +29,8 @@ Params = Any  # a nested dict of arrays, as linen's `init` returns it under "par
 
 
 class UserError(Exception):
-    """A mistake of the user's: one line that names the field and the remedy. `gspo.cli.run` turns it into exit code 2."""
+    """A mistake of the user's: one line that names the field and the remedy. `gspo.run.cli.run` turns it into exit code
+    2."""
 
 
 def completion_mask(lengths_B: chex.Array, width: int) -> chex.Array:
@@ -44,8 +45,10 @@ class Rollout:
     tokens_BT            int32   the frames: prompt and completion
     prompt_lengths_B     int32
     completion_lengths_B int32   tokens sampled, the end-of-sequence token included
-    logp_BC              float32 log-probability of each sampled token under the distribution it was drawn from; 0 after the end
-    routes_LBTX          int     experts chosen by each layer for each token; -1 where nothing was recorded. None for dense models
+    logp_BC              float32 log-probability of each sampled token under the distribution it was drawn from; 0 after
+                         the end
+    routes_LBTX          int     experts chosen by each layer for each token; -1 where nothing was recorded. None for
+                         dense models
     truncated_B          bool    the row was cut off at C tokens without an end-of-sequence token
     decode_steps         int32   scalar: tokens that the decode loop drew per row, the length of the longest completion
     """
@@ -68,11 +71,12 @@ class Batch:
     advantages_BC float32  one value per token (constant along a row for every method without a critic)
     old_logp_BC   float32  log-probs of the policy that produced the rollout; fixed for all updates of the rollout
     ref_logp_BC   float32  log-probs of the reference policy; None without a KL term
-    sampler_logp_BC float32 log-probs of the distribution that was sampled, where old_logp_BC was recomputed by the learner
-    routes_LBTX   int      experts that the rollout policy chose: what drift is measured against, and what a replaying step runs
-    old_router_logp_LBCX float32 log-probs that its routers gave to those experts, at the columns that predict a token (RSPO)
-    old_router_logits_LBTE float32 logits of its routers, where the drift of routers is to be measured as a KL
-    old_values_BC, returns_BC float32 the critic's values before the updates, and what it should have said (PPO)
+    sampler_logp_BC float32 log-probs of the distribution that was sampled, where old_logp_BC was recomputed by the
+    learner
+    routes_LBTX   int      experts that the rollout policy chose: what drift is measured against, and what a replaying
+    step runs old_router_logp_LBCX float32 log-probs that its routers gave to those experts, at the columns that predict
+    a token (RSPO) old_router_logits_LBTE float32 logits of its routers, where the drift of routers is to be measured as
+    a KL old_values_BC, returns_BC float32 the critic's values before the updates, and what it should have said (PPO)
     """
 
     tokens_BT: chex.Array
@@ -92,10 +96,11 @@ class Batch:
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything an update changes. `step` counts optimizer updates; `ref_params` is None where nothing reads a reference;
-    `entropy_coef` is the weight of the entropy bonus, float32, None where it is fixed (then it belongs to the objective); `critic`
-    is the state of the value model, None for methods that compare completions with each other. `stale_params` are the parameters of
-    the last rollouts, oldest first, from which a sampler that lags behind on purpose draws.
+    """Everything an update changes. `step` counts optimizer updates; `ref_params` is None where nothing reads a
+    reference; `entropy_coef` is the weight of the entropy bonus, float32, None where it is fixed (then it belongs to
+    the objective); `critic` is the state of the value model, None for methods that compare completions with each other.
+    `stale_params` are the parameters of the last rollouts, oldest first, from which a sampler that lags behind on
+    purpose draws.
     """
 
     step: chex.Array

@@ -1,10 +1,11 @@
-"""What a run costs on a TPU slice that is not there: compiles its steps ahead of time, and prints memory, FLOPs and collectives.
+"""What a run costs on a TPU slice that is not there: compiles its steps ahead of time, and prints memory, FLOPs and
+collectives.
 
     python scripts/aot_report.py --config=configs/gspo_qwen3_30b_a3b.py --topology=v5p:4x4x4
     python scripts/aot_report.py --config=configs/gspo_qwen3_30b_a3b.py --topology=v5e:8x8 --config.mesh.expert=4
 
-Needs libtpu (pip install -e '.[aot]') and no TPU. Exit code 1 when a step does not fit, with its largest buffers, or when another of
-the checks below the table fails.
+Needs libtpu (pip install -e '.[aot]') and no TPU. Exit code 1 when a step does not fit, with its largest buffers, or
+when another of the checks below the table fails.
 """
 
 import json
@@ -13,13 +14,18 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from gspo import aot, build, cli
+from gspo import build
+from gspo.report import aot
+from gspo.run import cli
 
 
 def main() -> int:
     config, topology = cli.FLAGS.config, cli.FLAGS.topology
     layout = build.layout(config, aot.devices_of(topology))
-    print(f"{topology}: {build.describe_layout(config, layout)}; jax {jax.__version__}, libtpu {aot.libtpu_version()}\n", flush=True)
+    print(
+        f"{topology}: {build.describe_layout(config, layout)}; jax {jax.__version__}, libtpu {aot.libtpu_version()}\n",
+        flush=True,
+    )
     costs = aot.report(config, layout)
     print(aot.table(costs, topology))
     verdicts = aot.checks(config, layout, costs, topology)

@@ -1,9 +1,11 @@
 """Benchmarks. Each prints a table of medians, with ratios that were measured side by side in one process.
 
-    python scripts/benchmark.py objectives                    # cost of each loss alone, as a share of a train step
-    python scripts/benchmark.py backends                      # dense, blocked and ragged MoE layers, forward and backward
-    python scripts/benchmark.py replay                        # a rollout and its updates with routing replay, against without
-    python scripts/benchmark.py step --model=moe --json=x     # one RL step: 8 prompts x 8 completions of 64 tokens, 4 updates
+python scripts/benchmark.py objectives                    # cost of each loss alone, as a share of a train step
+python scripts/benchmark.py backends                      # dense, blocked and ragged MoE layers, forward and
+                                                          backward
+python scripts/benchmark.py replay                        # a rollout and its updates with routing replay, against
+without python scripts/benchmark.py step --model=moe --json=x     # one RL step: 8 prompts x 8 completions of 64
+tokens, 4 updates
 """
 
 import argparse
@@ -18,17 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gspo import advantages, objectives
-from gspo.learner import make_scorer, make_train_step
+from gspo import objectives
+from gspo.learning.learner import make_scorer, make_train_step
+from gspo.learning.microbatch import minibatch
+from gspo.learning.optim import make_optimizer
+from gspo.learning.sampler import make_sampler
 from gspo.masked import Mean
-from gspo.microbatch import minibatch
 from gspo.model.distribution import Sampling
 from gspo.model.experts import BACKENDS
 from gspo.model.moe import MoE
 from gspo.model.routing import route_dtype
 from gspo.model.transformer import ModelSpec, Transformer
-from gspo.optim import make_optimizer
-from gspo.sampler import make_sampler
+from gspo.objectives import advantages
 from gspo.types import Batch, TrainState, completion_mask
 
 TOY = ModelSpec(
@@ -43,7 +46,8 @@ PEER_DENSE = ModelSpec(vocab_size=514, num_layers=4, d_model=128, num_heads=4, n
 
 
 def interleaved(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Median seconds of each function, called in turns so that a busy machine slows all of them alike. The first turn warms up."""
+    """Median seconds of each function, called in turns so that a busy machine slows all of them alike. The first turn
+    warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats + 1):
         for name, function in functions.items():
@@ -138,11 +142,15 @@ def bench_backends(repeats: int) -> None:
         functions[name] = lambda grad=grad, params=params: grad(params)
     seconds = interleaved(functions, repeats)
     fastest = min(seconds.values())
-    table(("backend", "forward and backward, ms", "ratio"), [(n, f"{1e3 * s:.1f}", f"{s / fastest:.2f}") for n, s in seconds.items()])
+    table(
+        ("backend", "forward and backward, ms", "ratio"),
+        [(n, f"{1e3 * s:.1f}", f"{s / fastest:.2f}") for n, s in seconds.items()],
+    )
 
 
 def rl_step(spec: ModelSpec, *, prompts: int, group: int, prompt: int, width: int, updates: int, replay: bool = False):
-    """One whole step on random prompts: rollout, reward, old log-probs by the learner, updates. Returns (function, its phases)."""
+    """One whole step on random prompts: rollout, reward, old log-probs by the learner, updates. Returns (function, its
+    phases)."""
     model = Transformer(spec)
     optimizer = make_optimizer(learning_rate=1e-5)
     eos, pad = spec.vocab_size - 2, spec.vocab_size - 1
@@ -199,7 +207,9 @@ def bench_replay(repeats: int) -> None:
 def bench_step(repeats: int, model: str, path: str | None) -> None:
     """8 prompts of 32 tokens, 8 completions of 64 tokens each, 4 updates of 16 rows: float32, AdamW, clip 1.0."""
     began = time.perf_counter()
-    one, phases = rl_step(PEER_MOE if model == "moe" else PEER_DENSE, prompts=8, group=8, prompt=32, width=64, updates=4)
+    one, phases = rl_step(
+        PEER_MOE if model == "moe" else PEER_DENSE, prompts=8, group=8, prompt=32, width=64, updates=4
+    )
     jax.block_until_ready(one())
     first = time.perf_counter() - began
     seconds = interleaved({"step": one}, repeats)["step"]
@@ -221,7 +231,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.what == "step":
         bench_step(options.repeats, options.model, options.json)
     else:
-        {"objectives": bench_objectives, "backends": bench_backends, "replay": bench_replay}[options.what](options.repeats)
+        {"objectives": bench_objectives, "backends": bench_backends, "replay": bench_replay}[options.what](
+            options.repeats
+        )
     return 0
 
 

@@ -2,9 +2,10 @@
 
     python scripts/export_hf.py --checkpoint=runs/gspo --out=exports/gspo --dtype=bfloat16
 
---checkpoint is a workdir (its latest checkpoint is taken), or the folder of one step in it, or what scripts/import_hf.py wrote. The
-model is described by the config.json or model.json beside it. The tokenizer's files, and the keys of config.json that are no matter of
-ours, are taken over from --tokenizer-dir; default: the folder of the run's tokenizer, where it has one.
+--checkpoint is a workdir (its latest checkpoint is taken), or the folder of one step in it, or what
+scripts/import_hf.py wrote. The model is described by the config.json or model.json beside it. The tokenizer's files,
+and the keys of config.json that are no matter of ours, are taken over from --tokenizer-dir; default: the folder of the
+run's tokenizer, where it has one.
 """
 
 import argparse
@@ -12,12 +13,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gspo import cli, hf
-from gspo.checkpoint import restore_params
 from gspo.data.tokenizer import make_tokenizer
-from gspo.hf_families import family_of
+from gspo.hf import folder as hf
+from gspo.hf.families import family_of
 from gspo.model.transformer import ModelSpec
-from gspo.sharding import Layout, make_mesh, parse_sizes
+from gspo.parallel.sharding import Layout, make_mesh, parse_sizes
+from gspo.run import cli
+from gspo.run.checkpoint import restore_params
 from gspo.types import UserError
 
 
@@ -25,7 +27,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", "--workdir", required=True, help="a workdir, or the folder of one step in it")
     parser.add_argument("--out", required=True, help="folder to write; must be new or empty")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the tensors; float32 loses nothing")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the tensors; float32 loses nothing"
+    )
     parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file, in 10^9 bytes")
     parser.add_argument("--tokenizer-dir", default=None, help="folder whose tokenizer files are taken over")
     parser.add_argument("--mesh", default="", help="devices along mesh axes, as in fsdp=8; default: the first device")
@@ -33,7 +37,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def describe(checkpoint: Path) -> tuple[ModelSpec, Path | None]:
-    """The model of a checkpoint folder and the folder of its tokenizer, from the model.json or config.json at or above it."""
+    """The model of a checkpoint folder and the folder of its tokenizer, from the model.json or config.json at or above
+    it."""
     for folder in (checkpoint, *checkpoint.absolute().parents[:2]):
         for name in ("model.json", "config.json"):
             if (folder / name).is_file():
@@ -52,7 +57,9 @@ def _described_by(path: Path) -> tuple[ModelSpec, Path | None]:
             fields["vocab_size"] = make_tokenizer(tokenizer).vocab_size
         spec = ModelSpec(**fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} does not describe a model: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{path} does not describe a model: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from None
     source = Path(tokenizer) if not tokenizer.startswith("chars:") and Path(tokenizer).exists() else None
     return spec, source.parent if source and source.is_file() else source
 
@@ -68,9 +75,16 @@ def main(argv: list[str]) -> int:
     layout = Layout(make_mesh(parse_sizes(args.mesh)))
     step, params = restore_params(args.checkpoint, hf.abstract_params(spec, layout))
     carried = hf.export_params(
-        params, spec, args.out, dtype=args.dtype, shard_bytes=int(args.shard_gb * 1e9), source=args.tokenizer_dir or source
+        params,
+        spec,
+        args.out,
+        dtype=args.dtype,
+        shard_bytes=int(args.shard_gb * 1e9),
+        source=args.tokenizer_dir or source,
     )
-    print(f"{args.out}: {name} of step {step}, {args.dtype}; carried over: {', '.join(carried) or 'no tokenizer files'}")
+    print(
+        f"{args.out}: {name} of step {step}, {args.dtype}; carried over: {', '.join(carried) or 'no tokenizer files'}"
+    )
     return 0
 
 

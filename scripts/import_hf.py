@@ -8,8 +8,8 @@ The folder holds config.json and safetensors; Qwen3, Qwen3-MoE, Mixtral, Llama a
     hf/              config.json and the tokenizer's files, for config.tokenizer and for scripts/export_hf.py
     model.json       the fields of config.model
 
-and prints the flags that start a run from it. --mesh=fsdp=8 (axes data, fsdp, expert, tensor; -1: the rest) reads the weights straight
-into their shardings over several devices.
+and prints the flags that start a run from it. --mesh=fsdp=8 (axes data, fsdp, expert, tensor; -1: the rest) reads the
+weights straight into their shardings over several devices.
 """
 
 import argparse
@@ -20,10 +20,11 @@ from pathlib import Path
 
 import jax
 
-from gspo import cli, hf
-from gspo.checkpoint import Checkpointer
-from gspo.hf_families import family_of, read_config, spec_from_hf
-from gspo.sharding import Layout, make_mesh, parse_sizes
+from gspo.hf import folder as hf
+from gspo.hf.families import family_of, read_config, spec_from_hf
+from gspo.parallel.sharding import Layout, make_mesh, parse_sizes
+from gspo.run import cli
+from gspo.run.checkpoint import Checkpointer
 from gspo.types import UserError
 
 

@@ -1,10 +1,11 @@
 """Training curves of one or more runs, side by side.
 
     python scripts/plot_curves.py runs/gspo runs/grpo --out=curves.png
-    python scripts/plot_curves.py GSPO=runs/gspo-0,runs/gspo-1 GRPO=runs/grpo-0,runs/grpo-1 --out=curves.pdf --smooth=0.9
+    python scripts/plot_curves.py GSPO=runs/gspo-0,runs/gspo-1 GRPO=runs/grpo-0,runs/grpo-1 --out=curves.pdf
+    --smooth=0.9
 
-A run is a workdir, or label=workdir; workdirs under one label are seeds: their mean is drawn, with a band from the lowest to the
-highest. A panel without data in any of the runs is left out.
+A run is a workdir, or label=workdir; workdirs under one label are seeds: their mean is drawn, with a band from the
+lowest to the highest. A panel without data in any of the runs is left out.
 """
 
 import argparse
@@ -23,10 +24,18 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from gspo.metrics import read_jsonl
+from gspo.run.writers import read_jsonl
 from gspo.types import UserError
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito, safe for colour-blind eyes
+COLORS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # Okabe & Ito, safe for colour-blind eyes
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLE = {
     "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 9,
@@ -57,7 +66,7 @@ LENGTH = Panel("completions/mean_length", "Length of completions", "Tokens")
 
 
 def parse_run(argument: str) -> tuple[str | None, list[str]]:
-    """"label=dir,dir" or "dir" -> (label, dirs). A folder that exists under the whole name is taken as it is."""
+    """ "label=dir,dir" or "dir" -> (label, dirs). A folder that exists under the whole name is taken as it is."""
     if Path(argument).exists():
         return None, [argument]
     label, equals, rest = argument.partition("=")
@@ -68,7 +77,8 @@ def parse_run(argument: str) -> tuple[str | None, list[str]]:
 
 
 def short_names(workdirs: Sequence[str | Path]) -> list[str]:
-    """The folders' own names, or the whole paths where two of them are called the same: those are not seeds of one run."""
+    """The folders' own names, or the whole paths where two of them are called the same: those are not seeds of one
+    run."""
     names = [Path(workdir).resolve().name for workdir in workdirs]
     return names if len(set(names)) == len(names) else [str(workdir) for workdir in workdirs]
 
@@ -97,7 +107,8 @@ def series(lines: list[dict[str, Any]], metric: str) -> tuple[np.ndarray, np.nda
 
 
 def smoothed(values: np.ndarray, weight: float) -> np.ndarray:
-    """Exponential moving average that starts at the first value without the pull of a zero (Adam's correction of the bias)."""
+    """Exponential moving average that starts at the first value without the pull of a zero (Adam's correction of the
+    bias)."""
     total, norm, out = 0.0, 0.0, np.empty_like(values)
     for i, value in enumerate(values):
         total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
@@ -131,7 +142,9 @@ def draw(axes: Axes, panel: Panel, runs: dict[str, list[list[dict[str, Any]]]], 
                 axes.fill_between(steps, hide(low), high, color=color, alpha=0.18, linewidth=0)
             elif smooth:
                 axes.plot(curves[0][0], hide(curves[0][1]), color=color, alpha=0.35, linewidth=0.7)
-            axes.plot(steps, hide(mean), "." if len(steps) == 1 else "-", color=color, linewidth=1.8, solid_capstyle="round")
+            axes.plot(
+                steps, hide(mean), "." if len(steps) == 1 else "-", color=color, linewidth=1.8, solid_capstyle="round"
+            )
         points = [c for c in (series(lines, panel.points) for lines in seeds) if len(c[0])] if panel.points else []
         if points:
             steps, mean, low, high = across_seeds(points)
@@ -150,7 +163,9 @@ def draw(axes: Axes, panel: Panel, runs: dict[str, list[list[dict[str, Any]]]], 
 
 def dress(axes: Axes, panel: Panel, letter: str) -> None:
     axes.set_title(panel.title, loc="left", pad=7)
-    axes.annotate(letter, (0, 1), (-30, 7), xycoords="axes fraction", textcoords="offset points", weight="bold", fontsize=11)
+    axes.annotate(
+        letter, (0, 1), (-30, 7), xycoords="axes fraction", textcoords="offset points", weight="bold", fontsize=11
+    )
     axes.set_xlabel("Rollout")
     axes.set_ylabel(panel.unit)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -165,7 +180,9 @@ def dress(axes: Axes, panel: Panel, letter: str) -> None:
         if high < 2 * low:  # a constant: an axis over its rounding errors would be singular
             axes.set_ylim(low / 2, high * 2)
         if high < 100 * low:  # less than two decades have too few powers of ten to be read
-            axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
+            axes.yaxis.set_minor_formatter(
+                FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+            )
             axes.tick_params(axis="y", which="minor", labelsize=8)
         else:
             axes.yaxis.set_minor_formatter(NullFormatter())
@@ -180,7 +197,9 @@ def legend_handles(runs: dict[str, list[Any]], has_points: bool, smooth: float) 
     """One handle per run in its colour, then what the kinds of line mean, in grey."""
     handles = []
     for i, (label, seeds) in enumerate(runs.items()):
-        marker = {"marker": MARKERS[i % len(MARKERS)], "markersize": 5.5, "markeredgecolor": "white"} if has_points else {}
+        marker = (
+            {"marker": MARKERS[i % len(MARKERS)], "markersize": 5.5, "markeredgecolor": "white"} if has_points else {}
+        )
         text = f"{label} ({len(seeds)} seeds)" if len(seeds) > 1 else label
         handles.append(Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2, label=text, **marker))
     grey = "#777777"
@@ -201,8 +220,8 @@ def plot_curves(workdirs: Sequence[str | Path], labels: Sequence[str] | None = N
     workdirs  folders with a metrics.jsonl
     labels    one per workdir; workdirs with the same label are seeds of one curve. None: the folders' names
     smooth    weight of the past in the moving average, in [0, 1); 0: the values themselves
-    Raises: UserError on a missing folder or file, on data without any of the metrics, on an `out` that cannot be written.
-    """
+    Raises: UserError on a missing folder or file, on data without any of the metrics, on an `out` that cannot be
+    written."""
     if not 0 <= smooth < 1:
         raise UserError(f"smooth={smooth} must lie in [0, 1)")
     labels = short_names(workdirs) if labels is None else labels
@@ -226,7 +245,8 @@ def plot_curves(workdirs: Sequence[str | Path], labels: Sequence[str] | None = N
             draw(axes, panel, runs, smooth)
             dress(axes, panel, letter)
         handles = legend_handles(runs, has_data(REWARD.points), smooth)
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 2 * columns + 1), frameon=False,
+        figure.legend(handles=handles, loc="outside lower "
+                                           "center", ncols=min(len(handles), 2 * columns + 1), frameon=False,
                       borderaxespad=0.1)  # fmt: skip
         if title:
             figure.suptitle(title, fontsize=11)

@@ -2,10 +2,10 @@
 
     python scripts/train_tokenizer.py --task=tfds:gsm8k --vocab_size=2048 --out=runs/tokenizer
 
-The vocabulary begins with <pad>, <eos> and the 256 bytes, so that every text has an encoding; merges are learned from prompts and
-demonstrations (answers, where there are none). Digits stay single tokens: arithmetic on numbers that were cut at random places is
-harder to learn. Writes tokenizer.json and tokenizer_config.json, and prints the lengths that a config has to allow for.
-"""
+The vocabulary begins with <pad>, <eos> and the 256 bytes, so that every text has an encoding; merges are learned from
+prompts and demonstrations (answers, where there are none). Digits stay single tokens: arithmetic on numbers that were
+cut at random places is harder to learn. Writes tokenizer.json and tokenizer_config.json, and prints the lengths that a
+config has to allow for."""
 
 import argparse
 import json
@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from gspo import cli
 from gspo.data.tasks import Task, make_task
 from gspo.data.tokenizer import make_tokenizer
+from gspo.run import cli
 from gspo.types import UserError
 
 PAD, EOS = "<pad>", "<eos>"
@@ -36,7 +36,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def texts_of(task: Task) -> list[str]:
     examples = [task[i] for i in range(len(task))]
-    return [text for ex in examples for text in (ex.prompt, ex.answer if ex.demonstration is None else ex.demonstration)]
+    return [
+        text for ex in examples for text in (ex.prompt, ex.answer if ex.demonstration is None else ex.demonstration)
+    ]
 
 
 def train_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -81,10 +83,13 @@ def main(argv: list[str]) -> int:
     num_bytes = sum(len(text.encode()) for text in texts)
     prompts, completions = (np.array([len(ids) for ids in tokens[start::2]]) for start in (0, 1))
     print(
-        f"{out}: {tokenizer.vocab_size} tokens, {num_bytes / sum(map(len, tokens)):.2f} bytes per token on {len(task)} examples"
+        f"{out}: {tokenizer.vocab_size} tokens, {num_bytes / sum(map(len, tokens)):.2f} bytes per token on "
+        f"{len(task)} examples"
     )
     for what, lengths in (("prompts", prompts), ("completions with <eos>", completions + 1)):
-        print(f"{what}: mean {lengths.mean():.0f}, 99% {np.percentile(lengths, 99):.0f}, longest {lengths.max()} tokens")
+        print(
+            f"{what}: mean {lengths.mean():.0f}, 99% {np.percentile(lengths, 99):.0f}, longest {lengths.max()} tokens"
+        )
     return 0
 
 

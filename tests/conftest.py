@@ -1,4 +1,5 @@
-"""Set before anything imports jax: the CPU, unless told otherwise, as eight devices, to test sharding in one process."""
+"""Set before anything imports jax: the CPU, unless told otherwise, as eight devices, to test sharding in one
+process."""
 
 import os
 

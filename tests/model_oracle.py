@@ -1,8 +1,9 @@
-"""The decoder, the router, the sampled distribution and the GSPO loss once more: float64 NumPy loops over single tokens.
+"""The decoder, the router, the sampled distribution and the GSPO loss once more: float64 NumPy loops over single
+tokens.
 
-Written from the papers' sums, for one sequence without padding at a time, so that nothing here can share a mistake with the
-frames, scans, masks and batched matmuls of the library. Sources: RMSNorm (1910.07467), RoPE (2104.09864) in the "rotate half"
-layout, grouped queries (2305.13245), SwiGLU (2002.05202), Qwen3 (2505.09388), GSPO (2507.18071).
+Written from the papers' sums, for one sequence without padding at a time, so that nothing here can share a mistake with
+the frames, scans, masks and batched matmuls of the library. Sources: RMSNorm (1910.07467), RoPE (2104.09864) in the
+"rotate half" layout, grouped queries (2305.13245), SwiGLU (2002.05202), Qwen3 (2505.09388), GSPO (2507.18071).
 """
 
 import functools
@@ -40,7 +41,8 @@ def quick_compiles():
 
 @functools.cache
 def build(spec: ModelSpec, seed: int = 0):
-    """(model, params): the shapes of `init_params`, values drawn here. Norm scales are not 1, so a forgotten scale shows."""
+    """(model, params): the shapes of `init_params`, values drawn here. Norm scales are not 1, so a forgotten scale
+    shows."""
     model, rng = Transformer(spec), np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -54,7 +56,8 @@ def build(spec: ModelSpec, seed: int = 0):
 
 @functools.cache
 def forward(spec: ModelSpec):
-    """Jitted (params, tokens_BT, first_B, routes) -> (Output, logits). Shared by the tests, so each shape compiles once."""
+    """Jitted (params, tokens_BT, first_B, routes) -> (Output, logits). Shared by the tests, so each shape compiles
+    once."""
     model = Transformer(spec)
 
     @jax.jit
@@ -95,7 +98,8 @@ def rms_norm(x, scale, eps):
 
 
 def rope(x_H, position, theta, scaling=()):
-    """Turns (x_i, x_{i + H/2}) by position · theta^(-2i/H). scaling: (factor, low, high, trained length) of Llama 3.1."""
+    """Turns (x_i, x_{i + H/2}) by position · theta^(-2i/H). scaling: (factor, low, high, trained length) of Llama
+    3.1."""
     half = len(x_H) // 2
     turned = np.empty_like(x_H)
     for i in range(half):
@@ -154,7 +158,8 @@ def attention(p, spec, h_TD):
 
 
 def decoder(params, spec, tokens, given_LTX=None):
-    """One sequence without padding -> (logits [T, V], free routes [L, T, X], router logits [L, T, E]; both None if dense).
+    """One sequence without padding -> (logits [T, V], free routes [L, T, X], router logits [L, T, E]; both None if
+    dense).
 
     params: a float64 tree. given_LTX: experts to run instead of the routers' choice; a token with a -1 routes freely.
     """
@@ -162,7 +167,9 @@ def decoder(params, spec, tokens, given_LTX=None):
     T, routes, logits = len(tokens), [], []
     for layer in range(spec.num_layers):
         p = jax.tree.map(lambda w, layer=layer: w[layer], params["blocks"])
-        x = x + attention(p["attention"], spec, np.stack([rms_norm(r, p["attention_norm"]["scale"], spec.rms_eps) for r in x]))
+        x = x + attention(
+            p["attention"], spec, np.stack([rms_norm(r, p["attention_norm"]["scale"], spec.rms_eps) for r in x])
+        )
         h = np.stack([rms_norm(r, p["mlp_norm"]["scale"], spec.rms_eps) for r in x])
         if not spec.num_experts:
             x = x + np.stack([swiglu(r, p["mlp"]["gate"], p["mlp"]["up"], p["mlp"]["down"]) for r in h])
@@ -188,8 +195,8 @@ def decoder(params, spec, tokens, given_LTX=None):
 def distribution(logits, temperature=1.0, top_k_=0, top_p=1.0, min_p=0.0, keep=None):
     """One row of logits -> probabilities of the distribution that tokens are drawn from.
 
-    top-k, then the smallest set of most likely tokens whose probability reaches top_p, then those with at least min_p times the
-    probability of the likeliest. For logits without ties. keep: a token that is never cut.
+    top-k, then the smallest set of most likely tokens whose probability reaches top_p, then those with at least min_p
+    times the probability of the likeliest. For logits without ties. keep: a token that is never cut.
     """
     z = np.asarray(logits, np.float64) / temperature
     order = sorted(range(len(z)), key=lambda v: -z[v])
@@ -235,7 +242,8 @@ def gspo_loss(logps, old_logps, advantages, epsilon, epsilon_high):
 
 
 def count_changes(old_LBTX, new_LBTX, mask_BT):
-    """(share of experts changed, share of tokens changed in any layer) by sets, over tokens that are masked and recorded."""
+    """(share of experts changed, share of tokens changed in any layer) by sets, over tokens that are masked and
+    recorded."""
     L, B, T, X = old_LBTX.shape
     changed, slots, tokens, moved = 0, 0, 0, 0
     for b, t in np.ndindex(B, T):
@@ -271,7 +279,8 @@ def left_padded(rows, width, rng, vocab):
 
 
 def directional_derivatives(loss, params, rng, eps=1e-5):
-    """[(path, direction, d loss / d direction)] by central differences, one random direction for each leaf of a float64 tree."""
+    """[(path, direction, d loss / d direction)] by central differences, one random direction for each leaf of a float64
+    tree."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     found = []
     for i, (path, leaf) in enumerate(leaves):

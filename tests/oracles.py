@@ -1,13 +1,13 @@
 """Oracles: the papers' sums as float64 loops over Python floats, and finite differences of them.
 
-Written from the equations, one function per method, with the papers' own constants; nothing is shared with the library and little
-between them. Every loss takes
+Written from the equations, one function per method, with the papers' own constants; nothing is shared with the library
+and little between them. Every loss takes
 
     (p, q, old, adv, mask)      nested lists or [B, C] NumPy arrays
 
-where p holds log π_θ, and q the same numbers wherever an equation stops the gradient: `gradient` differentiates p with q held.
-All return the loss to be minimised, −J, averaged over the rows with at least one token where J is a mean over sequences.
-"""
+where p holds log π_θ, and q the same numbers wherever an equation stops the gradient: `gradient` differentiates p with
+q held. All return the loss to be minimised, −J, averaged over the rows with at least one token where J is a mean over
+sequences."""
 
 import math
 
@@ -39,7 +39,7 @@ def gradient(loss, p, *rest, step=1e-6):
     return grad
 
 
-# ------------------------------------------------------------------------------------------------------------ one per preset
+# ---------------------------------------------------------------------------- one per preset
 
 
 def clipped_token_sums(p, old, adv, mask, low, high):
@@ -214,7 +214,7 @@ def reinforce(p, q, old, adv, mask):
     return -sum(rows) / max(len(rows), 1)
 
 
-# ------------------------------------------------------------------------------------------------------- corrections, advantages
+# ---------------------------------------------------------------------------- corrections, advantages
 
 
 def sampler_weights(method, old, sampler, mask):

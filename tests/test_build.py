@@ -1,4 +1,5 @@
-"""Config -> parts: that each part is what the config says, and that the state on the mesh is what its description says."""
+"""Config -> parts: that each part is what the config says, and that the state on the mesh is what its description
+says."""
 
 import flax.linen as nn
 import jax
@@ -6,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspo import build, distributed, rl
-from gspo.checkpoint import Checkpointer
-from gspo.critic import Critic
+from gspo import build, rl
 from gspo.data.rewards import exact_match, format_hash
-from gspo.optim import make_optimizer
+from gspo.learning.critic import Critic
+from gspo.learning.optim import make_optimizer
+from gspo.parallel import distributed
+from gspo.run.checkpoint import Checkpointer
 from gspo.types import UserError
 from tests.tiny_runs import assert_bit_equal, kept_compiles, rl_config  # noqa: F401 - a fixture
 
@@ -25,8 +27,8 @@ def parts_of(config):
 
 
 def test_the_initial_state_is_what_its_abstract_twin_says(tmp_path):
-    # Catches a checkpoint restored into other shapes, dtypes or places than those of the run, and a part of the state without a
-    # description, which a resume would lose.
+    # Catches a checkpoint restored into other shapes, dtypes or places than those of the run, and a part of the state
+    # without a description, which a resume would lose.
     layout, model, optimizer = parts_of(rl_config(tmp_path, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2}))
     made = build.state_on_mesh(layout, model, optimizer, with_ref=True, entropy_coef=0.5)
     init, abstract = build.add_critic(layout, Critic(model.spec), make_optimizer(learning_rate=1e-3), *made)
@@ -99,9 +101,17 @@ def test_the_log_counts_all_parameters_and_those_that_run(tmp_path, experts):
 def test_fields_of_the_objective_are_laid_over_the_preset_and_none_leaves_it_alone(tmp_path):
     # Catches a preset that wins over the user's field, and None taken for a value.
     _, settings = build.objective(rl_config(tmp_path, **{"objective.preset": "grpo", "objective.epsilon": 0.1}))
-    assert (settings["importance_sampling_level"], settings["epsilon"], settings["epsilon_high"]) == ("token", 0.1, 0.27)
+    assert (settings["importance_sampling_level"], settings["epsilon"], settings["epsilon_high"]) == (
+        "token",
+        0.1,
+        0.27,
+    )
     _, settings = build.objective(rl_config(tmp_path))
-    assert (settings["importance_sampling_level"], settings["epsilon"], settings["epsilon_high"]) == ("sequence", 3e-4, 4e-4)
+    assert (settings["importance_sampling_level"], settings["epsilon"], settings["epsilon_high"]) == (
+        "sequence",
+        3e-4,
+        4e-4,
+    )
 
 
 def test_an_adaptive_entropy_bonus_takes_the_place_of_the_fixed_one(tmp_path):
@@ -141,7 +151,12 @@ def test_rows_lie_along_all_axes_but_tensor(tmp_path):
     layout = build.layout(rl_config(tmp_path, **{"mesh.data": 2, "mesh.expert": 2, "mesh.tensor": 2}))
     rows, lengths = distributed.put_rows(layout.sharding("rows"), np.arange(8), 8, np.zeros((8, 3)), np.arange(8))
     assert {shard.data.shape for shard in rows.addressable_shards} == {(2, 3)} and len(rows.addressable_shards) == 8
-    assert sorted({tuple(shard.data.tolist()) for shard in lengths.addressable_shards}) == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert sorted({tuple(shard.data.tolist()) for shard in lengths.addressable_shards}) == [
+        (0, 1),
+        (2, 3),
+        (4, 5),
+        (6, 7),
+    ]
     build.check_rows(layout, batch_size=8)
     with pytest.raises(UserError, match="batch_size=6: not divisible by the 4 devices that share the rows"):
         build.check_rows(layout, batch_size=6)

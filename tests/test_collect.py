@@ -9,8 +9,8 @@ import pytest
 
 from gspo import build
 from gspo.collect import Collector
-from gspo.learner import Scores
-from gspo.metrics import Timer
+from gspo.learning.learner import Scores
+from gspo.run.progress import Timer
 from gspo.types import TrainState
 from tests.tiny_runs import rl_config, written
 
@@ -25,9 +25,13 @@ class Pen:
         self.calls, self.seen = iter(calls), []
 
     def __call__(self, params, prompt_QP, lengths_Q, key):
-        prompts = [self.tokenizer.decode(row[-n:]) for row, n in zip(np.asarray(prompt_QP), np.asarray(lengths_Q), strict=True)]
+        prompts = [
+            self.tokenizer.decode(row[-n:]) for row, n in zip(np.asarray(prompt_QP), np.asarray(lengths_Q), strict=True)
+        ]
         groups = next(self.calls)
-        texts = [[{RIGHT: p[-2], WRONG: "="}.get(c, c) for c in group] for p, group in zip(prompts, groups, strict=True)]
+        texts = [
+            [{RIGHT: p[-2], WRONG: "="}.get(c, c) for c in group] for p, group in zip(prompts, groups, strict=True)
+        ]
         self.seen.append((params, prompts, jax.random.key_data(key).tolist()))
         rollout = written(texts, self.tokenizer, prompt_QP, lengths_Q, width=self.width, truncated=self.truncated)
         return jax.tree.map(jnp.asarray, rollout)
@@ -47,7 +51,10 @@ def collect(config, pen, *, cursor=0, state=None, scorer=None, needs=()):
 
 def tokens_of(experience, config):
     P = experience.batch.tokens_BT.shape[1] - config.max_completion_length
-    return [row[P:P + n].tolist() for row, n in zip(experience.batch.tokens_BT, experience.batch.completion_lengths_B, strict=True)]
+    return [
+        row[P : P + n].tolist()
+        for row, n in zip(experience.batch.tokens_BT, experience.batch.completion_lengths_B, strict=True)
+    ]
 
 
 MIXED, SAME, NONE = [RIGHT, WRONG, WRONG, RIGHT], [RIGHT] * 4, [WRONG] * 4
@@ -57,8 +64,8 @@ MIXED, SAME, NONE = [RIGHT, WRONG, WRONG, RIGHT], [RIGHT] * 4, [WRONG] * 4
 
 
 def test_groups_that_teach_nothing_are_replaced_by_groups_of_further_draws(tmp_path):
-    # Catches rows of one group under the prompt of another, a batch whose shape depends on luck, prompts drawn twice, and noise
-    # shared by the draws.
+    # Catches rows of one group under the prompt of another, a batch whose shape depends on luck, prompts drawn twice,
+    # and noise shared by the draws.
     config = rl_config(tmp_path, **{"filter_groups.enable": True, "task.train_split": "train"})
     pen = Pen(config, [SAME, MIXED, NONE, MIXED], [MIXED, SAME, SAME, MIXED], [SAME] * 4)
     experience = collect(config, pen, cursor=8)
@@ -68,29 +75,38 @@ def test_groups_that_teach_nothing_are_replaced_by_groups_of_further_draws(tmp_p
     assert experience.next_cursor == 16 and experience.metrics["filter_groups/draws"] == 2
     kept = [prompts[1], prompts[3], prompts[4], prompts[7]]
     P = config.max_prompt_length
-    for row, (tokens, length) in enumerate(zip(experience.batch.tokens_BT, experience.batch.prompt_lengths_B, strict=True)):
+    for row, (tokens, length) in enumerate(
+        zip(experience.batch.tokens_BT, experience.batch.prompt_lengths_B, strict=True)
+    ):
         assert pen.tokenizer.decode(tokens[P - length : P].tolist()) == kept[row // 4]
-    right = [pen.tokenizer.decode(tokens[:-1]) == kept[row // 4][-2] for row, tokens in enumerate(tokens_of(experience, config))]
+    right = [
+        pen.tokenizer.decode(tokens[:-1]) == kept[row // 4][-2]
+        for row, tokens in enumerate(tokens_of(experience, config))
+    ]
     assert right == [True, False, False, True] * 4
     assert experience.metrics["reward/mean"] == 0.5 and experience.metrics["frac_reward_zero_std"] == 0
     assert [sample["prompt"] for sample in experience.samples] == [kept[0]] * 2
 
 
 def test_the_number_of_draws_is_bounded_and_the_batch_keeps_its_shape(tmp_path):
-    # Catches a run that draws for ever on a task it has solved, one that trains on fewer rows than it was compiled for, and draws
-    # that share their noise.
+    # Catches a run that draws for ever on a task it has solved, one that trains on fewer rows than it was compiled for,
+    # and draws that share their noise.
     config = rl_config(tmp_path, **{"filter_groups.enable": True, "filter_groups.max_num_gen_batches": 3})
     pen = Pen(config, [SAME, NONE, SAME, SAME], [SAME, SAME, MIXED, SAME], [SAME] * 4)
     experience = collect(config, pen)
     assert experience.metrics["filter_groups/draws"] == 3 and experience.next_cursor == 12
     assert len({tuple(key) for *_, key in pen.seen}) == 3
     assert experience.batch.tokens_BT.shape == (16, 4 + 6)
-    assert experience.metrics["frac_reward_zero_std"] == 0.75 and experience.metrics["reward/mean"] == pytest.approx(10 / 16)
+    assert experience.metrics["frac_reward_zero_std"] == 0.75 and experience.metrics["reward/mean"] == pytest.approx(
+        10 / 16
+    )
 
 
 def test_the_raw_reward_decides_which_groups_are_kept(tmp_path):
     # Catches a penalty on length that makes every group look mixed.
-    config = rl_config(tmp_path, **{"filter_groups.enable": True, "filter_groups.max_num_gen_batches": 2, "overlong_buffer.len": 3})
+    config = rl_config(
+        tmp_path, **{"filter_groups.enable": True, "filter_groups.max_num_gen_batches": 2, "overlong_buffer.len": 3}
+    )
     long_and_short = ["=", "==", "====", "====="]  # all wrong, of different lengths
     pen = Pen(config, [long_and_short] * 4, [MIXED] * 4)
     experience = collect(config, pen)
@@ -116,7 +132,10 @@ def test_the_penalty_on_long_completions_counts_tokens(tmp_path):
     experience = collect(config, Pen(config, [texts], truncated=texts[3:]))
     shaped = np.array([0, -1 / 4, -3 / 4, -1]) * 0.5
     np.testing.assert_allclose(experience.batch.advantages_BC[:, 0], shaped - shaped.mean(), atol=1e-6)
-    assert experience.metrics["reward/shaped_mean"] == pytest.approx(shaped.mean()) and experience.metrics["reward/mean"] == 0
+    assert (
+        experience.metrics["reward/shaped_mean"] == pytest.approx(shaped.mean())
+        and experience.metrics["reward/mean"] == 0
+    )
     assert experience.metrics["completions/max_length"] == 10 and experience.metrics["num_tokens"] == 6 + 7 + 9 + 10
     assert experience.metrics["completions/clipped_ratio"] == 0.25
 
@@ -130,7 +149,9 @@ def test_a_penalty_on_the_distance_to_the_reference_is_summed_over_the_completio
         assert params == "reference"
         return Scores(jnp.full((4, 6), -2.0), None)
 
-    experience = collect(config, Pen(config, [texts]), state=TrainState(0, "params", None, ref_params="reference"), scorer=scorer)
+    experience = collect(
+        config, Pen(config, [texts]), state=TrainState(0, "params", None, ref_params="reference"), scorer=scorer
+    )
     rewards = [-0.1 * sum(-row - (-2.0) for _ in range(len(text) + 1)) for row, text in enumerate(texts, 1)]
     want = np.array(rewards) - np.mean(rewards)
     np.testing.assert_allclose(experience.batch.advantages_BC[:, 0], want, atol=1e-6)
@@ -174,7 +195,9 @@ def test_weights_by_sign_scale_the_advantages(tmp_path):
 
 def test_several_rewards_are_weighted_and_reported_one_by_one(tmp_path):
     # Catches weights in the order of another list, and a metric of the weighted part.
-    config = rl_config(tmp_path, num_prompts=1, rewards=("task", "format_hash"), reward_weights=(2.0, 0.5), tokenizer="chars:01=# ")
+    config = rl_config(
+        tmp_path, num_prompts=1, rewards=("task", "format_hash"), reward_weights=(2.0, 0.5), tokenizer="chars:01=# "
+    )
     experience = collect(config, Pen(config, [[RIGHT, "####1", WRONG, WRONG]]))
     assert experience.metrics["reward/mean"] == pytest.approx((2 + 0.5) / 4)
     assert experience.metrics["rewards/task"] == 0.25 and experience.metrics["rewards/format_hash"] == 0.25
@@ -186,8 +209,8 @@ def test_several_rewards_are_weighted_and_reported_one_by_one(tmp_path):
 @pytest.mark.parametrize("mode", ["disabled", "R2", "R3"])
 @pytest.mark.parametrize("whose", ["sampler", "learner"])
 def test_old_log_probs_and_routes_are_those_that_the_config_names(tmp_path, whose, mode):
-    # Catches R2 and R3 swapped, the learner's log-probs taken unasked, a pass over the model that nobody needs, and an old policy
-    # under R3 that does not run the experts which the new one will run.
+    # Catches R2 and R3 swapped, the learner's log-probs taken unasked, a pass over the model that nobody needs, and an
+    # old policy under R3 that does not run the experts which the new one will run.
     config = rl_config(tmp_path, num_prompts=1, old_logps=whose, **{"router_replay.mode": mode})
     pen, calls = Pen(config, [MIXED]), []
     of_sampler, of_learner = jnp.zeros((1, 4, 10, 2), jnp.int8), jnp.ones((1, 4, 10, 2), jnp.int8)
@@ -204,7 +227,11 @@ def test_old_log_probs_and_routes_are_those_that_the_config_names(tmp_path, whos
     replayed = {"R2": of_learner, "R3": of_sampler}.get(mode)
     if replayed is not None:
         np.testing.assert_array_equal(batch.routes_LBTX, replayed)
-        assert all(routes is None for *_, routes in calls) if mode == "R2" else all(routes is of_sampler for *_, routes in calls)
+        assert (
+            all(routes is None for *_, routes in calls)
+            if mode == "R2"
+            else all(routes is of_sampler for *_, routes in calls)
+        )
 
 
 def test_a_sampler_that_lags_behind_draws_from_the_oldest_parameters(tmp_path):

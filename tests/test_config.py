@@ -1,4 +1,5 @@
-"""Configs: every field has a reader and an effect; every config file loads, and is of the same fields and types as the base."""
+"""Configs: every field has a reader and an effect; every config file loads, and is of the same fields and types as the
+base."""
 
 import importlib
 
@@ -11,16 +12,16 @@ from ml_collections import ConfigDict, config_flags
 
 from configs import base
 from gspo import build, rl, sft
-from gspo.cli import leaf_fields
-from gspo.learner import score_completions
-from gspo.optim import make_optimizer
+from gspo.learning.learner import score_completions
+from gspo.learning.optim import make_optimizer
+from gspo.run.cli import leaf_fields
 from tests.tiny_runs import ROOT, kept_compiles, rl_config, sft_config, stateful_config  # noqa: F401 - a fixture
 
 HELPERS = ("base", "models")  # what config files import; no experiments of their own
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", *HELPERS))
 
 
-# ---------------------------------------------------------------------------------------------------- every field has a reader
+# ---------------------------------------------------------------------------- every field has a reader
 
 
 class WatchedDict(dict):
@@ -86,7 +87,9 @@ def test_watching_counts_what_is_used_and_not_what_is_saved():
     assert {"g.h", "g.i"} < read
 
 
-@pytest.mark.parametrize(("train", "config_of"), [(rl.train, stateful_config), (sft.train, sft_config)], ids=["rl", "sft"])
+@pytest.mark.parametrize(
+    ("train", "config_of"), [(rl.train, stateful_config), (sft.train, sft_config)], ids=["rl", "sft"]
+)
 def test_every_field_is_read(tmp_path, train, config_of):
     # Catches a field that a user sets and nothing heeds.
     config, read = config_of(tmp_path), set()
@@ -94,7 +97,7 @@ def test_every_field_is_read(tmp_path, train, config_of):
     assert read == set(leaf_fields(config))
 
 
-# ---------------------------------------------------------------------------------------------------- every field has an effect
+# ---------------------------------------------------------------------------- every field has an effect
 
 # A value for each field of config.model that must change the program; fields that it needs beside it.
 OTHER_MODELS = {
@@ -134,7 +137,9 @@ def test_every_field_of_the_optimizer_changes_the_update():
         params = {"w": jnp.array([1.0, -2.0, 3.0]), "router": jnp.ones(2)}
         state, seen = optimizer.init(params), []
         for step in range(3):
-            update, state = optimizer.update({"w": jnp.array([0.3, -2.0, 1.0]) * (step + 1), "router": jnp.ones(2)}, state, params)
+            update, state = optimizer.update(
+                {"w": jnp.array([0.3, -2.0, 1.0]) * (step + 1), "router": jnp.ones(2)}, state, params
+            )
             seen.append(jax.tree.map(lambda x: x.tolist(), update))
         return seen
 
@@ -159,7 +164,8 @@ OTHER_OBJECTIVES = {
 
 
 def test_every_field_of_the_objective_changes_the_objective(tmp_path):
-    # Catches a field whose value ends in the settings. Each is compared with the objective that differs in that field alone.
+    # Catches a field whose value ends in the settings. Each is compared with the objective that differs in that field
+    # alone.
     def objective(changes):
         changes = {f"objective.{name}": value for name, value in changes.items()}
         return build.objective(rl_config(tmp_path, old_logps="learner", **changes))[0]
@@ -188,7 +194,8 @@ def sections(config: ConfigDict) -> list[ConfigDict]:
 
 
 def assert_like(config: ConfigDict, model: ConfigDict, where: str):
-    """The same fields with values of the same types; None where the base has a placeholder. A task brings its own options."""
+    """The same fields with values of the same types; None where the base has a placeholder. A task brings its own
+    options."""
     free = "task.options."
     fields, wanted = ({f for f in leaf_fields(c) if not f.startswith(free)} for c in (config, model))
     assert fields == wanted, where
@@ -197,12 +204,15 @@ def assert_like(config: ConfigDict, model: ConfigDict, where: str):
         value, default = values, defaults
         for part in field.split("."):
             value, default = value[part], default[part]
-        assert default is None or type(value) is type(default), f"{where}: {field} is {value!r}, in the base it is {default!r}"
+        assert default is None or type(value) is type(default), (
+            f"{where}: {field} is {value!r}, in the base it is {default!r}"
+        )
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_config_file_loads_with_the_fields_and_types_of_the_base(name):
-    # Catches a mistyped assignment (ConfigDict takes any name), 1 for True, a list for a tuple, a config that cannot be overridden.
+    # Catches a mistyped assignment (ConfigDict takes any name), 1 for True, a list for a tuple, a config that cannot be
+    # overridden.
     config = load(name)
     runs = {"num_rollouts": base.rl(), "num_updates": base.sft()}
     parts = sections(config)
@@ -212,7 +222,11 @@ def test_every_config_file_loads_with_the_fields_and_types_of_the_base(name):
         assert_like(part, model, name)
     for part in parts:
         assert part.is_locked
-    field = next(field for field in leaf_fields(config) if field.split(".")[-1] == "seed") if "seed" not in config else "seed"
+    field = (
+        next(field for field in leaf_fields(config) if field.split(".")[-1] == "seed")
+        if "seed" not in config
+        else "seed"
+    )
     changed = load(name, f"--config.{field}=7")
     for part in field.split("."):
         changed = changed[part]

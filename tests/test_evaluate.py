@@ -16,8 +16,8 @@ K, C = 4, 6
 
 @pytest.mark.parametrize(("count", "num_prompts"), [(5, 2), (5, 8), (4, 4), (1, 4)])
 def test_pass_at_1_and_pass_at_k_are_those_counted_by_hand(tmp_path, count, num_prompts):
-    # Catches rows of one prompt counted for another, the surplus of the last call counted too, pass@k of a mean, half rewards taken
-    # for correct, lengths without the end token.
+    # Catches rows of one prompt counted for another, the surplus of the last call counted too, pass@k of a mean, half
+    # rewards taken for correct, lengths without the end token.
     config = rl_config(tmp_path, num_prompts=num_prompts, **{"eval.num_prompts": count, "eval.num_generations_eval": K})
     tokenizer = build.tokenizer(config)
     rng, seen = np.random.default_rng(0), []
@@ -28,11 +28,15 @@ def test_pass_at_1_and_pass_at_k_are_those_counted_by_hand(tmp_path, count, num_
         for row, length in zip(np.asarray(prompt_QP), np.asarray(prompt_lengths_Q), strict=True):
             prompt = tokenizer.decode(row[-length:])
             right = prompt[-2]
-            texts_Qk.append([right if solved else rng.choice(["", "0101", right * 2, "111111"]) for solved in rng.random(K) < 0.4])
+            texts_Qk.append(
+                [right if solved else rng.choice(["", "0101", right * 2, "111111"]) for solved in rng.random(K) < 0.4]
+            )
             seen.append((prompt, texts_Qk[-1]))
         return written(texts_Qk, tokenizer, prompt_QP, prompt_lengths_Q, truncated=("111111",))
 
-    metrics, samples = make_evaluator(config, build.layout(config), build.model(config, tokenizer), tokenizer, sampler=sampler)({})
+    metrics, samples = make_evaluator(
+        config, build.layout(config), build.model(config, tokenizer), tokenizer, sampler=sampler
+    )({})
     drawn = seen[:count]
     solved = [[text == prompt[-2] for text in texts] for prompt, texts in drawn]
     texts = [text for _, row in drawn for text in row]
@@ -48,7 +52,8 @@ def test_pass_at_1_and_pass_at_k_are_those_counted_by_hand(tmp_path, count, num_
 
 
 def test_every_call_draws_the_same_prompts_with_the_same_keys_and_calls_differ(tmp_path):
-    # Catches evaluations that cannot be compared because their noise differs, and batches of one evaluation that share theirs.
+    # Catches evaluations that cannot be compared because their noise differs, and batches of one evaluation that share
+    # theirs.
     config = rl_config(tmp_path, **{"eval.num_prompts": 8})
     tokenizer = build.tokenizer(config)
     calls = []
@@ -67,7 +72,9 @@ def test_every_call_draws_the_same_prompts_with_the_same_keys_and_calls_differ(t
 def test_evaluation_reads_the_evaluation_split_and_the_reward_of_the_task(tmp_path):
     # Catches evaluation on training prompts, or by a reward that was shaped for training.
     for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"prompt": {"train": "0=", "test": "1="}[split], "answer": "1"}) + "\n")
+        (tmp_path / f"{split}.jsonl").write_text(
+            json.dumps({"prompt": {"train": "0=", "test": "1="}[split], "answer": "1"}) + "\n"
+        )
     config = rl_config(tmp_path, **{"task.name": f"jsonl:{tmp_path}/{{split}}.jsonl", "rewards": ("format_hash",)})
     tokenizer = build.tokenizer(config)
 
@@ -88,17 +95,23 @@ def test_an_evaluation_of_nothing_is_refused(tmp_path, field):
 
 
 def test_a_finished_run_is_evaluated_as_the_run_evaluated_itself_and_left_alone(tmp_path, command):  # noqa: F811
-    # Catches other parameters than the last ones, other prompts or other noise than in training, a script that writes, and one that
-    # trips over the schedule of an optimizer that it has no use for.
+    # Catches other parameters than the last ones, other prompts or other noise than in training, a script that writes,
+    # and one that trips over the schedule of an optimizer that it has no use for.
     line = rl.train(rl_config(tmp_path), tmp_path / "run")
     before = contents(tmp_path / "run")
     changes = {"optimizer.schedule": "linear", "optimizer.warmup_steps": 3}
     step, metrics, samples = evaluate_workdir(rl_config(tmp_path, **changes), tmp_path / "run")
     assert step == 3 and metrics == line and len(samples) == 4
-    (tmp_path / "config.py").write_text(f"from tests.tiny_runs import rl_config\nget_config = lambda: rl_config({str(tmp_path)!r})\n")
+    (tmp_path / "config.py").write_text(
+        f"from tests.tiny_runs import rl_config\nget_config = lambda: rl_config({str(tmp_path)!r})\n"
+    )
     code, stdout, stderr = command("evaluate", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run")
     *printed, last = map(json.loads, stdout.splitlines())
     assert (code, stderr) == (0, "") and last == {"step": 3} | metrics and printed == samples[:2]
     code, stdout, stderr = command("evaluate", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/nowhere")
-    assert (code, stdout) == (2, "") and stderr.startswith(f"error: no checkpoint in {tmp_path}/nowhere") and stderr.count("\n") == 1
+    assert (
+        (code, stdout) == (2, "")
+        and stderr.startswith(f"error: no checkpoint in {tmp_path}/nowhere")
+        and stderr.count("\n") == 1
+    )
     assert contents(tmp_path / "run") == before and not (tmp_path / "nowhere").exists()

@@ -7,7 +7,8 @@ import subprocess
 import pytest
 
 from configs import base
-from gspo import cli, presets, surrogates
+from gspo.objectives import presets, surrogates
+from gspo.run import cli
 from tests.tiny_runs import ROOT, command  # noqa: F401 - a fixture
 
 README = ROOT / "README.md"
@@ -40,7 +41,9 @@ def test_every_command_names_a_script_and_flags_that_exist(line, command, monkey
     folder, _, name = script.removesuffix(".py").partition("/")
     if folder == "experiments":
         run = cli.run
-        monkeypatch.setattr(cli, "run", lambda main, needs: run(lambda: print("parsed"), needs=needs))  # all but the run itself
+        monkeypatch.setattr(
+            cli, "run", lambda main, needs: run(lambda: print("parsed"), needs=needs)
+        )  # all but the run itself
         assert command(name, *arguments) == (0, "parsed\n", "")
         return
     code, usage, _ = command(name, *arguments, "--help", folder=folder)
@@ -52,7 +55,9 @@ def test_every_command_names_a_script_and_flags_that_exist(line, command, monkey
 def test_the_readme_has_commands_to_check():
     # Catches a change of the format after which the test above would pass on nothing.
     found = commands()
-    assert len(found) > 8 and "bash scripts/quickstart.sh" in found and any("experiments/rl.py" in line for line in found)
+    assert (
+        len(found) > 8 and "bash scripts/quickstart.sh" in found and any("experiments/rl.py" in line for line in found)
+    )
 
 
 @pytest.mark.parametrize("field", sorted(set(re.findall(r"--config\.([\w.]+)=", TEXT))))

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from gspo import build, rl
-from gspo.metrics import read_jsonl
 from gspo.model.distribution import Sampling
+from gspo.run.writers import read_jsonl
 from gspo.types import UserError
 from tests.tiny_runs import ROOT, assert_bit_equal, contents, kept_compiles, rl_config, state_of, stateful_config  # noqa: F401
 
@@ -26,12 +26,18 @@ RESULTS = ("metrics.jsonl", "samples.jsonl")  # what is a function of the seed
 
 @pytest.fixture(autouse=True, scope="module")
 def parts_made_once():
-    """Runs of one config share their jitted steps; tracing them anew would be most of the time. They hold no state of a run: if they
-    did, the resumed runs below would differ from the unbroken one."""
+    """Runs of one config share their jitted steps; tracing them anew would be most of the time. They hold no state of a
+    run: if they did, the resumed runs below would differ from the unbroken one."""
     made, prepare = {}, rl.prepare
 
     def prepare_once(config):
-        key = (config.to_json(sort_keys=True), build.sampler, rl.make_steps, rl.Collector, rl.make_evaluator)  # what the tests replace
+        key = (
+            config.to_json(sort_keys=True),
+            build.sampler,
+            rl.make_steps,
+            rl.Collector,
+            rl.make_evaluator,
+        )  # what the tests replace
         if key not in made:
             made[key] = prepare(config)
         return made[key]._replace(notes=list(made[key].notes))
@@ -116,7 +122,8 @@ def test_a_seed_repeats_every_byte_and_another_seed_does_not(folder, plain):
 
 @pytest.fixture(scope="module")
 def frozen(folder):
-    """Two rollouts of one prompt that no completion is rewarded for: the policy stays, and all that differs is noise."""
+    """Two rollouts of one prompt that no completion is rewarded for: the policy stays, and all that differs is
+    noise."""
     config = rl_config(folder, **{
         "rewards": ("hash_answer",), "num_rollouts": 2, "task.options": {"size": 1}, "log.num_samples": 16, "eval.every": 1,
     })  # fmt: skip
@@ -134,8 +141,8 @@ def test_rollouts_groups_and_rows_have_noise_of_their_own(frozen):
 
 
 def test_without_a_difference_in_reward_nothing_moves_and_evaluations_agree(frozen):
-    # Catches 0 / 0 in the advantages of equal rewards, evaluation noise that depends on the step, ratios that differ from 1 by more
-    # than rounding, and a clip share reported where there is nothing to clip.
+    # Catches 0 / 0 in the advantages of equal rewards, evaluation noise that depends on the step, ratios that differ
+    # from 1 by more than rounding, and a clip share reported where there is nothing to clip.
     config, workdir = frozen
     lines = read_jsonl(workdir / "metrics.jsonl")
     assert len(lines) == 3
@@ -143,19 +150,29 @@ def test_without_a_difference_in_reward_nothing_moves_and_evaluations_agree(froz
     assert evals[0] == evals[1] == evals[2] and len(evals[0]) == 5
     for line in lines[:2]:
         assert line["frac_reward_zero_std"] == 1 and line["advantage/abs_max"] == 0 and line["grad_norm/max"] == 0
-        assert line["log_ratio/abs_max"] < 1e-5 and line["clip_ratio/tokens"] == 0 and line["routing/experts_changed"] == 0
+        assert (
+            line["log_ratio/abs_max"] < 1e-5 and line["clip_ratio/tokens"] == 0 and line["routing/experts_changed"] == 0
+        )
     run = rl.prepare(config)
-    assert_bit_equal(state_of(config, workdir)[1].params, build.initial_state(config, run.steps.init, run.steps.abstract).params)
+    assert_bit_equal(
+        state_of(config, workdir)[1].params, build.initial_state(config, run.steps.init, run.steps.abstract).params
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- several updates per rollout
+# ---------------------------------------------------------------------------- several updates per rollout
 
-FAST = {"updates_per_rollout": 4, "scale_rewards": "reinforce++", "optimizer.learning_rate": 0.05, "num_rollouts": 2, "eval.every": 0}
+FAST = {
+    "updates_per_rollout": 4,
+    "scale_rewards": "reinforce++",
+    "optimizer.learning_rate": 0.05,
+    "num_rollouts": 2,
+    "eval.every": 0,
+}
 
 
 def test_all_minibatches_of_a_rollout_share_its_old_log_probs_and_move_away_from_them(folder, updates, monkeypatch):
-    # Catches a rollout redone for each minibatch, old log-probs recomputed after each update (the ratio is then always 1), rows
-    # used twice or left out, a clip that never acts, and rollouts that all take the same prompts.
+    # Catches a rollout redone for each minibatch, old log-probs recomputed after each update (the ratio is then always
+    # 1), rows used twice or left out, a clip that never acts, and rollouts that all take the same prompts.
     draws, cuts = [], []
     watch_updates(monkeypatch, lambda batch, part: cuts.append((batch, part)))
     replace_sampler(monkeypatch, lambda sample, *_: lambda *args: (draws.append(sample(*args)), draws[-1])[1])
@@ -163,12 +180,16 @@ def test_all_minibatches_of_a_rollout_share_its_old_log_probs_and_move_away_from
     rl.train(config, folder / "fast")
     drawn = draws[:2]
     assert len(draws) == 3  # the third is the evaluation at the end
-    assert len({tuple(row[:4].tolist()) for rollout in drawn for row in rollout.tokens_BT}) == 8  # of the 14 in an epoch
+    assert (
+        len({tuple(row[:4].tolist()) for rollout in drawn for row in rollout.tokens_BT}) == 8
+    )  # of the 14 in an epoch
     for rollout in range(2):
         wholes, parts = zip(*cuts[4 * rollout : 4 * rollout + 4], strict=True)
         assert len({id(whole) for whole in wholes}) == 1
         for name in ("old_logp_BC", "tokens_BT"):
-            np.testing.assert_array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(wholes[0], name))
+            np.testing.assert_array_equal(
+                np.concatenate([getattr(part, name) for part in parts]), getattr(wholes[0], name)
+            )
         np.testing.assert_array_equal(wholes[0].old_logp_BC, drawn[rollout].logp_BC)
         gaps = [float(step["log_ratio/abs_max"]) for step in updates[rollout]]
         assert gaps[0] < 1e-5 and min(gaps[1:]) > 1e-3
@@ -181,9 +202,30 @@ def test_all_minibatches_of_a_rollout_share_its_old_log_probs_and_move_away_from
 def test_the_metrics_of_a_rollout_sum_up_its_updates(updates):
     # Catches a mean of maxima, a minimum that is averaged, drift per update taken from the first minibatch (always 0).
     steps = [
-        {"loss": 1.0, "grad_norm": 2.0, "ratio/max": 1.1, "ratio/min": 0.9, "log_ratio/abs_max": 0.0, "routing/experts_changed": 0.0},
-        {"loss": 2.0, "grad_norm": 5.0, "ratio/max": 1.4, "ratio/min": 0.8, "log_ratio/abs_max": 0.3, "routing/experts_changed": 0.2},
-        {"loss": 6.0, "grad_norm": 2.0, "ratio/max": 1.2, "ratio/min": 0.7, "log_ratio/abs_max": 0.1, "routing/experts_changed": 0.5},
+        {
+            "loss": 1.0,
+            "grad_norm": 2.0,
+            "ratio/max": 1.1,
+            "ratio/min": 0.9,
+            "log_ratio/abs_max": 0.0,
+            "routing/experts_changed": 0.0,
+        },
+        {
+            "loss": 2.0,
+            "grad_norm": 5.0,
+            "ratio/max": 1.4,
+            "ratio/min": 0.8,
+            "log_ratio/abs_max": 0.3,
+            "routing/experts_changed": 0.2,
+        },
+        {
+            "loss": 6.0,
+            "grad_norm": 2.0,
+            "ratio/max": 1.2,
+            "ratio/min": 0.7,
+            "log_ratio/abs_max": 0.1,
+            "routing/experts_changed": 0.5,
+        },
     ]
     assert rl.update_metrics(steps) == {
         "loss": 3.0, "grad_norm": 3.0, "grad_norm/max": 5.0, "ratio/max": 1.4, "ratio/min": 0.7, "log_ratio/abs_max": 0.3,
@@ -191,7 +233,7 @@ def test_the_metrics_of_a_rollout_sum_up_its_updates(updates):
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------- the check of the old policy
+# ---------------------------------------------------------------------------- the check of the old policy
 
 
 def stale(sample, *_):
@@ -211,6 +253,7 @@ def warmer(_, config, model, tokenizer, sampling, num_generations):
 
 def misplaced(sample, *_):
     """Log-probs of each row handed to the next."""
+
     def sample_misplaced(*args):
         rollout = sample(*args)
         return rollout.replace(logp_BC=jnp.roll(rollout.logp_BC, 1, axis=0))
@@ -225,14 +268,22 @@ MAKE_SAMPLER = build.sampler
 def test_an_old_policy_that_is_not_the_one_that_sampled_stops_the_run(folder, tmp_path, monkeypatch, fault, stops_at):
     # Catches a check that compares the learner with itself, or that runs before the first update only of the whole run.
     replace_sampler(monkeypatch, fault)
-    with pytest.raises(UserError, match=f"rollout {stops_at}: before the first update sampler and learner differ by .*stale") as error:
+    with pytest.raises(
+        UserError, match=f"rollout {stops_at}: before the first update sampler and learner differ by .*stale"
+    ) as error:
         rl.train(rl_config(folder, **FAST), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == stops_at
     assert ("the last good checkpoint is step 1" in str(error.value)) == (stops_at == 1)
 
 
-MICRO = {"micro_batch_size": 2, "logp_chunk": 4, "model.remat": True, "model.moe_backend": "blocked", "model.num_layers": 2}
+MICRO = {
+    "micro_batch_size": 2,
+    "logp_chunk": 4,
+    "model.remat": True,
+    "model.moe_backend": "blocked",
+    "model.num_layers": 2,
+}
 DENSE = {"model.num_experts": 0, "model.d_ff": 16, "temperature": 0.7, "top_k": 4, "top_p": 0.9, "min_p": 0.02}
 
 
@@ -241,9 +292,11 @@ DENSE = {"model.num_experts": 0, "model.d_ff": 16, "temperature": 0.7, "top_k": 
     pytest.param(MICRO, id="MoE, micro-batches, chunks, remat", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_log_probs_of_sampler_and_learner_agree(folder, tmp_path, changes, updates, monkeypatch):
-    # Catches a temperature or a cut on one side only, positions or masks that differ under left padding, and a dense model that
-    # breaks on the routes it does not have.
-    monkeypatch.setattr(rl, "make_evaluator", lambda *_, **__: lambda params: ({}, []))  # another sampler, which is not looked at
+    # Catches a temperature or a cut on one side only, positions or masks that differ under left padding, and a dense
+    # model that breaks on the routes it does not have.
+    monkeypatch.setattr(
+        rl, "make_evaluator", lambda *_, **__: lambda params: ({}, [])
+    )  # another sampler, which is not looked at
     rl.train(rl_config(folder, **{"old_logps": "learner", "num_rollouts": 2, "eval.every": 0} | changes), tmp_path)
     for steps in updates:
         assert all(0 <= float(step["sampler/abs_max"]) < 1e-4 for step in steps)
@@ -255,7 +308,8 @@ def test_log_probs_of_sampler_and_learner_agree(folder, tmp_path, changes, updat
 
 
 def test_a_kl_term_holds_a_reference_that_starts_equal_and_stays(folder, tmp_path, updates):
-    # Catches a reference that shares the policy's buffers or follows it unasked, and a KL that is not 0 against an equal policy.
+    # Catches a reference that shares the policy's buffers or follows it unasked, and a KL that is not 0 against an
+    # equal policy.
     config = stateful_config(folder, sync_ref_model=False)
     rl.train(config, tmp_path)
     run = rl.prepare(config)
@@ -263,7 +317,13 @@ def test_a_kl_term_holds_a_reference_that_starts_equal_and_stays(folder, tmp_pat
     _, state = state_of(config, tmp_path)
     assert_bit_equal(state.ref_params, initial.params)
     assert abs(float(updates[0][0]["kl"])) < 1e-6 < 1e-4 < float(updates[1][-1]["kl"])
-    assert max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (state.params, initial.params)), strict=True)) > 0.01
+    assert (
+        max(
+            float(jnp.abs(a - b).max())
+            for a, b in zip(*map(jax.tree.leaves, (state.params, initial.params)), strict=True)
+        )
+        > 0.01
+    )
 
 
 def test_without_a_kl_term_no_reference_is_held(folder, plain):
@@ -277,6 +337,7 @@ def test_without_a_kl_term_no_reference_is_held(folder, plain):
 
 def shifted_routes(sample, *_):
     """Recorded experts that are not those that ran."""
+
     def sample_shifted(*args):
         rollout = sample(*args)
         routes = rollout.routes_LBTX
@@ -303,10 +364,12 @@ def test_R3_runs_the_experts_that_the_sampler_recorded(folder, tmp_path, monkeyp
         rl.train(rl_config(folder, **REPLAY | {"router_replay.mode": "R3"}), tmp_path)
 
 
-@pytest.mark.parametrize("changes", [REPLAY | {"router_replay.mode": "R2"}, {"num_rollouts": 1}], ids=["R2", "free routing"])
+@pytest.mark.parametrize(
+    "changes", [REPLAY | {"router_replay.mode": "R2"}, {"num_rollouts": 1}], ids=["R2", "free routing"]
+)
 def test_R2_and_free_routing_do_not_run_what_the_sampler_recorded(folder, tmp_path, monkeypatch, updates, changes):
-    # Catches R2 as another name for R3, and free routing that replays; R2 compares with the learner's own routes, free routing
-    # with the sampler's.
+    # Catches R2 as another name for R3, and free routing that replays; R2 compares with the learner's own routes, free
+    # routing with the sampler's.
     replace_sampler(monkeypatch, shifted_routes)
     rl.train(rl_config(folder, **changes), tmp_path)
     assert float(updates[0][0]["log_ratio/abs_max"]) < 1e-5
@@ -320,14 +383,17 @@ def test_R2_and_free_routing_do_not_run_what_the_sampler_recorded(folder, tmp_pa
 def test_the_first_lines_of_the_log_say_what_runs(plain):
     # Catches a clip range or a number of updates that one finds out about after the run.
     lines = plain.with_name("plain.log").read_text().splitlines()
-    assert re.fullmatch(r"RL: MoE model, 1 layers, 4 experts of which 2 run, [\d,]+ parameters, [\d,]+ active", lines[0])
+    assert re.fullmatch(
+        r"RL: MoE model, 1 layers, 4 experts of which 2 run, [\d,]+ parameters, [\d,]+ active", lines[0]
+    )
     assert "2 updates per rollout of 4 x 4 completions" in lines[1] and "ratio of the sequence" in lines[1]
     assert "[1 - 0.0003, 1 + 0.0004]" in lines[1]
     assert lines[2].startswith("RL 1/3") and not any("warning" in line for line in lines)
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"objective.epsilon": 0.2, "objective.epsilon_high": 0.27}, "objective.epsilon is 0.2/0.27, a value for token ratios"),
+    ({"objective.epsilon": 0.2, "objective.epsilon_high": 0.27}, "objective.epsilon is 0.2/0.27, a value for token "
+                                                                 "ratios"),
     ({"updates_per_rollout": 1}, "GRPO and GSPO are the same algorithm"),
     ({"objective.preset": "grpo", "objective.epsilon": 3e-4}, "nearly everything will be clipped"),
 ])  # fmt: skip
@@ -364,7 +430,8 @@ def test_a_finished_run_started_again_changes_nothing(folder, plain):
 
 
 def test_a_failed_start_does_not_claim_the_workdir_for_its_config(folder, tmp_path):
-    # Catches a mistyped init_from after which the corrected command is refused, because the config differs from the mistaken one.
+    # Catches a mistyped init_from after which the corrected command is refused, because the config differs from the
+    # mistaken one.
     with pytest.raises(UserError, match="no such folder"):
         rl.train(rl_config(folder, init_from=str(tmp_path / "nowhere")), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists() and not any(contents(tmp_path / "run").values())
@@ -392,7 +459,9 @@ def test_a_checkpoint_of_another_model_stops_the_run_and_nothing_is_touched(fold
 
 def test_a_truncated_checkpoint_falls_back_to_the_one_before_and_the_run_ends_the_same(folder, plain, copy, caplog):
     # Catches a run that starts from scratch over a damaged checkpoint, or that goes on with damaged arrays.
-    largest = max((path for path in (copy / "checkpoints" / "3").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
+    largest = max(
+        (path for path in (copy / "checkpoints" / "3").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+    )
     largest.write_bytes(largest.read_bytes()[:-10])
     rl.train(rl_config(folder), copy)
     assert any("falling back to step 2" in record.getMessage() for record in caplog.records)
@@ -401,11 +470,13 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before_and_the_run_ends_th
 
 
 @pytest.mark.parametrize(("seen", "message"), [
-    (True, "rollout 1, update 0: loss or gradient is not finite; the last good checkpoint is step 1; lower optimizer.learning_rate"),
+    (True, "rollout 1, update 0: loss or gradient is not finite; the last good checkpoint is step 1; lower "
+           "optimizer.learning_rate"),
     (False, "step 2: params/[a-z/]+ is not finite; nothing was saved; the last good checkpoint is step 1"),
 ], ids=["in the loss", "in the parameters alone"])  # fmt: skip
 def test_NaN_stops_the_run_and_the_last_good_checkpoint_is_kept(folder, tmp_path, monkeypatch, seen, message):
-    # Catches NaN parameters saved over good ones, also where the last update of a rollout made them and no loss has shown it yet.
+    # Catches NaN parameters saved over good ones, also where the last update of a rollout made them and no loss has
+    # shown it yet.
     class Poisoned(rl.Collector):
         def __call__(self, state, cursor, *args):
             experience = super().__call__(state, cursor, *args)
@@ -422,7 +493,7 @@ def test_NaN_stops_the_run_and_the_last_good_checkpoint_is_kept(folder, tmp_path
     assert os.listdir(tmp_path / "checkpoints") == ["1"]
 
 
-# ---------------------------------------------------------------------------------------------------- killed and resumed
+# ---------------------------------------------------------------------------- killed and resumed
 
 
 @pytest.fixture(scope="module")
@@ -448,7 +519,9 @@ def test_the_unbroken_run_moves_all_that_it_carries(folder, unbroken):
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), state, fresh)))
     assert state.ref_params is not None and state.entropy_coef is not None
     lines = read_jsonl(unbroken / "metrics.jsonl")
-    assert len({line["filter_groups/draws"] for line in lines[:4]}) > 1  # so that the data position is no function of the step
+    assert (
+        len({line["filter_groups/draws"] for line in lines[:4]}) > 1
+    )  # so that the data position is no function of the step
 
 
 VICTIM = '''
@@ -458,7 +531,8 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 
-from gspo import build, checkpoint, rl
+from gspo import build, rl
+from gspo.run import checkpoint
 from tests.tiny_runs import stateful_config
 
 place, folder, workdir = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
@@ -527,8 +601,8 @@ LEFT = {"rollout": set(), "minibatch": {"2"}, "save": {"2"}, "seal": {"2"}}  # c
     ("rollout", "minibatch", "save"), pytest.param(("seal",), marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
 def test_a_run_killed_anywhere_and_resumed_ends_bit_equal_to_one_never_killed(folder, unbroken, tmp_path, places):
-    # Catches a lost optimizer, reference, bonus, key or data position; lines of metrics or samples twice or never; half a
-    # checkpoint taken for a whole one.
+    # Catches a lost optimizer, reference, bonus, key or data position; lines of metrics or samples twice or never; half
+    # a checkpoint taken for a whole one.
     (tmp_path / "victim.py").write_text(VICTIM)
     victims = [
         subprocess.Popen(
@@ -547,9 +621,11 @@ def test_a_run_killed_anywhere_and_resumed_ends_bit_equal_to_one_never_killed(fo
         assert_ends_like(folder, tmp_path / place, unbroken)
 
 
-def test_SIGTERM_saves_says_so_and_leaves_and_the_resumed_run_ends_the_same(folder, unbroken, tmp_path, monkeypatch, capsys):
-    # Catches a preempted job that loses its work since the last checkpoint, that leaves between two updates of a rollout, or that
-    # a scheduler takes for a success.
+def test_SIGTERM_saves_says_so_and_leaves_and_the_resumed_run_ends_the_same(
+    folder, unbroken, tmp_path, monkeypatch, capsys
+):
+    # Catches a preempted job that loses its work since the last checkpoint, that leaves between two updates of a
+    # rollout, or that a scheduler takes for a success.
     cuts = []
 
     def terminated_at_the_fifth(_, part):
@@ -567,7 +643,9 @@ def test_SIGTERM_saves_says_so_and_leaves_and_the_resumed_run_ends_the_same(fold
     assert_ends_like(folder, tmp_path, unbroken)
 
 
-def test_a_signal_before_the_first_rollout_leaves_what_its_message_says(folder, unbroken, tmp_path, monkeypatch, capsys):
+def test_a_signal_before_the_first_rollout_leaves_what_its_message_says(
+    folder, unbroken, tmp_path, monkeypatch, capsys
+):
     # Catches "saved rollout 0" where nothing was saved, and Ctrl-C that loses what SIGTERM keeps.
     make = rl.make_evaluator
 
@@ -589,7 +667,9 @@ def test_a_signal_before_the_first_rollout_leaves_what_its_message_says(folder, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"mesh.data": 2, "mesh.fsdp": 2}, {"mesh.data": 2, "mesh.expert": 2}, {"mesh.tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [{"mesh.data": 2, "mesh.fsdp": 2}, {"mesh.data": 2, "mesh.expert": 2}, {"mesh.tensor": 2}], ids=str
+)
 def test_a_run_on_several_devices_is_the_run_on_one(folder, plain, tmp_path, mesh):
     # Catches rows lost or doubled by the sharding, sums taken per device, noise that depends on the mesh.
     changes = {"mesh.tensor": 1} | mesh | ({"model.num_kv_heads": 2} if "mesh.tensor" in mesh else {})

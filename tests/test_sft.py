@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from gspo import build, sft
-from gspo.checkpoint import Checkpointer, restore_params
-from gspo.metrics import read_jsonl
+from gspo.run.checkpoint import Checkpointer, restore_params
+from gspo.run.writers import read_jsonl
 from gspo.types import UserError
 from tests.tiny_runs import assert_bit_equal, contents, kept_compiles, sft_config  # noqa: F401 - a fixture
 
@@ -19,7 +19,8 @@ RESULTS = ("metrics.jsonl", "samples.jsonl")
 
 @pytest.fixture(autouse=True, scope="module")
 def steps_made_once():
-    """The runs below share their jitted functions, as they are of one model: tracing them anew would be most of the time."""
+    """The runs below share their jitted functions, as they are of one model: tracing them anew would be most of the
+    time."""
     made = {}
 
     def once(make, model_at):
@@ -72,7 +73,9 @@ def test_the_policy_learns_to_imitate_the_demonstrations(plain):
     assert [line["step"] for line in lines] == list(range(31))
     assert lines[0]["loss"] > 1.5 and lines[29]["loss"] < 0.4
     assert lines[0]["eval/pass@1"] < 0.2 and lines[30]["eval/pass@1"] > 0.5
-    assert lines[15]["learning_rate"] == pytest.approx(0.01, rel=1e-5) and lines[0]["learning_rate"] == pytest.approx(0.02)
+    assert lines[15]["learning_rate"] == pytest.approx(0.01, rel=1e-5) and lines[0]["learning_rate"] == pytest.approx(
+        0.02
+    )
 
 
 def test_the_first_loss_is_the_mean_negative_log_likelihood_of_the_demonstrations(folder, plain):
@@ -105,7 +108,9 @@ def test_the_first_loss_is_the_mean_negative_log_likelihood_of_the_demonstration
 def test_every_example_comes_once_in_an_epoch(folder, tmp_path, monkeypatch):
     # Catches one batch used for ever, and batches that overlap.
     seen, make = [], sft.make_batch
-    monkeypatch.setattr(sft, "make_batch", lambda *args: (seen.extend((batch := make(*args)).tokens_BT.tolist()), batch)[1])
+    monkeypatch.setattr(
+        sft, "make_batch", lambda *args: (seen.extend((batch := make(*args)).tokens_BT.tolist()), batch)[1]
+    )
     sft.train(sft_config(folder, num_updates=7, **{"eval.every": 0}), tmp_path)
     epochs = [sorted(map(tuple, seen[start : start + 14])) for start in range(0, 56, 14)]
     assert len(set(epochs[0])) == 14 and all(epoch == epochs[0] for epoch in epochs)
@@ -114,10 +119,14 @@ def test_every_example_comes_once_in_an_epoch(folder, tmp_path, monkeypatch):
 
 def test_samples_are_those_of_the_evaluations_once_each(plain):
     # Catches samples that are written again by a resume, or never.
-    assert [s["step"] for s in read_jsonl(plain / "samples.jsonl")] == [step for step in range(0, 31, 5) for _ in range(3)]
+    assert [s["step"] for s in read_jsonl(plain / "samples.jsonl")] == [
+        step for step in range(0, 31, 5) for _ in range(3)
+    ]
 
 
-@pytest.mark.parametrize("place", ["in an update", "in an evaluation", pytest.param("after a save", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "place", ["in an update", "in an evaluation", pytest.param("after a save", marks=pytest.mark.slow)]
+)
 def test_a_run_that_dies_and_is_resumed_ends_bit_equal_to_one_that_did_not(folder, plain, tmp_path, monkeypatch, place):
     # Catches samples or lines twice, a data position or an optimizer that starts anew.
     class Death(BaseException):
@@ -151,7 +160,9 @@ def test_a_run_that_dies_and_is_resumed_ends_bit_equal_to_one_that_did_not(folde
     assert_ends_like(tmp_path, plain, sft_config(folder))
 
 
-def test_SIGTERM_saves_says_so_and_leaves_and_the_resumed_run_ends_the_same(folder, plain, tmp_path, monkeypatch, capsys):
+def test_SIGTERM_saves_says_so_and_leaves_and_the_resumed_run_ends_the_same(
+    folder, plain, tmp_path, monkeypatch, capsys
+):
     # Catches updates lost since the last checkpoint, and samples of an evaluation that the stop cut in two.
     make, batches = sft.make_batch, []
 
@@ -185,10 +196,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_is
     def poisoned(*args):
         batches.append(0)
         batch = make(*args)
-        return batch.replace(tokens_BT=batch.tokens_BT + 99 * (len(batches) > 12))  # outside of the vocabulary: NaN embeddings
+        return batch.replace(
+            tokens_BT=batch.tokens_BT + 99 * (len(batches) > 12)
+        )  # outside of the vocabulary: NaN embeddings
 
     monkeypatch.setattr(sft, "make_batch", poisoned)
-    with pytest.raises(UserError, match="update 12: loss or gradient is not finite; the last good checkpoint is step 10; lower"):
+    with pytest.raises(
+        UserError, match="update 12: loss or gradient is not finite; the last good checkpoint is step 10; lower"
+    ):
         sft.train(sft_config(folder), tmp_path)
     step, params = restore_params(tmp_path, abstract_of(sft_config(folder)).params)
     assert step == 10 and all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))

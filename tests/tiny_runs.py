@@ -16,22 +16,26 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from configs import base
-from gspo import cli, rl  # noqa: F401 - cli brings absl's own flags, which `command` leaves alone
-from gspo.checkpoint import Checkpointer
+from gspo import rl
+from gspo.run import cli  # noqa: F401 - cli brings absl's own flags, which `command` leaves alone
+from gspo.run.checkpoint import Checkpointer
 from gspo.types import Rollout, TrainState
 
 ROOT = Path(__file__).parent.parent
 
 
-# ------------------------------------------------------------------------------------------------------------------- configs
+# ---------------------------------------------------------------------------- configs
 
 
 def common(config: ConfigDict, folder: Path, changes: dict) -> ConfigDict:
-    """Prompts such as "0=" and "011=", of which the answer is the last digit: an untrained policy finds it now and then."""
+    """Prompts such as "0=" and "011=", of which the answer is the last digit: an untrained policy finds it now and
+    then."""
     data = Path(folder) / "digits.jsonl"
     if not data.exists():
         prompts = [f"{i:0{length}b}" for length in (1, 2, 3) for i in range(2**length)]
-        data.write_text("".join(json.dumps({"prompt": p + "=", "answer": p[-1], "demonstration": p[-1]}) + "\n" for p in prompts))
+        data.write_text(
+            "".join(json.dumps({"prompt": p + "=", "answer": p[-1], "demonstration": p[-1]}) + "\n" for p in prompts)
+        )
     config.task.name = f"jsonl:{data}"
     config.task.options = ConfigDict()
     config.tokenizer = "chars:01 ="
@@ -55,8 +59,8 @@ def rl_config(folder: Path, **changes) -> ConfigDict:
 
 
 def stateful_config(folder: Path, **changes) -> ConfigDict:
-    """4 rollouts with all that a run can carry from one to the next: optimizer, reference, adaptive bonus, a data position that
-    depends on the rewards, the best checkpoint. No field is without effect."""
+    """4 rollouts with all that a run can carry from one to the next: optimizer, reference, adaptive bonus, a data
+    position that depends on the rewards, the best checkpoint. No field is without effect."""
     return rl_config(folder, **{
         "num_rollouts": 4, "checkpoint.every": 2, "checkpoint.keep_best": True, "optimizer.learning_rate": 0.01,
         "optimizer.schedule": "cosine", "optimizer.warmup_steps": 2, "objective.beta": 0.01, "sync_ref_model": True,
@@ -76,7 +80,8 @@ def sft_config(folder: Path, **changes) -> ConfigDict:
 
 
 def written(texts_QG, tokenizer, prompt_QP, prompt_lengths_Q, *, width=6, truncated=()) -> Rollout:
-    """The rollout in which completion g of prompt q is texts_QG[q][g]; an end-of-sequence token follows unless it is in `truncated`."""
+    """The rollout in which completion g of prompt q is texts_QG[q][g]; an end-of-sequence token follows unless it is in
+    `truncated`."""
     texts = [text for group in texts_QG for text in group]
     rows = [tokenizer.encode(text) + ([] if text in truncated else [tokenizer.eos_ids[0]]) for text in texts]
     tokens_BC = np.array([row + [tokenizer.pad_id] * (width - len(row)) for row in rows])
@@ -86,14 +91,16 @@ def written(texts_QG, tokenizer, prompt_QP, prompt_lengths_Q, *, width=6, trunca
         tokens_BT=np.concatenate([np.repeat(np.asarray(prompt_QP), G, axis=0), tokens_BC], axis=1),
         prompt_lengths_B=np.repeat(np.asarray(prompt_lengths_Q), G),
         completion_lengths_B=lengths_B,
-        logp_BC=np.where(np.arange(width) < lengths_B[:, None], -np.arange(1.0, B + 1)[:, None], 0.0).astype(np.float32),
+        logp_BC=np.where(np.arange(width) < lengths_B[:, None], -np.arange(1.0, B + 1)[:, None], 0.0).astype(
+            np.float32
+        ),
         routes_LBTX=None,
         truncated_B=np.array([text in truncated for text in texts]),
         decode_steps=np.int32(lengths_B.max()),
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- results
+# ---------------------------------------------------------------------------- results
 
 
 def state_of(config: ConfigDict, workdir: Path) -> tuple[int, TrainState]:
@@ -111,16 +118,19 @@ def assert_bit_equal(got, want):
 
 def contents(folder: Path) -> dict[str, bytes]:
     """{relative path: bytes} of all files, empty folders included."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in sorted(folder.rglob("*"))}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in sorted(folder.rglob("*"))
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------------- fixtures
+# ---------------------------------------------------------------------------- fixtures
 
 
 @pytest.fixture(autouse=True, scope="module")
 def kept_compiles(tmp_path_factory):
-    """Each run compiles its own steps, mostly the same ones: they are kept until pytest ends, for child processes too (by
-    the environment). LLVM's optimisations are off: they cost more than they save."""
+    """Each run compiles its own steps, mostly the same ones: they are kept until pytest ends, for child processes too
+    (by the environment). LLVM's optimisations are off: they cost more than they save."""
     wanted = {
         "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0,
@@ -141,7 +151,8 @@ def kept_compiles(tmp_path_factory):
 
 @pytest.fixture
 def command(monkeypatch, capfd):
-    """command("rl", *arguments) -> (exit code, stdout, stderr) of experiments/rl.py, run in this process. folder: another place."""
+    """command("rl", *arguments) -> (exit code, stdout, stderr) of experiments/rl.py, run in this process. folder:
+    another place."""
 
     def run(script: str, *arguments: str, folder: str = "experiments") -> tuple[int, str, str]:
         path = str(ROOT / folder / f"{script}.py")

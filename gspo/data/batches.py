@@ -1,8 +1,9 @@
-"""Examples to rows: the order of a run, prompts and demonstrations in their frames, completions back to text and rewards.
+"""Examples to rows: the order of a run, prompts and demonstrations in their frames, completions back to text and
+rewards.
 
-A batch is a function of a cursor, the number of examples that the run consumed before it: epoch after epoch, each in another
-order, all read by random access. The data state of a checkpoint is that one integer. NumPy only; the loops move rows to devices.
-"""
+A batch is a function of a cursor, the number of examples that the run consumed before it: epoch after epoch, each in
+another order, all read by random access. The data state of a checkpoint is that one integer. NumPy only; the loops move
+rows to devices."""
 
 import dataclasses
 import functools
@@ -19,7 +20,8 @@ from gspo.types import UserError
 
 
 def shuffled_index(size: int, seed: int, position: int) -> int:
-    """The index at `position` of the endless sequence of epochs over range(size), each epoch a new permutation (Grain's)."""
+    """The index at `position` of the endless sequence of epochs over range(size), each epoch a new permutation
+    (Grain's)."""
     return _shuffled(int(size), seed % 2**32)[int(position)]
 
 
@@ -30,7 +32,8 @@ def _shuffled(size: int, seed: int) -> grain.MapDataset:
 
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
-    """Q prompts, or those of them that a process asked for. tokens_QP int32, left-padded; lengths_Q int32, without the padding."""
+    """Q prompts, or those of them that a process asked for. tokens_QP int32, left-padded; lengths_Q int32, without the
+    padding."""
 
     examples: list[Example]
     tokens_QP: np.ndarray
@@ -49,10 +52,11 @@ class DemonstrationBatch:
 class PromptSource:
     """The prompts of a task, tokenized, in shuffled order.
 
-    All prompts are measured once, here, so that a prompt which does not fit is found before the run and not in its third hour.
+    All prompts are measured once, here, so that a prompt which does not fit is found before the run and not in its
+    third hour.
     overlong_prompts  "error" (UserError with the counts) or "drop" (`num_dropped` tells how many)
-    prompt_buckets    frame widths to choose from, smallest first that holds the batch; each is one compilation. () means always
-                      max_prompt_length.
+    prompt_buckets    frame widths to choose from, smallest first that holds the batch; each is one compilation. ()
+                      means always max_prompt_length.
     """
 
     def __init__(
@@ -72,7 +76,9 @@ class PromptSource:
         self.widths = sorted({*prompt_buckets, max_prompt_length})
         lengths = np.array([len(_prompt_ids(tokenizer, example)) for example in _examples(task)])
         if not lengths.all():
-            raise UserError(f"example {int(lengths.argmin())} of task {task.name} has an empty prompt: nothing to continue from")
+            raise UserError(
+                f"example {int(lengths.argmin())} of task {task.name} has an empty prompt: nothing to continue from"
+            )
         fits = _fits(lengths, max_prompt_length, "prompts", "max_prompt_length", overlong_prompts)
         self._kept, self._all_lengths = np.flatnonzero(fits), lengths
         self.num_dropped = len(task) - len(self._kept)
@@ -82,8 +88,8 @@ class PromptSource:
         return len(self._kept)
 
     def batch(self, cursor: int, num_prompts: int, own: Sequence[int] | None = None) -> PromptBatch:
-        """The prompts at positions cursor .. cursor + num_prompts - 1 of the run. own: which of these num_prompts to read; the width
-        of the frame is that of all of them.
+        """The prompts at positions cursor .. cursor + num_prompts - 1 of the run. own: which of these num_prompts to
+        read; the width of the frame is that of all of them.
         """
         indices = _indices(self._kept, self.seed, cursor, num_prompts)
         longest = max(self._all_lengths[i] for i in indices)
@@ -96,9 +102,9 @@ class PromptSource:
 class DemonstrationSource:
     """Prompts with their demonstrations as whole frames, in shuffled order: the rows of supervised fine-tuning.
 
-    A demonstration ends in the tokenizer's first end-of-sequence token, which counts towards max_completion_length. `overlong`:
-    "error" or "drop", for prompts and demonstrations alike (a demonstration cut short would teach the policy not to end).
-    """
+    A demonstration ends in the tokenizer's first end-of-sequence token, which counts towards max_completion_length.
+    `overlong`: "error" or "drop", for prompts and demonstrations alike (a demonstration cut short would teach the
+    policy not to end)."""
 
     def __init__(
         self,
@@ -183,20 +189,25 @@ def _fits(lengths: np.ndarray, limit: int, what: str, field: str, policy: str) -
     return fits
 
 
-def completion_texts(tokenizer: Tokenizer, tokens_BT: np.ndarray, prompt_width: int, lengths_B: np.ndarray) -> list[str]:
+def completion_texts(
+    tokenizer: Tokenizer, tokens_BT: np.ndarray, prompt_width: int, lengths_B: np.ndarray
+) -> list[str]:
     """The text of each row's completion: `lengths_B` tokens from column `prompt_width` on, special tokens skipped."""
     rows = np.asarray(tokens_BT)[:, prompt_width:].tolist()
     return [tokenizer.decode(row[:length]) for row, length in zip(rows, np.asarray(lengths_B).tolist(), strict=True)]
 
 
 def score_completions(
-    texts: Sequence[str], examples: Sequence[Example], functions: Sequence[RewardFunction], weights: Sequence[float] | None = None
+    texts: Sequence[str],
+    examples: Sequence[Example],
+    functions: Sequence[RewardFunction],
+    weights: Sequence[float] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rewards of B completions, each with its example: (rewards_B, parts_BR), float32.
 
-    parts_BR[:, r] is what functions[r] returned; rewards_B is the sum of the parts, weighted (weights default to 1). A function
-    that raises, or returns what is no finite number, counts as 0 for that completion and is named in the log: one odd completion
-    does not end a run, but a reward that fails often will be seen.
+    parts_BR[:, r] is what functions[r] returned; rewards_B is the sum of the parts, weighted (weights default to 1). A
+    function that raises, or returns what is no finite number, counts as 0 for that completion and is named in the log:
+    one odd completion does not end a run, but a reward that fails often will be seen.
     """
     weights = [1.0] * len(functions) if weights is None else weights
     if len(weights) != len(functions):

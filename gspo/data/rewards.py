@@ -1,8 +1,8 @@
 """Rewards: (completion, example) -> float. Strings only, pure, and never an exception.
 
-A policy under training writes anything: a million digits, 1/0, half a bracket. So a reward function reads and compares, and
-evaluates nothing; its patterns match in linear time, and a number too large to be meant is simply not a number. Numbers are
-compared as exact fractions: 0.5, 1/2 and .50 are equal, 0.333 and 1/3 are not.
+A policy under training writes anything: a million digits, 1/0, half a bracket. So a reward function reads and compares,
+and evaluates nothing; its patterns match in linear time, and a number too large to be meant is simply not a number.
+Numbers are compared as exact fractions: 0.5, 1/2 and .50 are equal, 0.333 and 1/3 are not.
 
 A new reward is a function here and a line in `REWARDS`; configs then know it by its name.
 """
@@ -18,7 +18,8 @@ from gspo.types import UserError
 
 @dataclass(frozen=True)
 class Example:
-    """One problem. `demonstration` is a whole completion to imitate (SFT); `metadata` is for the reward of its own task."""
+    """One problem. `demonstration` is a whole completion to imitate (SFT); `metadata` is for the reward of its own
+    task."""
 
     prompt: str
     answer: str
@@ -28,8 +29,9 @@ class Example:
 
 RewardFunction = Callable[[str, Example], float]
 
-# One number. Each alternative consumes all the digits it can and nothing after them can fail, so a search over n characters takes
-# O(n). A minus sign counts only where no operand stands before it: "10-7" ends in 7, "= -7" in -7. ASCII digits only.
+# One number. Each alternative consumes all the digits it can and nothing after them can fail, so a search over n
+# characters takes O(n). A minus sign counts only where no operand stands before it: "10-7" ends in 7, "= -7" in -7.
+# ASCII digits only.
 _NUMBER = re.compile(
     r"""(?P<minus>(?<![\w.)\]}%])[-−])? \\?\$? (?P<minus_after_dollar>(?<=\$)[-−])?
         (?P<digits>[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)
@@ -48,7 +50,9 @@ def _value(match: re.Match[str]) -> Fraction | None:
     whole, point, decimals = match["digits"].partition(".")
     pieces = whole.rstrip(",").split(",")
     one_number = len(pieces) == 1 or (len(pieces[0]) <= 3 and all(len(piece) == 3 for piece in pieces[1:]))
-    whole = "".join(pieces) if one_number else pieces[-1]  # 1,080 is one number; 1,2,3 are three, and the last one counts
+    whole = (
+        "".join(pieces) if one_number else pieces[-1]
+    )  # 1,080 is one number; 1,2,3 are three, and the last one counts
     if max(len(whole) + len(decimals), len(denominator)) > _MAX_DIGITS or len(exponent) > _MAX_EXPONENT_DIGITS:
         return None
     if int(denominator) == 0:
@@ -59,7 +63,8 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def _boxed(text: str) -> str:
-    r"""What stands in the last \boxed{...} (up to the end where it is not closed); the whole text where there is none."""
+    r"""What stands in the last \boxed{...} (up to the end where it is not closed); the whole text where there is
+    none."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return text
@@ -72,7 +77,8 @@ def _boxed(text: str) -> str:
 
 
 def _last_number(text: str) -> Fraction | None:
-    """The value of the last number in the text, within the last box where there is one; None where there is no number."""
+    """The value of the last number in the text, within the last box where there is one; None where there is no
+    number."""
     text = _LATEX_FRACTION.sub(r"\1/\2", _boxed(text).replace("{,}", ",").replace("\\,", ","))
     last = None
     for last in _NUMBER.finditer(text):  # noqa: B007
@@ -99,8 +105,8 @@ def exact_match(completion: str, example: Example) -> float:
 def numeric_answer(completion: str, example: Example) -> float:
     r"""1 where the last number in the completion equals the answer.
 
-    Understood: 1,080  $5.00  50% (the sign is dropped: 50)  -3  3/4  \frac{3}{4}  1e3  \boxed{7}, and a period that ends the
-    sentence. A box goes before numbers that follow it.
+    Understood: 1,080  $5.00  50% (the sign is dropped: 50)  -3  3/4  \frac{3}{4}  1e3  \boxed{7}, and a period that
+    ends the sentence. A box goes before numbers that follow it.
     """
     return _equal(_last_number(completion), example.answer)
 
@@ -133,6 +139,8 @@ def overlong_penalty(length_tokens: int, max_length: int, buffer: int) -> float:
         -1                 |y| > L
     """
     if not 0 <= buffer <= max_length:
-        raise UserError(f"overlong_buffer={buffer} should lie between 0 and max_completion_length={max_length} (both in tokens)")
+        raise UserError(
+            f"overlong_buffer={buffer} should lie between 0 and max_completion_length={max_length} (both in tokens)"
+        )
     over = length_tokens - (max_length - buffer)
     return 0.0 if over <= 0 else -1.0 if over >= buffer else -over / buffer

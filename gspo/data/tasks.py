@@ -1,12 +1,15 @@
 """Tasks: examples by integer index, each a pure function of (split, seed, index).
 
-    running_sum            a toy whose demonstrator errs at a known rate, so that the pass@1 of a cold start is known in advance
-    reasoning_gym:<name>   the procedural tasks of the reasoning-gym package, each with its own scorer (an optional extra)
-    tfds:<name>            a prepared tensorflow-datasets folder, read without TensorFlow; gsm8k is understood field by field
+    running_sum            a toy whose demonstrator errs at a known rate, so that the pass@1 of a cold start is known in
+                           advance
+    reasoning_gym:<name>   the procedural tasks of the reasoning-gym package, each with its own scorer (an optional
+                           extra)
+    tfds:<name>            a prepared tensorflow-datasets folder, read without TensorFlow; gsm8k is understood field by
+                           field
     jsonl:<path>           one JSON object per line with "prompt" and "answer", and "demonstration" where there is one
 
-Nothing is shuffled here: the order of a run is `batches.shuffled_index`. A new kind of task is a function that returns a `Task`
-and a line in `TASKS`; its keyword arguments are the options that a config may set.
+Nothing is shuffled here: the order of a run is `batches.shuffled_index`. A new kind of task is a function that returns
+a `Task` and a line in `TASKS`; its keyword arguments are the options that a config may set.
 """
 
 import dataclasses
@@ -28,7 +31,8 @@ from gspo.types import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """`task[i]` for 0 <= i < len(task). `reward` is what the task is scored with unless a config names other rewards."""
+    """`task[i]` for 0 <= i < len(task). `reward` is what the task is scored with unless a config names other
+    rewards."""
 
     name: str
     size: int
@@ -86,18 +90,25 @@ def _first(name: str, available: int, size: int | None) -> int:
     return available if size is None else size
 
 
-# -------------------------------------------------------------------------------------------------------------- running_sum
+# ---------------------------------------------------------------------------- running_sum
 
 
 def _running_sum(
-    rest: str, *, split: str, seed: int, size: int | None, num_digits: int = 12, modulus: int = 10, error_rate: float = 0.12
+    rest: str,
+    *,
+    split: str,
+    seed: int,
+    size: int | None,
+    num_digits: int = 12,
+    modulus: int = 10,
+    error_rate: float = 0.12,
 ) -> Task:
     """Prompt "314=", answer "348": the running sums of the digits modulo `modulus`, one character each.
 
-    The demonstrator writes a uniform wrong digit with probability `error_rate` at each step and goes on from what it wrote. A
-    policy that imitates it perfectly is therefore right with probability (1 - error_rate) ** num_digits, and its errors are not
-    a matter of what it can represent: a cold start of known pass@1. No prompt is in both splits: its checksum decides.
-    """
+    The demonstrator writes a uniform wrong digit with probability `error_rate` at each step and goes on from what it
+    wrote. A policy that imitates it perfectly is therefore right with probability (1 - error_rate) ** num_digits, and
+    its errors are not a matter of what it can represent: a cold start of known pass@1. No prompt is in both splits: its
+    checksum decides."""
     _check_split("running_sum", split)
     for field, value, good in (
         ("num_digits", num_digits, num_digits >= 1),
@@ -133,10 +144,11 @@ def _running_sum(
     return Task("running_sum", size or (40_000 if split == "train" else 2_000), example, exact_match)
 
 
-# ------------------------------------------------------------------------------------------------------------ reasoning_gym
+# ---------------------------------------------------------------------------- reasoning_gym
 
-# What the scorer of a data set may be shown; other answers count as wrong. Most of these scorers hand the model's text to
-# Python's eval, or to SymPy's parser, which does the same: so no call, attribute or tower of powers fits into what they see.
+# What the scorer of a data set may be shown; other answers count as wrong. Most of these scorers hand the model's text
+# to Python's eval, or to SymPy's parser, which does the same: so no call, attribute or tower of powers fits into what
+# they see.
 _LITERALS, _ARITHMETIC = r"[\w\s\[\],'\"]*", r"(?!.*\*\s*\*)[0-9\s()+*/-]{,200}"
 _READABLE = {
     "binary_matrix": _LITERALS,
@@ -145,7 +157,8 @@ _READABLE = {
     "string_insertion": _LITERALS,
     "countdown": _ARITHMETIC,
     "puzzle24": _ARITHMETIC,
-    "polynomial_multiplication": r"(?!.*[\d\s]\*\s*\*)(?!.*\*\s*\*\s*\d{3})[a-z0-9\s*+-]*",  # powers of letters, below 100
+    # powers of letters, below 100
+    "polynomial_multiplication": r"(?!.*[\d\s]\*\s*\*)(?!.*\*\s*\*\s*\d{3})[a-z0-9\s*+-]*",
     "complex_arithmetic": r"[0-9\s.,()ij*+-]*",  # its scorer gives "nan" full marks
     "game_of_life_halting": r"(?!)",  # its scorer gives any text full marks: only the very answer passes
 }
@@ -161,16 +174,19 @@ _SET_ORDER = (
     "ransom_note",
     "word_ladder",
 )
-_SEED_STRIDE = 1_000_000  # reasoning-gym draws example i of seed s from seed s + i: splits and seeds must lie further apart
+_SEED_STRIDE = (
+    1_000_000  # reasoning-gym draws example i of seed s from seed s + i: splits and seeds must lie further apart
+)
 _MAX_ANSWER = 10_000  # characters
 _HUGE_EXPONENT = re.compile(r"[\d._][eE][-+]?[\d_]{4}")  # Fraction("1e999999999") fills the memory
 
 
 def _reasoning_gym(rest: str, *, split: str, seed: int, size: int | None, **options: Any) -> Task:
-    """Question and answer of a reasoning-gym data set; options are the fields of its config; scored by its own `score_answer`.
+    """Question and answer of a reasoning-gym data set; options are the fields of its config; scored by its own
+    `score_answer`.
 
-    Train and test draw from seeds that never meet; where a data set has few distinct problems they may still repeat each other.
-    """
+    Train and test draw from seeds that never meet; where a data set has few distinct problems they may still repeat
+    each other."""
     name = f"reasoning_gym:{rest}"
     try:
         import reasoning_gym
@@ -181,7 +197,9 @@ def _reasoning_gym(rest: str, *, split: str, seed: int, size: int | None, **opti
     if rest not in DATASETS:
         raise UserError(f"reasoning-gym has no data set {rest!r}{_suggest(rest, DATASETS)}")
     if rest in _UNSAFE:
-        raise UserError(f"task {name} is refused: its scorer evaluates what the model wrote, which may run code or never return")
+        raise UserError(
+            f"task {name} is refused: its scorer evaluates what the model wrote, which may run code or never return"
+        )
     if rest in _SET_ORDER and os.environ.get("PYTHONHASHSEED", "random") == "random":
         raise UserError(
             f"task {name} depends on the order of Python sets, so no run could be repeated or resumed: "
@@ -193,7 +211,9 @@ def _reasoning_gym(rest: str, *, split: str, seed: int, size: int | None, **opti
     if size > _SEED_STRIDE:
         raise UserError(f"task {name}: size={size} is more than the {_SEED_STRIDE} examples between two seeds")
     try:
-        dataset = reasoning_gym.create_dataset(rest, seed=_SEED_STRIDE * (2 * seed + (split == "test")), size=size, **options)
+        dataset = reasoning_gym.create_dataset(
+            rest, seed=_SEED_STRIDE * (2 * seed + (split == "test")), size=size, **options
+        )
         dataset[0]
     except Exception as error:  # asserts and exceptions of any kind in its checks
         raise UserError(f"task {name} refuses its options {options}: {str(error) or type(error).__name__}") from None
@@ -219,7 +239,7 @@ def _reasoning_gym(rest: str, *, split: str, seed: int, size: int | None, **opti
     return Task(name, size, example, reward)
 
 
-# --------------------------------------------------------------------------------------------------------------------- tfds
+# ---------------------------------------------------------------------------- tfds
 
 
 def _tfds(
@@ -237,12 +257,13 @@ def _tfds(
     """A tfds data set, by random access; `split` may be a slice such as "train[:256]".
 
     data_dir         where prepared data sets lie; else the environment's TFDS_DATA_DIR, else tfds' own default
-    answer_format    "hash": the answer stands after "####" (`hash_answer`); "free": the last number counts (`numeric_answer`)
+    answer_format    "hash": the answer stands after "####" (`hash_answer`); "free": the last number counts
+                     (`numeric_answer`)
     keep_calculator  gsm8k: keep annotations such as <<16/2=8>> in the demonstrations
     prompt_field, answer_field   for data sets other than gsm8k: the fields to read, as they stand (`exact_match`)
 
-    gsm8k: the prompt is "Question: ...\\nAnswer:\\n", the demonstration the worked solution, which ends in "#### <answer>".
-    """
+    gsm8k: the prompt is "Question: ...\\nAnswer:\\n", the demonstration the worked solution, which ends in "####
+    <answer>"."""
     name = f"tfds:{rest}"
     formats = {"hash": hash_answer, "free": numeric_answer}
     if answer_format not in formats:
@@ -263,7 +284,10 @@ def _tfds(
         row = source[index]
         try:
             return Example(
-                *(value.decode() if isinstance(value, bytes) else str(value) for value in (row[prompt_field], row[answer_field]))
+                *(
+                    value.decode() if isinstance(value, bytes) else str(value)
+                    for value in (row[prompt_field], row[answer_field])
+                )
             )
         except KeyError as error:
             raise UserError(f"task {name} has no field {error.args[0]!r}: it has {', '.join(sorted(row))}") from None
@@ -300,11 +324,12 @@ def _tfds_source(name: str, split: str, data_dir: str | None) -> Any:
         raise UserError(f"task tfds:{name}: {str(error).splitlines()[0]}") from None
     except Exception as error:
         raise UserError(
-            f"the data set {name} in {folder} cannot be read ({str(error).splitlines()[0]}): prepare it again with: {prepare}"
+            f"the data set {name} in {folder} cannot be read ({str(error).splitlines()[0]}): prepare it again with: "
+            f"{prepare}"
         ) from None
 
 
-# -------------------------------------------------------------------------------------------------------------------- jsonl
+# ---------------------------------------------------------------------------- jsonl
 
 
 def _jsonl(rest: str, *, split: str, seed: int, size: int | None) -> Task:

@@ -1,10 +1,10 @@
 """Text to token ids and back, behind one small protocol with three implementations.
 
-`ByteTokenizer` needs no file and knows every text; `CharTokenizer` gives toys a vocabulary of a dozen ids; `HFTokenizer` reads
-the folder of a published model. All keep two promises that the rest of the library leans on: `encode` adds no special tokens
-(the sampler decides where a sequence begins and ends), and `decode` takes any integers whatever, since an untrained policy
-samples ids that no encoder would write. The completion mask never comes from ids, so a pad id that equals an eos id is harmless.
-"""
+`ByteTokenizer` needs no file and knows every text; `CharTokenizer` gives toys a vocabulary of a dozen ids;
+`HFTokenizer` reads the folder of a published model. All keep two promises that the rest of the library leans on:
+`encode` adds no special tokens (the sampler decides where a sequence begins and ends), and `decode` takes any integers
+whatever, since an untrained policy samples ids that no encoder would write. The completion mask never comes from ids,
+so a pad id that equals an eos id is harmless."""
 
 import datetime
 import json
@@ -33,10 +33,12 @@ class Tokenizer(Protocol):
         """Ids of the text alone: no beginning-of-sequence, no end-of-sequence."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids. Special tokens and ids outside of the vocabulary are skipped; broken UTF-8 becomes U+FFFD."""
+        """Text of the ids. Special tokens and ids outside of the vocabulary are skipped; broken UTF-8 becomes
+        U+FFFD."""
 
     def format_prompt(self, text: str) -> str:
-        """A user's message as the model wants to see it: through the chat template where there is one, else unchanged."""
+        """A user's message as the model wants to see it: through the chat template where there is one, else
+        unchanged."""
 
 
 class ByteTokenizer:
@@ -56,14 +58,16 @@ class ByteTokenizer:
 
 
 class CharTokenizer:
-    """One id per character of the alphabet, in its order, then pad and eos. A character outside of it is the user's mistake."""
+    """One id per character of the alphabet, in its order, then pad and eos. A character outside of it is the user's
+    mistake."""
 
     def __init__(self, alphabet: str) -> None:
         repeated = sorted({char for char in alphabet if alphabet.count(char) > 1})
         if not alphabet or repeated:
             what = f"repeats {', '.join(map(repr, repeated))}" if repeated else "is empty"
             raise UserError(
-                f"the alphabet of tokenizer 'chars:{alphabet}' {what}: list each character once, as in 'chars:0123456789='"
+                f"the alphabet of tokenizer 'chars:{alphabet}' {what}: list each character once, as in "
+                "'chars:0123456789='"
             )
         self.alphabet = alphabet
         self._ids = {char: i for i, char in enumerate(alphabet)}
@@ -89,7 +93,8 @@ class HFTokenizer:
     """A Hugging Face tokenizer.json, with what the files beside it say about special tokens and chat.
 
     path: the folder, or the tokenizer.json in it. Read where present, all from that folder:
-      generation_config.json    eos_token_id, an int or a list of them (chat models end a turn with another token than a document)
+      generation_config.json    eos_token_id, an int or a list of them (chat models end a turn with another token than a
+                                document)
       tokenizer_config.json     eos_token, pad_token, bos_token, chat_template
       special_tokens_map.json   the same tokens, where tokenizer_config.json leaves them out
       chat_template.jinja       goes before the chat_template of tokenizer_config.json
@@ -105,15 +110,22 @@ class HFTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises bare Exception
             raise UserError(f"tokenizer file {file} cannot be read: {_first_line(error)}") from None
-        # Truncation and padding saved into the file are somebody else's batch settings; here they would shorten prompts silently.
+        # Truncation and padding saved into the file are somebody else's batch settings; here they would shorten prompts
+        # silently.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         config = {
             **_read_json(file.parent / "special_tokens_map.json"),
-            **{key: value for key, value in _read_json(file.parent / "tokenizer_config.json").items() if value is not None},
+            **{
+                key: value
+                for key, value in _read_json(file.parent / "tokenizer_config.json").items()
+                if value is not None
+            },
         }
-        self._special = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self._special = {
+            key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
         self.eos_ids = self._read_eos_ids(file.parent)
         pad = self._special["pad_token"]
         self.pad_id = self.eos_ids[0] if pad is None else self._id_of(pad, "pad_token", file.parent)
@@ -201,7 +213,8 @@ def _token_text(value: Any) -> str | None:
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> jinja2.Template | None:
-    """The compiled template, or None. Sandboxed: it came with a download, and may neither reach attributes nor change objects."""
+    """The compiled template, or None. Sandboxed: it came with a download, and may neither reach attributes nor change
+    objects."""
     file = folder / "chat_template.jinja"
     source = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else config.get("chat_template")
     if isinstance(source, list):  # several named templates; the one that is used unasked is called "default"
@@ -219,7 +232,9 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> jinja2.Template | No
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.datetime.now().strftime(form))
+    environment.globals.update(
+        raise_exception=raise_exception, strftime_now=lambda form: datetime.datetime.now().strftime(form)
+    )
     try:
         return environment.from_string(source)
     except Exception as error:  # a syntax error, or no text at all

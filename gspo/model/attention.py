@@ -6,8 +6,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from gspo.microbatch import cut_columns, join_columns
-from gspo.sharding import ONE_DEVICE, Layout
+from gspo.model.columns import cut_columns, join_columns
+from gspo.parallel.sharding import ONE_DEVICE, Layout
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives a mean and not NaN
 
@@ -30,11 +30,12 @@ class RMSNorm(nn.Module):
 def rope_tables(
     positions_BT: chex.Array, head_width: int, theta: float, scaling: tuple[float, ...] = ()
 ) -> tuple[chex.Array, chex.Array]:
-    """Positions -> float32 (cos, sin), each [B, T, H/2]: angle p · θ^(-2i/H) (Su et al. 2021, "rotate half" layout of Llama).
+    """Positions -> float32 (cos, sin), each [B, T, H/2]: angle p · θ^(-2i/H) (Su et al. 2021, "rotate half" layout of
+    Llama).
 
-    scaling: () or (factor, low, high, trained_length), the rule of Llama 3.1: waves that turn more than `high` times within the
-    trained length stay, those that turn less than `low` times are slowed down by `factor`, and those between are interpolated.
-    """
+    scaling: () or (factor, low, high, trained_length), the rule of Llama 3.1: waves that turn more than `high` times
+    within the trained length stay, those that turn less than `low` times are slowed down by `factor`, and those between
+    are interpolated."""
     frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
     if scaling:
         factor, low, high, trained_length = scaling
@@ -76,7 +77,8 @@ class KVCache:
         return take(self.k_LBSKH, layer, 0, keepdims=False), take(self.v_LBSKH, layer, 0, keepdims=False)
 
     def fan_out(self, copies: int, width: int) -> "KVCache":
-        """Each row `copies` times, neighbours; columns grow to `width` with zeros (nothing attends to them before they are written)."""
+        """Each row `copies` times, neighbours; columns grow to `width` with zeros (nothing attends to them before they
+        are written)."""
 
         def one(x_LBSKH):
             x_LBSKH = jnp.repeat(x_LBSKH, copies, axis=1)
@@ -86,7 +88,8 @@ class KVCache:
 
 
 def visible(first_B: chex.Array, start: chex.Array | int, queries: int, keys: int) -> chex.Array:
-    """[B, T, S] bool: key column s is seen from query column t iff first <= s <= t. Padding before `first` sees itself only."""
+    """[B, T, S] bool: key column s is seen from query column t iff first <= s <= t. Padding before `first` sees itself
+    only."""
     query_T = start + jnp.arange(queries)
     key_S = jnp.arange(keys)
     seen_BTS = (key_S >= first_B[:, None, None]) & (key_S <= query_T[None, :, None])
@@ -96,7 +99,8 @@ def visible(first_B: chex.Array, start: chex.Array | int, queries: int, keys: in
 def attend(
     q_BTNH: chex.Array, k_BSKH: chex.Array, v_BSKH: chex.Array, visible_BTS: chex.Array, chunk: int = 0
 ) -> chex.Array:
-    """softmax(q·k/√H) v with N/K query heads to each key/value head; scores and softmax in float32. Returns [B, T, N, H].
+    """softmax(q·k/√H) v with N/K query heads to each key/value head; scores and softmax in float32. Returns [B, T, N,
+    H].
 
     chunk: query columns whose scores exist at a time, forward and backward (remat); 0: all T.
     """
@@ -115,8 +119,8 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with optional RMSNorm on queries and keys before RoPE: over each head (Qwen3), or over the whole
-    projection, all heads together (OLMoE).
+    """Grouped-query attention with optional RMSNorm on queries and keys before RoPE: over each head (Qwen3), or over
+    the whole projection, all heads together (OLMoE).
     """
 
     num_heads: int
@@ -131,7 +135,9 @@ class Attention(nn.Module):
 
     def _project(self, name: str, x_BTD, heads: int, axis: str):
         kernel_init_ = nn.with_partitioning(kernel_init, ("embed", axis))
-        kernel = self.param(name, kernel_init_, (x_BTD.shape[-1], heads * self.head_width), jnp.float32).astype(self.dtype)
+        kernel = self.param(name, kernel_init_, (x_BTD.shape[-1], heads * self.head_width), jnp.float32).astype(
+            self.dtype
+        )
         y = (x_BTD @ self.layout.gathered(kernel, "embed", axis)).reshape(*x_BTD.shape[:2], heads, self.head_width)
         return self.layout.constrain(y, "rows", None, axis, None)
 
@@ -158,5 +164,7 @@ class Attention(nn.Module):
             k_BSKH, v_BSKH = cache.read(layer)
         mixed_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, visible_BTS, self.chunk)
         kernel_init_ = nn.with_partitioning(kernel_init, ("heads", "embed"))
-        kernel = self.param("out", kernel_init_, (self.num_heads * self.head_width, x_BTD.shape[-1]), jnp.float32).astype(self.dtype)
+        kernel = self.param(
+            "out", kernel_init_, (self.num_heads * self.head_width, x_BTD.shape[-1]), jnp.float32
+        ).astype(self.dtype)
         return mixed_BTNH.reshape(*x_BTD.shape[:2], -1) @ self.layout.gathered(kernel, "heads", "embed"), cache

@@ -1,15 +1,16 @@
 """Expert parallelism: tokens to the devices that hold their experts, and back. Dropless, under `jax.shard_map`.
 
-Rows are cut along all axes but `tensor`, experts along those that the rules give them. The devices that hold the experts of one
-another's tokens form a group of n. On each, with M tokens of its own:
+Rows are cut along all axes but `tensor`, experts along those that the rules give them. The devices that hold the
+experts of one another's tokens form a group of n. On each, with M tokens of its own:
 
-    all_gather   every device of the group sees all n M tokens, runs its own experts on those that chose them, and the partial sums
-                 are added up and scattered back. Moves n M rows each way, whatever was chosen: right for n up to about X
-    all_to_all   each (token, choice) pair travels to the one device that holds its expert, and its result back. Moves M X rows each
-                 way: right for larger groups
+    all_gather   every device of the group sees all n M tokens, runs its own experts on those that chose them, and the
+                 partial sums are added up and scattered back. Moves n M rows each way, whatever was chosen: right for n
+                 up to about X
+    all_to_all   each (token, choice) pair travels to the one device that holds its expert, and its result back. Moves M
+                 X rows each way: right for larger groups
 
-Both need room for the worst case, all tokens of a group choosing the experts of one device: n M min(X, E/n) rows. Routing decides how
-many of them are filled, and the grouped matmuls of the `ragged` backend visit only those.
+Both need room for the worst case, all tokens of a group choosing the experts of one device: n M min(X, E/n) rows.
+Routing decides how many of them are filled, and the grouped matmuls of the `ragged` backend visit only those.
 """
 
 from collections.abc import Callable
@@ -20,9 +21,11 @@ import jax
 import jax.numpy as jnp
 
 from gspo.model.experts import from_slots, make_slots, most_pairs, to_slots
-from gspo.sharding import Layout, gather_axes
+from gspo.parallel.sharding import Layout, gather_axes
 
-Backend = Callable[..., chex.Array]  # (h_MD, gates_MX, experts_MX, w_gate, w_up, w_down) -> [M, D]; see gspo.model.experts
+Backend = Callable[
+    ..., chex.Array
+]  # (h_MD, gates_MX, experts_MX, w_gate, w_up, w_down) -> [M, D]; see gspo.model.experts
 
 
 def dispatch(
@@ -41,15 +44,17 @@ def dispatch(
     chex.assert_equal_shape([gates_BTX, experts_BTX])
     chex.assert_equal_shape_prefix([h_BTD, gates_BTX], 2)
     if not layout.several:
-        return _on_tokens(backend, h_BTD, gates_BTX, experts_BTX, *(w.astype(dtype) for w in (w_gate_EDF, w_up_EDF, w_down_EFD)))
+        return _on_tokens(
+            backend, h_BTD, gates_BTX, experts_BTX, *(w.astype(dtype) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+        )
 
     group, tensor, embed = layout.axes("expert"), layout.axes("mlp"), layout.axes("expert_embed")
     ragged = layout.mesh.devices.flat[0].platform != "cpu"
     exchange = {"all_gather": _by_all_gather, "all_to_all": partial(_by_all_to_all, ragged=ragged)}[layout.dispatch]
 
     def one_device(h_BTD, gates_BTX, experts_BTX, *weights):
-        # Weights that are cut along an axis of rows are gathered, in the dtype that they are used in; the transpose of that scatters
-        # their gradients back.
+        # Weights that are cut along an axis of rows are gathered, in the dtype that they are used in; the transpose of
+        # that scatters their gradients back.
         w_gate_EDF, w_up_EDF, w_down_EFD = (w.astype(dtype) for w in weights)
         w_gate_EDF, w_up_EDF = (gather_axes(w, embed, 1) for w in (w_gate_EDF, w_up_EDF))
         w_down_EFD = gather_axes(w_down_EFD, embed, 2)
@@ -63,9 +68,15 @@ def dispatch(
             return exchange(run, w_gate_EDF.shape[0], group, h_MD, gates_MX, experts_MX)
 
         y_BTD = _on_tokens(exchanged, h_BTD, gates_BTX, experts_BTX)
-        return jax.lax.psum(y_BTD, tensor) if tensor else y_BTD  # each device of `tensor` has a part of the experts' width
+        return (
+            jax.lax.psum(y_BTD, tensor) if tensor else y_BTD
+        )  # each device of `tensor` has a part of the experts' width
 
-    rows, up, down = layout.spec("rows"), layout.spec("expert", "expert_embed", "mlp"), layout.spec("expert", "mlp", "expert_embed")
+    rows, up, down = (
+        layout.spec("rows"),
+        layout.spec("expert", "expert_embed", "mlp"),
+        layout.spec("expert", "mlp", "expert_embed"),
+    )
     mapped = jax.shard_map(
         one_device, mesh=layout.mesh, in_specs=(rows, rows, rows, up, up, down), out_specs=rows, check_vma=False
     )  # fmt: skip
@@ -80,7 +91,9 @@ def _on_tokens(run: Callable, h_BTD, gates_BTX, experts_BTX, *weights):
 
 def _by_all_gather(run, num_local: int, group, h_MD, gates_MX, experts_MX):
     """All tokens of the group to every device; each adds what its experts have to say."""
-    h_AD, gates_AX, experts_AX = (jax.lax.all_gather(x, group, axis=0, tiled=True) for x in (h_MD, gates_MX, experts_MX))
+    h_AD, gates_AX, experts_AX = (
+        jax.lax.all_gather(x, group, axis=0, tiled=True) for x in (h_MD, gates_MX, experts_MX)
+    )
     own_AX = experts_AX - jax.lax.axis_index(group) * num_local  # outside of 0 .. num_local - 1: another device's
     return jax.lax.psum_scatter(run(h_AD, gates_AX, own_AX), group, scatter_dimension=0, tiled=True)
 
@@ -109,9 +122,9 @@ def _by_all_to_all(run, num_local: int, group, h_MD, gates_MX, experts_MX, *, ra
 def _exchange(x_SA, num_rows: int, plan, group, ragged: bool):
     """Stretches of rows to their devices -> [num_rows, A], 0 where nothing arrived.
 
-    plan: where each stretch starts here, its size, where it starts there, and what size arrives from each device; [n] int32 each.
-    Where the backend has no ragged_all_to_all (the CPU), everything is gathered and the same rows are picked by the same plan.
-    """
+    plan: where each stretch starts here, its size, where it starts there, and what size arrives from each device; [n]
+    int32 each. Where the backend has no ragged_all_to_all (the CPU), everything is gathered and the same rows are
+    picked by the same plan."""
     if ragged:
         return jax.lax.ragged_all_to_all(x_SA, jnp.zeros((num_rows, x_SA.shape[1]), x_SA.dtype), *plan, axis_name=group)
     me = jax.lax.axis_index(group)

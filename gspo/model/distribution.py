@@ -1,8 +1,9 @@
-"""The distribution that tokens are drawn from: temperature, top-k, top-p, min-p. One definition for sampler and learner.
+"""The distribution that tokens are drawn from: temperature, top-k, top-p, min-p. One definition for sampler and
+learner.
 
-A ratio π_θ/π_old is a ratio of probabilities of what was really sampled. A sampler that cuts the tail of the softmax while the
-learner scores the whole softmax gives ratios that are wrong before the first update; so both shape their logits here.
-"""
+A ratio π_θ/π_old is a ratio of probabilities of what was really sampled. A sampler that cuts the tail of the softmax
+while the learner scores the whole softmax gives ratios that are wrong before the first update; so both shape their
+logits here."""
 
 import dataclasses
 
@@ -40,12 +41,13 @@ class Sampling:
 
 
 def shape_logits(logits: chex.Array, sampling: Sampling, keep: chex.Array | None = None) -> chex.Array:
-    """float32 logits [..., V] -> logits of the distribution that is sampled: divided by the temperature, cut tokens at -1e30.
+    """float32 logits [..., V] -> logits of the distribution that is sampled: divided by the temperature, cut tokens at
+    -1e30.
 
-    The cuts are applied in the usual order: top-k, then top-p on what is left, then min-p. keep: [...] int32, one token that
-    is never cut: the learner passes the token that was sampled, since under the updated policy it may fall outside the kept set,
-    and a ratio of 0 would carry no gradient. With unchanged weights it lies inside, and learner and sampler agree.
-    """
+    The cuts are applied in the usual order: top-k, then top-p on what is left, then min-p. keep: [...] int32, one token
+    that is never cut: the learner passes the token that was sampled, since under the updated policy it may fall outside
+    the kept set, and a ratio of 0 would carry no gradient. With unchanged weights it lies inside, and learner and
+    sampler agree."""
     chex.assert_type(logits, jnp.float32)
     if sampling.temperature == 0:  # the greedy distribution puts everything on the argmax
         best = jnp.argmax(logits, axis=-1, keepdims=True)

@@ -1,10 +1,11 @@
 """The experts of one device, on the tokens of one device: interchangeable backends with the same numbers.
 
-All compute y_m = Σ_{x} gate_mx · E_{expert_mx}(h_m) with E(h) = (silu(h W_gate) ∘ (h W_up)) W_down, and all are dropless. A choice
-outside of 0 .. E - 1 belongs to another device and adds nothing (`gspo.model.dispatch`):
+All compute y_m = Σ_{x} gate_mx · E_{expert_mx}(h_m) with E(h) = (silu(h W_gate) ∘ (h W_up)) W_down, and all are
+dropless. A choice outside of 0 .. E - 1 belongs to another device and adds nothing (`gspo.model.dispatch`):
 
     dense    every expert on every token, then a weighted sum: wasteful, obvious, the oracle of the others
-    blocked  tokens sorted by expert, each group padded to whole blocks, one batched matmul over blocks: the choice on CPU
+    blocked  tokens sorted by expert, each group padded to whole blocks, one batched matmul over blocks: the choice on
+             CPU
     ragged   tokens sorted by expert, `jax.lax.ragged_dot`: the choice on GPU and TPU
 """
 
@@ -29,9 +30,10 @@ def dense_experts(h_MD, gates_MX, experts_MX, w_gate_EDF, w_up_EDF, w_down_EFD):
     return jnp.einsum("EMD,ME->MD", out_EMD, weight_ME.astype(out_EMD.dtype))
 
 
-# A slot is one row of the buffer that the experts read; slot_MX says where each (token, choice) pair lies in it (at or past its end:
-# nowhere), and token_S which token a slot holds (M for an empty one). Both directions are gathers, and each is the other's transpose:
-# written as custom gradients, they spare XLA two scatter-adds, which are slow on every backend.
+# A slot is one row of the buffer that the experts read; slot_MX says where each (token, choice) pair lies in it (at or
+# past its end: nowhere), and token_S which token a slot holds (M for an empty one). Both directions are gathers, and
+# each is the other's transpose: written as custom gradients, they spare XLA two scatter-adds, which are slow on every
+# backend.
 
 
 def _rows(x_AD, index):
@@ -72,8 +74,8 @@ from_slots.defvjp(_from_slots_fwd, _from_slots_bwd)
 
 
 class Slots(NamedTuple):
-    """Where every pair lies. slot_MX int32; token_S, choice_S: the pair in each slot (M and 0 for empty slots); size_E: pairs of each
-    expert; start_E: first slot of each expert's stretch.
+    """Where every pair lies. slot_MX int32; token_S, choice_S: the pair in each slot (M and 0 for empty slots); size_E:
+    pairs of each expert; start_E: first slot of each expert's stretch.
     """
 
     slot_MX: chex.Array
@@ -84,8 +86,8 @@ class Slots(NamedTuple):
 
 
 def make_slots(experts_MX, num_experts: int, block: int, num_slots: int) -> Slots:
-    """Places each pair in its expert's stretch of the buffer, in token order; a stretch starts at a multiple of `block`. Pairs of
-    experts outside of 0 .. num_experts - 1 get no slot.
+    """Places each pair in its expert's stretch of the buffer, in token order; a stretch starts at a multiple of
+    `block`. Pairs of experts outside of 0 .. num_experts - 1 get no slot.
     """
     M, X = experts_MX.shape
     pair_P = jnp.arange(M * X, dtype=jnp.int32)
@@ -107,7 +109,8 @@ def most_pairs(experts_MX, num_experts: int) -> int:
 
 
 def block_size(pairs: int, num_experts: int) -> int:
-    """Rows per block: about half an average group, a power of two in 8..128. Small blocks pad less, large ones multiply faster."""
+    """Rows per block: about half an average group, a power of two in 8..128. Small blocks pad less, large ones multiply
+    faster."""
     return int(np.clip(2 ** int(np.log2(max(pairs / num_experts / 2, 1))), 8, 128))
 
 

@@ -1,12 +1,13 @@
-"""From hidden states to log-probs of given tokens, without an array of [B, T, V]: some columns at a time, forward and backward."""
+"""From hidden states to log-probs of given tokens, without an array of [B, T, V]: some columns at a time, forward and
+backward."""
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from gspo.microbatch import cut_columns, join_columns
+from gspo.model.columns import cut_columns, join_columns
 from gspo.model.distribution import Sampling, entropy, log_prob, shape_logits
-from gspo.sharding import ONE_DEVICE, Layout, gather_axes
+from gspo.parallel.sharding import ONE_DEVICE, Layout, gather_axes
 
 
 def token_scores(
@@ -18,11 +19,12 @@ def token_scores(
     chunk: int,
     layout: Layout = ONE_DEVICE,
 ) -> tuple[chex.Array, chex.Array]:
-    """(log-probs, entropies) of the distribution that is sampled, float32 [B, C]; `chunk` columns of logits exist at a time (remat).
+    """(log-probs, entropies) of the distribution that is sampled, float32 [B, C]; `chunk` columns of logits exist at a
+    time (remat).
 
-    On a mesh each device scores its own rows: the kernel is gathered once, and its gradient summed over the chunks before it is
-    scattered. Left to the partitioner, both happen in every chunk. The vocabulary may be cut along `tensor`.
-    """
+    On a mesh each device scores its own rows: the kernel is gathered once, and its gradient summed over the chunks
+    before it is scattered. Left to the partitioner, both happen in every chunk. The vocabulary may be cut along
+    `tensor`."""
     rows, embed = layout.axes("rows"), layout.axes("embed")
     if not rows:  # one device; or `tensor` alone, where the partitioner cuts the vocabulary
         return _on_rows(hidden_BCD, target_BC, kernel_DV, sampling, chunk)
@@ -30,7 +32,8 @@ def token_scores(
     def one_device(hidden_BCD, target_BC, kernel_DV):
         return _on_rows(hidden_BCD, target_BC, gather_axes(kernel_DV, embed, 0), sampling, chunk)
 
-    # Manual along all axes unless `tensor` has to stay with the partitioner: a mix makes XLA's CPU backend abort on bfloat16 gradients.
+    # Manual along all axes unless `tensor` has to stay with the partitioner: a mix makes XLA's CPU backend abort on
+    # bfloat16 gradients.
     manual = set(rows) if layout.axes("vocab") else set(layout.mesh.axis_names)
     spec = jax.sharding.PartitionSpec
     return jax.shard_map(

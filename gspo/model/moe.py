@@ -9,11 +9,12 @@ from gspo.model.attention import kernel_init
 from gspo.model.dispatch import dispatch
 from gspo.model.experts import BACKENDS
 from gspo.model.routing import route, swap_experts, top_k_experts
-from gspo.sharding import ONE_DEVICE, Layout
+from gspo.parallel.sharding import ONE_DEVICE, Layout
 
 
 class MoE(nn.Module):
-    """Router (float32) and SwiGLU experts. x_BTD, given routes [B, T, X] or None -> (y_BTD, free_BTX, router_logits_BTE float32)."""
+    """Router (float32) and SwiGLU experts. x_BTD, given routes [B, T, X] or None -> (y_BTD, free_BTX, router_logits_BTE
+    float32)."""
 
     num_experts: int
     experts_per_token: int
@@ -31,7 +32,11 @@ class MoE(nn.Module):
         E, F, X = self.num_experts, self.expert_width, self.experts_per_token
 
         def weight(name, shape, *axes):
-            init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=(0,)) if len(shape) == 3 else kernel_init
+            init = (
+                nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=(0,))
+                if len(shape) == 3
+                else kernel_init
+            )
             return self.param(name, nn.with_partitioning(init, axes), shape, jnp.float32)
 
         x_MD = x_BTD.reshape(B * T, D)
@@ -53,6 +58,12 @@ class MoE(nn.Module):
             weight("down", (E, F, D), "expert", "mlp", "expert_embed"),
         )
         y_BTD = dispatch(
-            self.layout, BACKENDS[self.backend], x_BTD, gates_MX.reshape(B, T, X), used_MX.reshape(B, T, X), *weights, dtype=self.dtype
+            self.layout,
+            BACKENDS[self.backend],
+            x_BTD,
+            gates_MX.reshape(B, T, X),
+            used_MX.reshape(B, T, X),
+            *weights,
+            dtype=self.dtype,
         )
         return y_BTD, free_MX.reshape(B, T, X), logits_ME.reshape(B, T, E)

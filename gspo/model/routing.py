@@ -4,9 +4,9 @@ Routing replay: the given indices fix WHICH experts run, the gates always come f
 
     g_j = exp(z_j) / Σ_{k chosen} exp(z_k)     (renormalised; else the full softmax at the chosen indices)
 
-so the gradient reaches router and experts alike. -1 in a token's given routes means "not recorded": that token routes freely.
-R2 replays what the learner's own pass over the rollout chose, R3 what the sampler chose (arXiv 2510.11370, 2512.01374).
-"""
+so the gradient reaches router and experts alike. -1 in a token's given routes means "not recorded": that token routes
+freely. R2 replays what the learner's own pass over the rollout chose, R3 what the sampler chose (arXiv 2510.11370,
+2512.01374)."""
 
 import chex
 import jax
@@ -25,9 +25,9 @@ def route(
 ) -> tuple[chex.Array, chex.Array, chex.Array]:
     """Chooses k experts per token.
 
-    logits_ME: float32. given_MX: int, any width of integer; a token with a negative entry routes freely.
-    Returns (gates_MX float32, used_MX int32, free_MX int32): `used` are the experts that run, `free` those the router would choose
-    now. Without given routes the two are the same.
+    logits_ME: float32. given_MX: int, any width of integer; a token with a negative entry routes freely. Returns
+    (gates_MX float32, used_MX int32, free_MX int32): `used` are the experts that run, `free` those the router would
+    choose now. Without given routes the two are the same.
     """
     chex.assert_rank(logits_ME, 2)
     chex.assert_type(logits_ME, jnp.float32)
@@ -44,8 +44,9 @@ def route(
 
 
 def swap_experts(key: chex.PRNGKey, experts_MX: chex.Array, num_experts: int, rate: float) -> chex.Array:
-    """With probability `rate`, replaces a token's last expert by one of those it did not choose, uniformly: what a sampler with
-    another router would do, at a known rate. Mismatch injection; M tokens, E experts, X < E of them chosen.
+    """With probability `rate`, replaces a token's last expert by one of those it did not choose, uniformly: what a
+    sampler with another router would do, at a known rate. Mismatch injection; M tokens, E experts, X < E of them
+    chosen.
     """
     M = experts_MX.shape[0]
     coin_key, pick_key = jax.random.split(key)
@@ -74,7 +75,8 @@ def recorded(routes_LBTX: chex.Array) -> chex.Array:
 
 
 def experts_changed(old_LBTX: chex.Array, new_LBTX: chex.Array, mask_BT: chex.Array) -> tuple[Mean, Mean]:
-    """Share of chosen experts that changed over the masked tokens of all layers; and share of tokens with a change in any layer.
+    """Share of chosen experts that changed over the masked tokens of all layers; and share of tokens with a change in
+    any layer.
 
     A token with a -1 in `old` is not counted.
     """
@@ -88,7 +90,8 @@ def by_layer(x_LBT: chex.Array, mask_BT: chex.Array) -> chex.Array:
 
 
 def router_margin(logits: chex.Array, k: int) -> chex.Array:
-    """[..., E] -> [...] distance between the k-th largest router logit and the next: how far a choice is from changing. 0 for k = E."""
+    """[..., E] -> [...] distance between the k-th largest router logit and the next: how far a choice is from changing.
+    0 for k = E."""
     if k == logits.shape[-1]:
         return jnp.zeros(logits.shape[:-1], logits.dtype)
     largest = jax.lax.top_k(logits, k + 1)[0]
@@ -102,7 +105,8 @@ def router_kl(old_logits: chex.Array, new_logits: chex.Array) -> chex.Array:
 
 
 def variance_share(x_BC: chex.Array, part_BC: chex.Array, mask_BC: chex.Array) -> chex.Array:
-    """Share of the variance of x over the mask that sits on the elements of `part`: Σ_part (x - mean)² / Σ (x - mean)²."""
+    """Share of the variance of x over the mask that sits on the elements of `part`: Σ_part (x - mean)² / Σ (x -
+    mean)²."""
     squared_BC = jnp.square(x_BC - masked_mean(x_BC, mask_BC).value)
     whole = jnp.sum(jnp.where(mask_BC, squared_BC, 0.0))
     return jnp.sum(jnp.where(mask_BC & part_BC, squared_BC, 0.0)) / jnp.where(whole > 0, whole, 1.0)
@@ -118,11 +122,12 @@ def load_by_layer(routes_LBTX: chex.Array, mask_BT: chex.Array, num_experts: int
 
 
 def balance_loss(logits_LBTE: chex.Array, routes_LBTX: chex.Array, mask_BT: chex.Array) -> chex.Array:
-    """[B] load-balance loss of each row, E Σ_e f_e P_e averaged over layers; 1 where the load is even, E where one expert has it all.
+    """[B] load-balance loss of each row, E Σ_e f_e P_e averaged over layers; 1 where the load is even, E where one
+    expert has it all.
 
-    f_e is the share of the row's choices that fell on expert e, P_e the mean probability that its router gave it. The loss of Switch
-    Transformer (2101.03961) eq. 4, over one sequence as in DeepSeek-V3 (2412.19437) eq. 17: then it does not depend on which rows
-    share a micro-batch or a device. A row with an empty mask gives 0.
+    f_e is the share of the row's choices that fell on expert e, P_e the mean probability that its router gave it. The
+    loss of Switch Transformer (2101.03961) eq. 4, over one sequence as in DeepSeek-V3 (2412.19437) eq. 17: then it does
+    not depend on which rows share a micro-batch or a device. A row with an empty mask gives 0.
     """
     E, X = logits_LBTE.shape[-1], routes_LBTX.shape[-1]
     tokens_B = jnp.maximum(jnp.sum(mask_BT, axis=1), 1)
@@ -134,6 +139,7 @@ def balance_loss(logits_LBTE: chex.Array, routes_LBTX: chex.Array, mask_BT: chex
 
 
 def z_loss(logits_LBTE: chex.Array, mask_BT: chex.Array) -> chex.Array:
-    """[B] mean over a row's tokens and over layers of (log Σ_e exp z_e)²: keeps router logits small. ST-MoE (2202.08906) eq. 5."""
+    """[B] mean over a row's tokens and over layers of (log Σ_e exp z_e)²: keeps router logits small. ST-MoE
+    (2202.08906) eq. 5."""
     squared_LBT = jnp.where(mask_BT, jnp.square(jax.nn.logsumexp(logits_LBTE, axis=-1)), 0.0)
     return jnp.mean(jnp.sum(squared_LBT, axis=2) / jnp.maximum(jnp.sum(mask_BT, axis=1), 1), axis=0)

@@ -2,9 +2,9 @@
 
     (tokens, cache, routes) -> (hidden, cache, routes)
 
-One module serves Qwen3, Qwen3-MoE, Mixtral, Llama and OLMoE; a `ModelSpec` says which (`gspo.hf_families` reads it from a config.json).
-It is called on whole frames (learner), on prompts with an empty cache (prefill) and on one token with a full one (decode): always with
-the frame column of the first real token, from which positions and visibility follow.
+One module serves Qwen3, Qwen3-MoE, Mixtral, Llama and OLMoE; a `ModelSpec` says which (`gspo.hf.families` reads it from
+a config.json). It is called on whole frames (learner), on prompts with an empty cache (prefill) and on one token with a
+full one (decode): always with the frame column of the first real token, from which positions and visibility follow.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from gspo.model.attention import Attention, KVCache, RMSNorm, kernel_init, rope_
 from gspo.model.experts import BACKENDS
 from gspo.model.moe import MoE
 from gspo.model.routing import route_dtype
-from gspo.sharding import ONE_DEVICE, Layout
+from gspo.parallel.sharding import ONE_DEVICE, Layout
 from gspo.types import UserError
 
 
@@ -28,11 +28,11 @@ class ModelSpec:
     """Everything that fixes the shape and the arithmetic of a model. Hashable, so that jit may take it as static.
 
     num_experts = 0 is a dense model of feed-forward width d_ff; else every layer holds experts of width d_expert.
-    rope_scaling is () or the four numbers of Llama 3.1's rule (`gspo.model.attention.rope_tables`). qk_norm_over is "head" (Qwen3) or
-    "projection" (OLMoE).
-    dtype is that of the matmuls ("float32" or "bfloat16"); parameters, router, softmax, norms and log-probs are float32.
-    remat recomputes each block in the backward pass; attention_chunk > 0 does so with attention scores, that many query columns at a
-    time, so that no [T, T] array of scores exists.
+    rope_scaling is () or the four numbers of Llama 3.1's rule (`gspo.model.attention.rope_tables`). qk_norm_over is
+    "head" (Qwen3) or "projection" (OLMoE).
+    dtype is that of the matmuls ("float32" or "bfloat16"); parameters, router, softmax, norms and log-probs are
+    float32. remat recomputes each block in the backward pass; attention_chunk > 0 does so with attention scores, that
+    many query columns at a time, so that no [T, T] array of scores exists.
     """
 
     vocab_size: int
@@ -64,7 +64,11 @@ class ModelSpec:
 
         for field in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_width"):
             need(getattr(self, field) > 0, field, "must be positive")
-        need(self.num_heads % self.num_kv_heads == 0, "num_heads", f"must be a multiple of num_kv_heads={self.num_kv_heads}")
+        need(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_heads",
+            f"must be a multiple of num_kv_heads={self.num_kv_heads}",
+        )
         need(self.head_width % 2 == 0, "head_width", "must be even for rotary positions")
         scaling = self.rope_scaling
         need(not scaling or (len(scaling) == 4 and min(scaling) > 0 and scaling[1] < scaling[2]), "rope_scaling",
@@ -74,7 +78,9 @@ class ModelSpec:
         need(self.attention_chunk >= 0, "attention_chunk", "must be >= 0 (0: all query columns at once)")
         need(self.moe_backend in BACKENDS, "moe_backend", f"choose one of {', '.join(BACKENDS)}")
         if self.num_experts:
-            need(0 < self.experts_per_token <= self.num_experts, "experts_per_token", f"must be in 1..{self.num_experts}")
+            need(
+                0 < self.experts_per_token <= self.num_experts, "experts_per_token", f"must be in 1..{self.num_experts}"
+            )
             need(self.d_expert > 0, "d_expert", "must be positive in a Mixture of Experts")
         else:
             need(self.d_ff > 0, "d_ff", "must be positive in a dense model (num_experts=0)")
@@ -88,8 +94,8 @@ class ModelSpec:
 
 
 class Output(NamedTuple):
-    """hidden_BTD after the final norm; the cache, where one was given; and for MoE models the experts that each layer's router
-    would choose freely (routes_LBTX, also under replay) with its float32 logits (router_logits_LBTE).
+    """hidden_BTD after the final norm; the cache, where one was given; and for MoE models the experts that each layer's
+    router would choose freely (routes_LBTX, also under replay) with its float32 logits (router_logits_LBTE).
     """
 
     hidden_BTD: chex.Array
@@ -113,12 +119,15 @@ class SwiGLU(nn.Module):
             w = self.param(name, nn.with_partitioning(kernel_init, axes), shape, jnp.float32).astype(self.dtype)
             return self.layout.gathered(w, *axes)
 
-        hidden = jax.nn.silu(x_BTD @ weight("gate", (D, F), "embed", "mlp")) * (x_BTD @ weight("up", (D, F), "embed", "mlp"))
+        hidden = jax.nn.silu(x_BTD @ weight("gate", (D, F), "embed", "mlp")) * (
+            x_BTD @ weight("up", (D, F), "embed", "mlp")
+        )
         return hidden @ weight("down", (F, D), "mlp", "embed")
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)). A scan body: (carry, layer inputs) -> (carry, layer outputs)."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)). A scan body: (carry, layer inputs) -> (carry, layer
+    outputs)."""
 
     spec: ModelSpec
     layout: Layout
@@ -152,9 +161,9 @@ class Transformer(nn.Module):
     """Embedding, L blocks, final norm; `logits` maps hidden states to the vocabulary.
 
     layout: where arrays lie on a mesh of devices (rows must divide).
-    router_noise, router_swap: mismatch injection, for samplers that are to differ from the learner on purpose. Standard deviation of
-    noise on the router logits, and the rate at which a token's last expert is swapped; both draw from the rng stream "router".
-    """
+    router_noise, router_swap: mismatch injection, for samplers that are to differ from the learner on purpose. Standard
+    deviation of noise on the router logits, and the rate at which a token's last expert is swapped; both draw from the
+    rng stream "router"."""
 
     spec: ModelSpec
     router_noise: float = 0.0
@@ -164,7 +173,9 @@ class Transformer(nn.Module):
     def setup(self):
         s = self.spec
         init = nn.initializers.normal(s.d_model**-0.5)
-        self.embedding = self.param("embedding", nn.with_partitioning(init, ("vocab", "embed")), (s.vocab_size, s.d_model), jnp.float32)
+        self.embedding = self.param(
+            "embedding", nn.with_partitioning(init, ("vocab", "embed")), (s.vocab_size, s.d_model), jnp.float32
+        )
         if not s.tie_embeddings:
             head_init = nn.with_partitioning(kernel_init, ("embed", "vocab"))
             self.head = self.param("head", head_init, (s.d_model, s.vocab_size), jnp.float32)
@@ -187,10 +198,11 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         start: chex.Array | int = 0,
     ) -> Output:
-        """tokens_BT int32, columns start .. start + T of the frame. first_B int32: column of each row's first real token.
+        """tokens_BT int32, columns start .. start + T of the frame. first_B int32: column of each row's first real
+        token.
 
-        routes_LBTX: experts to use instead of the router's choice (see `gspo.model.routing`). cache: keys and values of the columns
-        before `start`; it comes back with this call's columns filled in. Without a cache `start` must be 0.
+        routes_LBTX: experts to use instead of the router's choice (see `gspo.model.routing`). cache: keys and values of
+        the columns before `start`; it comes back with this call's columns filled in. Without a cache `start` must be 0.
         """
         s = self.spec
         B, T = tokens_BT.shape
@@ -201,7 +213,9 @@ class Transformer(nn.Module):
         keys = T if cache is None else cache.k_LBSKH.shape[2]
         seen_BTS = visible(first_B, start, T, keys)
         layers = jnp.arange(s.num_layers)
-        (x_BTD, cache), (free_LBTX, logits_LBTE) = self.blocks((x_BTD, cache), layers, routes_LBTX, rope, seen_BTS, start)
+        (x_BTD, cache), (free_LBTX, logits_LBTE) = self.blocks(
+            (x_BTD, cache), layers, routes_LBTX, rope, seen_BTS, start
+        )
         return Output(self.final_norm(x_BTD), cache, free_LBTX, logits_LBTE)
 
     def logits(self, hidden: chex.Array) -> chex.Array:
@@ -216,6 +230,6 @@ class Transformer(nn.Module):
         return kernel_DV.astype(self.spec.compute_dtype)
 
     def init_params(self, key: chex.PRNGKey) -> Any:
-        """Parameters boxed with their logical axis names (`gspo.sharding.tree_shardings` reads them; `nn.unbox` strips them)."""
+        """Parameters boxed with their logical axis names (for `tree_shardings`; `nn.unbox` strips them)."""
         tokens_BT = jnp.zeros((1, 1), jnp.int32)
         return self.clone(layout=ONE_DEVICE).init(key, tokens_BT, jnp.zeros((1,), jnp.int32))["params"]

@@ -35,7 +35,8 @@ def test_every_epoch_holds_every_index_once(size, seed, epoch):
 
 
 def test_epochs_and_seeds_have_orders_of_their_own_and_positions_are_random_access():
-    # Catches: one order for all epochs (the same prompts always share a batch); an order that depends on what was read before.
+    # Catches: one order for all epochs (the same prompts always share a batch); an order that depends on what was read
+    # before.
     epochs = [[shuffled_index(100, 7, epoch * 100 + j) for j in range(100)] for epoch in range(3)]
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0] and epochs[0] != list(range(100))
     assert [shuffled_index(100, 8, j) for j in range(100)] != epochs[0]
@@ -44,7 +45,8 @@ def test_epochs_and_seeds_have_orders_of_their_own_and_positions_are_random_acce
 
 
 def test_a_batch_is_a_function_of_the_cursor():
-    # Catches: a resumed run that sees other prompts: two batches of 4 are one batch of 8, and a new source gives the same.
+    # Catches: a resumed run that sees other prompts: two batches of 4 are one batch of 8, and a new source gives the
+    # same.
     first = PromptSource(words(10), BYTES, max_prompt_length=16, seed=1)
     second = PromptSource(words(10), BYTES, max_prompt_length=16, seed=1)
     first.batch(0, 5)
@@ -79,7 +81,8 @@ def test_prompts_that_do_not_fit_are_counted_before_the_run():
     with pytest.raises(UserError) as error:
         PromptSource(words(20), BYTES, max_prompt_length=16)
     assert str(error.value) == (
-        "4 of 20 prompts are longer than max_prompt_length=16 tokens (longest 20): raise it, or set overlong_prompts='drop'"
+        "4 of 20 prompts are longer than max_prompt_length=16 tokens (longest 20): raise it, or set "
+        "overlong_prompts='drop'"
     )
     source = PromptSource(words(20), BYTES, max_prompt_length=16, overlong_prompts="drop")
     assert (len(source), source.num_dropped) == (16, 4)
@@ -104,16 +107,20 @@ def test_the_length_of_a_prompt_is_measured_after_the_chat_template():
 
 
 def test_demonstrations_follow_their_prompts_and_end_in_eos():
-    # Catches: a policy that never learns to end; an eos that is not counted in the length, so that the loss leaves it out;
-    # padding between prompt and demonstration.
-    source = DemonstrationSource(task_of(["ab", "cde"], ["x", "yz"]), BYTES, max_prompt_length=4, max_completion_length=5)
+    # Catches: a policy that never learns to end; an eos that is not counted in the length, so that the loss leaves it
+    # out; padding between prompt and demonstration.
+    source = DemonstrationSource(
+        task_of(["ab", "cde"], ["x", "yz"]), BYTES, max_prompt_length=4, max_completion_length=5
+    )
     batch = source.batch(0, 2)
     pad, eos = BYTES.pad_id, BYTES.eos_ids[0]
     rows = {
         2: [pad, pad, *b"ab", *b"x", eos, pad, pad, pad],
         3: [pad, *b"cde", *b"yz", eos, pad, pad],
     }
-    for row, prompt_length, length in zip(batch.tokens_BT, batch.prompt_lengths_B, batch.completion_lengths_B, strict=True):
+    for row, prompt_length, length in zip(
+        batch.tokens_BT, batch.prompt_lengths_B, batch.completion_lengths_B, strict=True
+    ):
         assert row.tolist() == rows[int(prompt_length)] and length == prompt_length
     assert batch.tokens_BT.dtype == np.int32
 
@@ -121,7 +128,9 @@ def test_demonstrations_follow_their_prompts_and_end_in_eos():
 def test_demonstrations_that_do_not_fit_with_their_eos_are_dropped_or_named():
     # Catches: a demonstration of exactly the maximum length whose eos falls off.
     task = task_of(["ab", "cd", "efg"], ["xxx", "xxxx", "x"])
-    with pytest.raises(UserError, match=r"1 of 3 demonstrations are longer than max_completion_length=4 tokens \(longest 5\)"):
+    with pytest.raises(
+        UserError, match=r"1 of 3 demonstrations are longer than max_completion_length=4 tokens \(longest 5\)"
+    ):
         DemonstrationSource(task, BYTES, max_prompt_length=3, max_completion_length=4)
     with pytest.raises(UserError, match="1 of 3 prompts are longer than max_prompt_length=2"):
         DemonstrationSource(task, BYTES, max_prompt_length=2, max_completion_length=9)
@@ -150,7 +159,8 @@ def test_demonstrations_of_the_toy_fit_its_character_tokenizer():
 
 
 def test_the_text_of_a_completion_ends_where_its_length_says():
-    # Catches: text past the end of a row; a completion cut at a pad token that the policy really sampled; the prompt in the text.
+    # Catches: text past the end of a row; a completion cut at a pad token that the policy really sampled; the prompt in
+    # the text.
     pad, eos = BYTES.pad_id, BYTES.eos_ids[0]
     tokens_BT = np.array([
         [pad, *b"q", *b"abc", eos, *b"zz"], [*b"pq", *b"a", pad, *b"c", *b"def"], [*b"pq", eos, *b"zzzzz"], [*b"pq", *b"abcdef"]
@@ -161,7 +171,9 @@ def test_the_text_of_a_completion_ends_where_its_length_says():
 def test_rewards_are_the_weighted_sum_of_their_parts():
     # Catches: weights that are normalised, dropped or applied to the parts, which are logged as they came.
     examples = [Example("", "7"), Example("", "8")]
-    rewards_B, parts_BR = score_completions(["7", "7"], examples, [exact_match, lambda text, _: len(text) / 2], [1.0, 0.5])
+    rewards_B, parts_BR = score_completions(
+        ["7", "7"], examples, [exact_match, lambda text, _: len(text) / 2], [1.0, 0.5]
+    )
     assert rewards_B.dtype == parts_BR.dtype == np.float32
     np.testing.assert_allclose(parts_BR, [[1, 0.5], [0, 0.5]])
     np.testing.assert_allclose(rewards_B, [1.25, 0.25])

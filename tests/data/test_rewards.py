@@ -44,8 +44,8 @@ def example(answer: str) -> Example:
     ],
 )
 def test_equal_numbers_are_equal_however_they_are_written(completion, answer):
-    # Catches: comparison of strings; a comma that cuts 1,080 to 80; the minus of a subtraction taken for a sign; the final period
-    # read as a decimal point; a box that is ignored.
+    # Catches: comparison of strings; a comma that cuts 1,080 to 80; the minus of a subtraction taken for a sign; the
+    # final period read as a decimal point; a box that is ignored.
     assert numeric_answer(completion, example(answer)) == 1.0
     assert hash_answer(f"#### {answer}", example(answer)) == 1.0
 
@@ -140,8 +140,8 @@ HOSTILE = {
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_text_gets_a_float_at_once_and_is_never_run(text, tmp_path, monkeypatch):
-    # Catches: int() on a million digits (raises), 10**999999999 (fills the memory), patterns that backtrack in quadratic time,
-    # eval. Measured: under 0.3 s for the slowest of these on a busy core.
+    # Catches: int() on a million digits (raises), 10**999999999 (fills the memory), patterns that backtrack in
+    # quadratic time, eval. Measured: under 0.3 s for the slowest of these on a busy core.
     monkeypatch.chdir(tmp_path)
     for function in REWARDS.values():
         start = time.process_time()

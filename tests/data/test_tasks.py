@@ -1,4 +1,5 @@
-"""Tasks: examples as functions of an index, splits that never meet, the toy's known pass@1, and mistakes as one line."""
+"""Tasks: examples as functions of an index, splits that never meet, the toy's known pass@1, and mistakes as one
+line."""
 
 import builtins
 import collections
@@ -51,7 +52,7 @@ def small_tfds(tmp_path_factory) -> str:
     return str(folder)
 
 
-# -------------------------------------------------------------------------------------------------------------- running_sum
+# ---------------------------------------------------------------------------- running_sum
 
 
 def test_running_sums_are_the_sums_of_the_digits_up_to_each_place():
@@ -66,7 +67,8 @@ def test_running_sums_are_the_sums_of_the_digits_up_to_each_place():
 
 
 def test_an_example_depends_on_its_index_split_and_seed_alone():
-    # Catches: a generator with a state, whose examples depend on what was read before: a resumed run would see other data.
+    # Catches: a generator with a state, whose examples depend on what was read before: a resumed run would see other
+    # data.
     task = make_task("running_sum", split="train", seed=3)
     forward = [task[i] for i in range(20)]
     again = make_task("running_sum", split="train", seed=3, size=20)
@@ -79,14 +81,15 @@ def test_an_example_depends_on_its_index_split_and_seed_alone():
 
 
 def test_an_example_is_the_same_in_every_process_and_version():
-    # Catches: examples that hang on Python's hash seed, as reasoning-gym's word tasks do; a change of the generator, after which
-    # a checkpoint would be resumed on other data.
+    # Catches: examples that hang on Python's hash seed, as reasoning-gym's word tasks do; a change of the generator,
+    # after which a checkpoint would be resumed on other data.
     example = make_task("running_sum", split="train")[7]
     assert (example.prompt, example.answer, example.demonstration) == ("810986333157=", "899862581274", "788751470163")
 
 
 def test_train_and_test_never_share_a_prompt():
-    # Catches: an evaluation on prompts that were trained on. Three digits: 1000 prompts, so both splits repeat theirs often.
+    # Catches: an evaluation on prompts that were trained on. Three digits: 1000 prompts, so both splits repeat theirs
+    # often.
     splits = [{make_task("running_sum", split=split, size=3000, num_digits=3, seed=seed)[i].prompt for i in range(3000)}
               for split, seed in (("train", 0), ("test", 0), ("train", 1), ("test", 1))]  # fmt: skip
     assert not (splits[0] | splits[2]) & (splits[1] | splits[3])
@@ -94,8 +97,8 @@ def test_train_and_test_never_share_a_prompt():
 
 
 def test_the_demonstrator_errs_at_the_stated_rate_and_goes_on_from_its_error():
-    # Catches: errors that are corrected in the next step (pass@1 would not be (1 - e) ** n of a consistent policy), wrong digits
-    # that are sometimes the right one, a rate per example instead of per step.
+    # Catches: errors that are corrected in the next step (pass@1 would not be (1 - e) ** n of a consistent policy),
+    # wrong digits that are sometimes the right one, a rate per example instead of per step.
     error_rate, steps, size = 0.12, 12, 3000
     task = make_task("running_sum", split="train", size=size, num_digits=steps, error_rate=error_rate)
     wrong_steps, offsets, correct = 0, collections.Counter(), 0
@@ -126,7 +129,7 @@ def test_running_sums_are_made_faster_than_any_loop_reads_them():
     assert time.process_time() - start < 0.5
 
 
-# ------------------------------------------------------------------------------------------------------------ reasoning_gym
+# ---------------------------------------------------------------------------- reasoning_gym
 
 
 @pytest.fixture
@@ -144,7 +147,9 @@ def test_reasoning_gym_examples_are_scored_by_their_own_scorer_with_or_without_t
     assert chain_sum.reward(tagged, example) == 1.0
     assert chain_sum.reward(f"so <answer>{example.answer}", example) == 1.0  # cut off before the tag was closed
     assert chain_sum.reward(wrong, example) < 0.5
-    assert 0.0 < chain_sum.reward(f"It is\n{example.answer}", example) < 1.0  # the scorer's own partial credit, over lines
+    assert (
+        0.0 < chain_sum.reward(f"It is\n{example.answer}", example) < 1.0
+    )  # the scorer's own partial credit, over lines
 
 
 def test_reasoning_gym_splits_and_seeds_do_not_draw_the_same_problems(chain_sum):
@@ -158,10 +163,12 @@ def test_reasoning_gym_splits_and_seeds_do_not_draw_the_same_problems(chain_sum)
     assert sum(map(len, drawn)) == len(set.union(*drawn)) == 800
 
 
-@pytest.mark.parametrize("name", ["countdown", "puzzle24", "n_queens", "spiral_matrix", "coin_flip", "complex_arithmetic"])
+@pytest.mark.parametrize(
+    "name", ["countdown", "puzzle24", "n_queens", "spiral_matrix", "coin_flip", "complex_arithmetic"]
+)
 def test_no_scorer_evaluates_what_the_model_wrote(name, tmp_path, monkeypatch):
-    # Catches: scorers of the package that call eval, or SymPy's parser, on the completion: code that runs, or 9**9**9**9 that
-    # never ends; Fraction("1e999999999"); and "nan", which one scorer takes for the right answer.
+    # Catches: scorers of the package that call eval, or SymPy's parser, on the completion: code that runs, or
+    # 9**9**9**9 that never ends; Fraction("1e999999999"); and "nan", which one scorer takes for the right answer.
     pytest.importorskip("reasoning_gym")
     monkeypatch.chdir(tmp_path)
     task = make_task(f"reasoning_gym:{name}", split="train", size=2)
@@ -224,11 +231,12 @@ def test_without_the_package_one_line_says_how_to_install_it(monkeypatch):
         make_task("reasoning_gym:chain_sum", split="train")
 
 
-# --------------------------------------------------------------------------------------------------------------------- tfds
+# ---------------------------------------------------------------------------- tfds
 
 
 def test_gsm8k_is_read_from_a_prepared_folder(small_tfds, monkeypatch):
-    # Catches: bytes instead of text, calculator annotations left in or the number after them cut out, "1,080" against "1080".
+    # Catches: bytes instead of text, calculator annotations left in or the number after them cut out, "1,080" against
+    # "1080".
     monkeypatch.setenv("TFDS_DATA_DIR", small_tfds)
     task = make_task("tfds:gsm8k", split="train")
     examples = sorted(task, key=lambda example: example.prompt)
@@ -248,7 +256,9 @@ def test_tfds_splits_may_be_sliced_and_other_data_sets_name_their_fields(small_t
     # Catches: a slice that is ignored, so that a "train[:1]" smoke test reads everything.
     assert len(make_task("tfds:gsm8k", split="train[:1]", data_dir=small_tfds)) == 1
     assert len(make_task("tfds:gsm8k", split="train", size=1, data_dir=small_tfds)) == 1
-    task = make_task("tfds:gsm8k:1.0.0", split="test", data_dir=small_tfds, prompt_field="question", answer_field="answer")
+    task = make_task(
+        "tfds:gsm8k:1.0.0", split="test", data_dir=small_tfds, prompt_field="question", answer_field="answer"
+    )
     assert (task[0].prompt, task[0].answer) == ROWS["test"][0]
 
 
@@ -291,11 +301,12 @@ def test_every_demonstration_of_the_real_test_split_earns_its_reward(answer_form
         assert "<<" not in example.demonstration and example.answer.lstrip("-").isdigit()
 
 
-# -------------------------------------------------------------------------------------------------------------------- jsonl
+# ---------------------------------------------------------------------------- jsonl
 
 
 def test_jsonl_lines_are_examples(tmp_path):
-    # Catches: numbers as answers that break the string rewards; a byte-order mark in the first field's name; lost extra fields.
+    # Catches: numbers as answers that break the string rewards; a byte-order mark in the first field's name; lost extra
+    # fields.
     rows = [{"prompt": "1+1=", "answer": 2, "level": 3}, {"prompt": "é=", "answer": "e", "demonstration": "e!"}]
     path = tmp_path / "train.jsonl"
     path.write_text("\ufeff" + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -331,7 +342,7 @@ def test_a_bad_line_names_file_line_and_field(tmp_path, line, words):
     assert all(word in str(error.value) for word in [f"{path}:2:", *words]) and "\n" not in str(error.value)
 
 
-# ----------------------------------------------------------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,11 @@ def write_folder(folder: Path, *, config=None, generation=None, special_map=None
     tokenizer.train_from_iterator(["the cat sat on the mat, the end"] * 4, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"pad_token": "<pad>", "eos_token": "<eos>"} if config is None else config
-    for name, content in (("tokenizer_config", config), ("generation_config", generation), ("special_tokens_map", special_map)):
+    for name, content in (
+        ("tokenizer_config", config),
+        ("generation_config", generation),
+        ("special_tokens_map", special_map),
+    ):
         if content is not None:
             (folder / f"{name}.json").write_text(json.dumps(content))
     if jinja is not None:
@@ -62,15 +66,16 @@ def test_bytes_give_every_text_back(text):
 @settings(deadline=None)
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 def test_a_byte_level_bpe_gives_every_text_back(hf, text):
-    # Catches: a prefix space added by the encoder, clean-up of spaces in the decoder, special tokens added around the text.
+    # Catches: a prefix space added by the encoder, clean-up of spaces in the decoder, special tokens added around the
+    # text.
     assert hf.decode(hf.encode(text)) == text
 
 
 @settings(deadline=None)
 @given(ids=st.lists(st.integers(-(2**40), 2**40)))
 def test_no_ids_make_decode_raise(hf, ids):
-    # Catches: an untrained policy that samples broken UTF-8, special tokens or ids beyond the tokenizer (model vocabularies are
-    # padded to round sizes), and with one of them ends the run.
+    # Catches: an untrained policy that samples broken UTF-8, special tokens or ids beyond the tokenizer (model
+    # vocabularies are padded to round sizes), and with one of them ends the run.
     for tokenizer in (ByteTokenizer(), CharTokenizer("01="), hf):
         assert isinstance(tokenizer.decode(ids), str)
         assert isinstance(tokenizer.decode([i % (tokenizer.vocab_size + 3) for i in ids]), str)
@@ -78,7 +83,8 @@ def test_no_ids_make_decode_raise(hf, ids):
 
 @pytest.mark.parametrize("spec", ["bytes", "chars:0123456789=", "folder"])
 def test_pad_and_eos_are_ids_of_the_vocabulary_and_decode_to_nothing(spec, hf):
-    # Catches: eos left in the text that a reward sees ("348<eos>" is no exact match); an embedding table one row too small.
+    # Catches: eos left in the text that a reward sees ("348<eos>" is no exact match); an embedding table one row too
+    # small.
     tokenizer = hf if spec == "folder" else make_tokenizer(spec)
     ids = tokenizer.encode("314=")
     assert tokenizer.pad_id < tokenizer.vocab_size and all(eos < tokenizer.vocab_size for eos in tokenizer.eos_ids)
@@ -112,7 +118,8 @@ def test_eos_tokens_of_all_files_count_and_the_generation_config_comes_first(tmp
 
 
 def test_pad_and_eos_decode_to_nothing_even_where_the_file_does_not_call_them_special(tmp_path):
-    # Catches: "348<eos>" in the eyes of the reward: such files exist, and skip_special_tokens alone would keep the token.
+    # Catches: "348<eos>" in the eyes of the reward: such files exist, and skip_special_tokens alone would keep the
+    # token.
     folder = write_folder(tmp_path)
     content = json.loads((folder / "tokenizer.json").read_text())
     content["added_tokens"] = [{**token, "special": False} for token in content["added_tokens"]]
@@ -122,21 +129,32 @@ def test_pad_and_eos_decode_to_nothing_even_where_the_file_does_not_call_them_sp
 
 
 def test_special_tokens_may_be_objects_or_stand_in_the_special_tokens_map(tmp_path):
-    # Catches: {"content": "<eos>", "lstrip": false} taken for the token itself; a null in one file hiding the other file's token.
-    objects = write_folder(tmp_path / "a", config={"eos_token": {"content": "<eos>", "lstrip": False}, "pad_token": None})
-    mapped = write_folder(tmp_path / "b", config={"eos_token": None}, special_map={"eos_token": "<eos>", "pad_token": "<pad>"})
+    # Catches: {"content": "<eos>", "lstrip": false} taken for the token itself; a null in one file hiding the other
+    # file's token.
+    objects = write_folder(
+        tmp_path / "a", config={"eos_token": {"content": "<eos>", "lstrip": False}, "pad_token": None}
+    )
+    mapped = write_folder(
+        tmp_path / "b", config={"eos_token": None}, special_map={"eos_token": "<eos>", "pad_token": "<pad>"}
+    )
     assert make_tokenizer(str(objects)).eos_ids == (1,) and make_tokenizer(str(mapped)).eos_ids == (1,)
-    assert make_tokenizer(str(objects)).pad_id == 1  # no pad token: the eos pads; masks come from lengths, so it does no harm
+    assert (
+        make_tokenizer(str(objects)).pad_id == 1
+    )  # no pad token: the eos pads; masks come from lengths, so it does no harm
     assert make_tokenizer(str(mapped / "tokenizer.json")).pad_id == 0
 
 
 def test_a_prompt_goes_through_the_chat_template_where_there_is_one(tmp_path, hf):
-    # Catches: a template that is ignored, or rendered without the assistant's opening, so that the model continues the user.
+    # Catches: a template that is ignored, or rendered without the assistant's opening, so that the model continues the
+    # user.
     expected = "<|start|>user\n2 < 3?<|end|>\n<|start|>assistant\n"
     config = {"eos_token": "<eos>", "chat_template": CHAT}
     in_config = make_tokenizer(str(write_folder(tmp_path / "config", config=config)))
     assert in_config.format_prompt("2 < 3?") == expected  # and not "2 &lt; 3?"
-    named = {"eos_token": "<eos>", "chat_template": [{"name": "tool", "template": "x"}, {"name": "default", "template": CHAT}]}
+    named = {
+        "eos_token": "<eos>",
+        "chat_template": [{"name": "tool", "template": "x"}, {"name": "default", "template": CHAT}],
+    }
     assert make_tokenizer(str(write_folder(tmp_path / "named", config=named))).format_prompt("2 < 3?") == expected
     config["chat_template"] = "wrong"
     in_file = make_tokenizer(str(write_folder(tmp_path / "file", config=config, jinja=CHAT)))
@@ -219,11 +237,13 @@ def test_an_unknown_character_names_itself_and_the_alphabet():
 
 
 def test_the_training_script_writes_a_folder_that_loads_back(tmp_path):
-    # Catches: a saved tokenizer without pad and eos; a vocabulary without all bytes, which cannot write "é"; overwritten work.
+    # Catches: a saved tokenizer without pad and eos; a vocabulary without all bytes, which cannot write "é";
+    # overwritten work.
     data = tmp_path / "data.jsonl"
     data.write_text(
         "".join(
-            json.dumps({"prompt": f"What is {i} plus {i}, said the {i}th cat?", "answer": str(2 * i)}) + "\n" for i in range(50)
+            json.dumps({"prompt": f"What is {i} plus {i}, said the {i}th cat?", "answer": str(2 * i)}) + "\n"
+            for i in range(50)
         )
     )
     script = Path(__file__).parents[2] / "scripts" / "train_tokenizer.py"

@@ -33,11 +33,14 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32():
     y = RMSNorm(1e-6).apply({"params": {"scale": scale}}, x)
     expected = np.stack([oracle.rms_norm(row, scale, 1e-6) for row in np.asarray(x, np.float64)])
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(jnp.asarray(expected, jnp.bfloat16), np.float32))
+    np.testing.assert_array_equal(
+        np.asarray(y, np.float32), np.asarray(jnp.asarray(expected, jnp.bfloat16), np.float32)
+    )
 
 
 def test_rope_turns_the_pairs_half_a_head_apart():
-    # Catches the interleaved layout (pairs 2i, 2i + 1), a turn in the other sense, and frequencies over H/2 instead of H.
+    # Catches the interleaved layout (pairs 2i, 2i + 1), a turn in the other sense, and frequencies over H/2 instead of
+    # H.
     (x_BTNH,) = draws(2, (2, 3, 2, 6))
     positions = np.array([[0, 1, 7], [0, 0, 30]])
     turned = apply_rope(x_BTNH, *rope_tables(jnp.asarray(positions), 6, 100.0))
@@ -54,7 +57,9 @@ def test_scaled_rope_slows_down_long_waves_and_leaves_short_ones():
     turns = 64 * frequency / (2 * np.pi)
     assert (turns > 4).any() and (turns < 1).any() and ((turns > 1) & (turns < 4)).any()
     turned = apply_rope(x, *rope_tables(np.array([[23]]), 16, 100.0, scaling))
-    np.testing.assert_allclose(turned[0, 0, 0], oracle.rope(x[0, 0, 0].astype(np.float64), 23, 100.0, scaling), atol=1e-5)
+    np.testing.assert_allclose(
+        turned[0, 0, 0], oracle.rope(x[0, 0, 0].astype(np.float64), 23, 100.0, scaling), atol=1e-5
+    )
 
 
 def test_rope_makes_scores_depend_on_the_distance_alone():
@@ -82,7 +87,8 @@ def test_visible_shows_the_past_from_the_first_real_column_and_nothing_else():
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_grouped_query_attention_equals_the_loop(kv_heads):
-    # Catches query heads that read the wrong key head (n mod K in place of n // (N/K)), a missing 1/√H, a softmax over queries.
+    # Catches query heads that read the wrong key head (n mod K in place of n // (N/K)), a missing 1/√H, a softmax over
+    # queries.
     B, T, S, N, H = 2, 3, 5, 4, 6
     q, k, v = draws(4, (B, T, N, H), (B, S, kv_heads, H), (B, S, kv_heads, H))
     seen = np.random.default_rng(5).random((B, T, S)) < 0.6
@@ -91,7 +97,9 @@ def test_grouped_query_attention_equals_the_loop(kv_heads):
     for b, t, n in np.ndindex(B, T, N):
         kv, columns = n // (N // kv_heads), np.flatnonzero(seen[b, t])
         weight = oracle.softmax(np.array([q[b, t, n].astype(np.float64) @ k[b, s, kv] / np.sqrt(H) for s in columns]))
-        np.testing.assert_allclose(out[b, t, n], sum(w * v[b, s, kv] for w, s in zip(weight, columns, strict=True)), atol=1e-5)
+        np.testing.assert_allclose(
+            out[b, t, n], sum(w * v[b, s, kv] for w, s in zip(weight, columns, strict=True)), atol=1e-5
+        )
 
 
 def test_columns_that_are_not_visible_have_no_influence():
@@ -105,10 +113,13 @@ def test_columns_that_are_not_visible_have_no_influence():
 
 
 def test_a_row_that_sees_nothing_gives_finite_values_and_gradients():
-    # Catches a mask of -inf: the softmax of a row that is masked throughout is NaN, and NaN in one row's gradient is NaN in all.
+    # Catches a mask of -inf: the softmax of a row that is masked throughout is NaN, and NaN in one row's gradient is
+    # NaN in all.
     q, k, v = draws(7, (2, 1, 2, 4), (2, 3, 1, 4), (2, 3, 1, 4))
     seen = jnp.array([[[False, False, False]], [[True, True, False]]])
-    value, grads = jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(attend(*qkv, seen) ** 2), argnums=(0, 1, 2)))(q, k, v)
+    value, grads = jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(attend(*qkv, seen) ** 2), argnums=(0, 1, 2)))(
+        q, k, v
+    )
     assert np.isfinite(value) and all(np.isfinite(g).all() for g in grads)
 
 

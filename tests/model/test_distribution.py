@@ -41,8 +41,8 @@ def name(case):
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_the_sampled_distribution_equals_the_sorted_loop(case):
-    # Catches cuts before the temperature, top-p that drops the token which crosses it, min-p against 1 and not the largest
-    # probability.
+    # Catches cuts before the temperature, top-p that drops the token which crosses it, min-p against 1 and not the
+    # largest probability.
     z = logits_of()
     shaped = shape_logits(z, Sampling(**case))
     found = np.exp(np.stack([log_prob(shaped, np.full(ROWS, v)) for v in range(V)], axis=1))
@@ -55,7 +55,8 @@ def test_the_sampled_distribution_equals_the_sorted_loop(case):
 
 @pytest.mark.parametrize("case", [{}, {"temperature": 0.7, "top_k": 4, "top_p": 0.9, "min_p": 0.05}], ids=name)
 def test_gradients_of_log_prob_and_entropy_equal_finite_differences_on_the_kept_set(case):
-    # Catches NaN from cut tokens (0 · inf), a gradient that reaches them, and one that leaks through the threshold of a cut.
+    # Catches NaN from cut tokens (0 · inf), a gradient that reaches them, and one that leaks through the threshold of a
+    # cut.
     z = logits_of(1)[:4]
     token = np.array([np.argmax(row) for row in z])
 
@@ -79,7 +80,8 @@ def test_gradients_of_log_prob_and_entropy_equal_finite_differences_on_the_kept_
 
 @pytest.mark.parametrize("case", [{"top_k": 2}, {"top_p": 0.3}, {"min_p": 0.5}], ids=name)
 def test_the_sampled_token_is_scored_and_learns_even_if_it_has_left_the_kept_set(case):
-    # Catches a ratio of 0 (log-prob -1e30) for a token that drifted out of the top-k: the loss would be lost or infinite.
+    # Catches a ratio of 0 (log-prob -1e30) for a token that drifted out of the top-k: the loss would be lost or
+    # infinite.
     z = logits_of(2)
     token = np.argmin(z, axis=1)
     shaped = shape_logits(z, Sampling(**case), keep=token)
@@ -149,7 +151,8 @@ def test_logits_that_are_not_float32_are_refused():
     ("field", "value"), [("temperature", -0.1), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", 1.0)]
 )
 def test_a_cut_out_of_its_range_is_a_one_line_error_that_names_the_field(field, value):
-    # Catches top_p = 0, which would keep nothing, and a negative top_k that means "all" in one library and "none" in another.
+    # Catches top_p = 0, which would keep nothing, and a negative top_k that means "all" in one library and "none" in
+    # another.
     with pytest.raises(UserError, match=field) as error:
         Sampling(**{field: value})
     assert "\n" not in str(error.value)

@@ -1,4 +1,5 @@
-"""The ways of bringing tokens to experts: each against a loop, all against each other, in value and in every gradient."""
+"""The ways of bringing tokens to experts: each against a loop, all against each other, in value and in every
+gradient."""
 
 import functools
 
@@ -54,7 +55,9 @@ def assert_backends_agree(M, E, X, kind, backends=("blocked", "ragged"), **keywo
         (_, y), found = value_and_grads(backend, **keywords)(*arrays, weight, experts)
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=2e-5, err_msg=f"{backend} {kind}")
         for name, one, other in zip(NAMES, found, grads, strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4, err_msg=f"gradient of {name}, {backend} {kind}")
+            np.testing.assert_allclose(
+                one, other, rtol=1e-4, atol=1e-4, err_msg=f"gradient of {name}, {backend} {kind}"
+            )
 
 
 def loop(h, gates, w_gate, w_up, w_down, experts):
@@ -76,8 +79,8 @@ def test_every_backend_equals_the_loop_over_tokens(backend):
 
 @pytest.mark.parametrize("kind", ["random", "first", "last", "even"])
 def test_backends_agree_in_value_and_all_gradients(kind):
-    # Catches a capacity ("first", "last": two experts take all, four are empty) and a buffer that is one block short ("even": 9
-    # pairs for each expert, one more than a block of 8). 27 tokens fill no whole number of blocks.
+    # Catches a capacity ("first", "last": two experts take all, four are empty) and a buffer that is one block short
+    # ("even": 9 pairs for each expert, one more than a block of 8). 27 tokens fill no whole number of blocks.
     assert_backends_agree(27, 6, 2, kind)
 
 
@@ -128,15 +131,20 @@ def test_other_rows_do_not_change_a_token(backend):
     assert np.abs(flooded[10:] - y[10:]).max() > 1
 
 
-@pytest.mark.parametrize(("pairs", "experts", "block"), [(1, 8, 8), (54, 6, 8), (6912, 8, 128), (512, 8, 32), (10**6, 128, 128)])
+@pytest.mark.parametrize(
+    ("pairs", "experts", "block"), [(1, 8, 8), (54, 6, 8), (6912, 8, 128), (512, 8, 32), (10**6, 128, 128)]
+)
 def test_a_block_holds_about_half_a_group_within_bounds(pairs, experts, block):
     # Catches blocks so large that a decode step of a few tokens multiplies mostly padding.
     assert block_size(pairs, experts) == block
 
 
-@pytest.mark.parametrize("backend", ["blocked"] + [pytest.param(name, marks=pytest.mark.slow) for name in ("dense", "ragged")])
+@pytest.mark.parametrize(
+    "backend", ["blocked"] + [pytest.param(name, marks=pytest.mark.slow) for name in ("dense", "ragged")]
+)
 def test_under_replay_gradients_reach_the_router_and_exactly_the_experts_that_ran(backend):
-    # Catches a stop_gradient around the gates, weights that get a gradient without having run, and replay that runs free choices.
+    # Catches a stop_gradient around the gates, weights that get a gradient without having run, and replay that runs
+    # free choices.
     moe = MoE(4, 2, F, True, backend, jnp.float32)
     x = np.random.default_rng(8).standard_normal((2, 3, D)).astype(np.float32)
     weights = inputs(1, 4, 1)[2:5]

@@ -41,7 +41,8 @@ def test_top_k_is_in_falling_order_and_ties_go_to_the_lower_index():
 @RENORMALISE
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_gates_are_the_softmax_at_the_chosen_experts(k, renormalise):
-    # Catches a softmax over the chosen logits where the full one is asked for, and the other way round; k = 1 and k = E included.
+    # Catches a softmax over the chosen logits where the full one is asked for, and the other way round; k = 1 and k = E
+    # included.
     z = logits_of()
     gates, used, free = route(z, k, renormalise=renormalise)
     for m in range(M):
@@ -63,7 +64,8 @@ def test_huge_logits_give_finite_gates_and_gradients(renormalise):
 @RENORMALISE
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32])
 def test_given_routes_fix_the_experts_and_current_logits_their_gates(renormalise, dtype):
-    # Catches gates recorded with the routes, a top-k among the given experts, and free choices that report the given ones.
+    # Catches gates recorded with the routes, a top-k among the given experts, and free choices that report the given
+    # ones.
     z, rng = logits_of(1), np.random.default_rng(2)
     given = np.stack([rng.permutation(E)[:X] for _ in range(M)]).astype(dtype)
     gates, used, free = route(z, X, renormalise=renormalise, given_MX=given)
@@ -121,7 +123,8 @@ def test_router_logits_that_are_not_float32_are_refused():
 
 @pytest.mark.parametrize("experts", [6, 128, 300])
 def test_experts_changed_equals_a_count_with_sets(experts):
-    # Catches a comparison by position (a swapped order is no change), padding that counts as "unchanged", an int8 that wraps.
+    # Catches a comparison by position (a swapped order is no change), padding that counts as "unchanged", an int8 that
+    # wraps.
     rng = np.random.default_rng(6)
     L, B, T, X = 3, 4, 7, 3
     dtype = route_dtype(experts)
@@ -146,12 +149,16 @@ def test_reordered_routes_have_not_changed_and_disjoint_ones_have_altogether():
     mask = np.ones((1, 3), bool)
     assert [float(x.value) for x in experts_changed(old, old[..., ::-1], mask)] == [0, 0]
     assert [float(x.value) for x in experts_changed(old, old + 2, mask)] == [1, 1]
-    assert [float(x.value) for x in experts_changed(old * 0 - 1, old, mask)] == [0, 0]  # nothing recorded, nothing counted
+    assert [float(x.value) for x in experts_changed(old * 0 - 1, old, mask)] == [
+        0,
+        0,
+    ]  # nothing recorded, nothing counted
 
 
 @pytest.mark.parametrize("experts", [4, 128])
 def test_load_equals_a_count(experts):
-    # Catches padding that loads an expert, loads summed over layers before the spread is taken, ddof 1, -1 counted as an expert.
+    # Catches padding that loads an expert, loads summed over layers before the spread is taken, ddof 1, -1 counted as
+    # an expert.
     rng = np.random.default_rng(7)
     L, B, T, X = 2, 3, 8, 2
     routes = rng.integers(0, experts, (L, B, T, X)) % rng.integers(1, experts + 1, (L, 1, 1, 1))
@@ -230,7 +237,8 @@ def test_tokens_are_routed_one_by_one():
 
 
 def test_router_losses_equal_loops_over_rows():
-    # Catches an f summed over the batch (the loss would then depend on the micro-batch), padding that counts, a z-loss without square.
+    # Catches an f summed over the batch (the loss would then depend on the micro-batch), padding that counts, a z-loss
+    # without square.
     rng = np.random.default_rng(8)
     L, B, T, E, X = 2, 3, 5, 4, 2
     z = rng.normal(size=(L, B, T, E)).astype(np.float32)

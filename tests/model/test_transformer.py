@@ -55,8 +55,8 @@ def test_logits_and_routes_equal_the_float64_decoder_under_left_padding(spec):
 
 
 def test_given_routes_run_in_their_own_layer_row_and_column():
-    # Catches replay that is shifted by a column, crossed between layers by the scan, or between rows; and -1 that routes to
-    # expert 0.
+    # Catches replay that is shifted by a column, crossed between layers by the scan, or between rows; and -1 that
+    # routes to expert 0.
     rows, tokens_BT, first_B = frames(1)
     _, params = oracle.build(MOE)
     rng = np.random.default_rng(2)
@@ -77,12 +77,14 @@ def test_given_routes_run_in_their_own_layer_row_and_column():
         pytest.param(s, marks=pytest.mark.slow)
         for s in (DENSE, MOE, LLAMA, OLMOE, dataclasses.replace(MOE, moe_backend="ragged", remat=True))
     ],
-    ids=lambda s: f"{s.moe_backend if s.num_experts else 'mlp'}{'-remat' * s.remat}{'' if s.qk_norm else '-no-qk-norm'}",
+    ids=lambda s: (
+        f"{s.moe_backend if s.num_experts else 'mlp'}{'-remat' * s.remat}{'' if s.qk_norm else '-no-qk-norm'}"
+    ),
 )
 def test_the_gradient_equals_finite_differences_of_the_float64_decoder(spec):
-    # Catches a wrong hand-written gradient of an expert backend, a stop_gradient too many, a tied head that forgets one of its
-    # ends, a remat that routes anew in its second forward pass, and a row of nothing but padding whose NaN poisons every
-    # parameter.
+    # Catches a wrong hand-written gradient of an expert backend, a stop_gradient too many, a tied head that forgets one
+    # of its ends, a remat that routes anew in its second forward pass, and a row of nothing but padding whose NaN
+    # poisons every parameter.
     rows, tokens_BT, first_B = frames(3, lengths=(4, 2, 0))
     _, params = oracle.build(dataclasses.replace(spec, remat=False, moe_backend="blocked"))
     model, exact = Transformer(spec), oracle.float64(params)
@@ -92,7 +94,8 @@ def test_the_gradient_equals_finite_differences_of_the_float64_decoder(spec):
 
     def exact_loss(params):
         return sum(
-            np.sum(weight[b, first_B[b] :] * oracle.decoder(params, spec, row, routes[b])[0]) for b, row in enumerate(rows[:2])
+            np.sum(weight[b, first_B[b] :] * oracle.decoder(params, spec, row, routes[b])[0])
+            for b, row in enumerate(rows[:2])
         )
 
     def loss(params):
@@ -154,11 +157,14 @@ def test_a_row_of_nothing_but_padding_is_finite_and_leaves_the_others_alone(spec
 @SPECS
 @pytest.mark.parametrize("chunks", [(4, 1, 1, 1, 1, 1), (4, 4, 1)], ids=["one-by-one", "chunked-prefill"])
 def test_prefill_and_decode_equal_the_full_forward_at_every_position(spec, chunks):
-    # Catches a cache read one column late, RoPE positions that restart at each call, attention to columns not yet written.
+    # Catches a cache read one column late, RoPE positions that restart at each call, attention to columns not yet
+    # written.
     _, tokens_BT, first_B = frames(9, lengths=(9, 7, 4))
     _, params = oracle.build(spec)
     full, logits_BTV = oracle.forward(spec)(params, tokens_BT, first_B)
-    cache = jax.tree.map(lambda x: jnp.full_like(x, 50.0), spec.empty_cache(3, WIDTH))  # what is not yet written must not be seen
+    cache = jax.tree.map(
+        lambda x: jnp.full_like(x, 50.0), spec.empty_cache(3, WIDTH)
+    )  # what is not yet written must not be seen
     start = 0
     for size in chunks:
         out, logits = cached_step(spec)(params, tokens_BT[:, start : start + size], first_B, cache, start)
@@ -198,8 +204,8 @@ def cached_step(spec, found={}):  # noqa: B006 - one jitted function per spec, f
     ],
 )
 def test_replay_with_unchanged_weights_changes_no_bit(backend, remat):
-    # Catches gates that replay recorded values or a masked softmax instead of the current one, and routes misaligned by scan or
-    # remat.
+    # Catches gates that replay recorded values or a masked softmax instead of the current one, and routes misaligned by
+    # scan or remat.
     spec = dataclasses.replace(MOE, moe_backend=backend, remat=remat)
     _, tokens_BT, first_B = frames(10)
     _, params = oracle.build(MOE)

@@ -1,0 +1,114 @@
+"""The value model of PPO: a decoder of the policy's shape with one number per position instead of logits.
+
+V(x, y_<t) is read at the column that predicts token t, so values, log-probs and advantages share the frame of
+completions."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from gspo.learning.learner import jit_update
+from gspo.learning.microbatch import accumulated_gradient, deal, num_parts, undeal
+from gspo.masked import masked_mean
+from gspo.model.transformer import ModelSpec, Transformer
+from gspo.objectives.advantages import clipped_value_loss
+from gspo.parallel.sharding import ONE_DEVICE, Layout
+from gspo.types import Batch, Params, TrainState
+
+
+class Critic(nn.Module):
+    """tokens -> values [B, T] float32. The last layer starts at zero: an untrained critic expects nothing, and PPO is
+    REINFORCE."""
+
+    spec: ModelSpec
+    layout: Layout = ONE_DEVICE
+
+    def setup(self):
+        # Tied: no head of its own, which nothing would read.
+        self.body = Transformer(dataclasses.replace(self.spec, tie_embeddings=True), layout=self.layout)
+        self.value = self.param(
+            "value", nn.with_partitioning(nn.initializers.zeros, ("embed",)), (self.spec.d_model,), jnp.float32
+        )
+
+    def __call__(self, tokens_BT: chex.Array, first_B: chex.Array) -> chex.Array:
+        value_D = self.layout.gathered(self.value, "embed")
+        return self.body(tokens_BT, first_B).hidden_BTD.astype(jnp.float32) @ value_D
+
+    def init_params(self, key: chex.PRNGKey) -> Any:
+        """Parameters boxed with their logical axis names, as those of the policy."""
+        return self.clone(layout=ONE_DEVICE).init(key, jnp.zeros((1, 1), jnp.int32), jnp.zeros((1,), jnp.int32))[
+            "params"
+        ]
+
+
+class Values(NamedTuple):
+    values_BC: chex.Array
+
+
+def completion_values(
+    critic: Critic, params: Params, tokens_BT: chex.Array, prompt_lengths_B: chex.Array, width: int
+) -> Values:
+    """The value before each of the `width` completion columns."""
+    T = tokens_BT.shape[1]
+    values_BT = critic.apply({"params": params}, tokens_BT, T - width - prompt_lengths_B)
+    return Values(values_BT[:, T - width - 1 : T - 1])
+
+
+def make_value_fn(critic: Critic, *, completion_width: int, micro_batch_size: int = 0) -> Callable[..., chex.Array]:
+    """Returns jitted `values(params, tokens_BT, prompt_lengths_B) -> [B, C]`."""
+
+    def values(params, tokens_BT, prompt_lengths_B):
+        parts = num_parts(tokens_BT.shape[0], micro_batch_size)
+        rows = (deal(tokens_BT, parts), deal(prompt_lengths_B, parts))
+        return undeal(
+            jax.lax.map(lambda row: completion_values(critic, params, *row, completion_width).values_BC, rows)
+        )
+
+    return jax.jit(values)
+
+
+def make_critic_step(
+    critic: Critic,
+    optimizer: optax.GradientTransformation,
+    *,
+    cliprange_value: float,
+    micro_batch_size: int = 0,
+    state_shardings: TrainState | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, chex.Array]]]:
+    """Returns jitted `step(state, batch) -> (state, metrics)` on batch.returns_BC and batch.old_values_BC; the state is
+    donated.
+
+    The loss is the clipped value loss, a mean over tokens (PPO; verl's `cliprange_value`). state_shardings: as in
+    `make_train_step`."""
+
+    def loss_of_part(params, part: Batch):
+        scores = completion_values(critic, params, part.tokens_BT, part.prompt_lengths_B, part.loss_mask_BC.shape[1])
+        loss_BC = clipped_value_loss(scores.values_BC, part.old_values_BC, part.returns_BC, cliprange=cliprange_value)
+        loss = masked_mean(loss_BC, part.loss_mask_BC)
+        return loss.total, (loss.count, scores)
+
+    def step(state: TrainState, batch: Batch):
+        shardings = None if state_shardings is None else state_shardings.params
+        grads, scores = accumulated_gradient(loss_of_part, state.params, batch, micro_batch_size, shardings)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        error_BC = batch.returns_BC - scores.values_BC
+        mean, mean_square = (
+            masked_mean(x, batch.loss_mask_BC).value for x in (batch.returns_BC, jnp.square(batch.returns_BC))
+        )
+        variance = jnp.maximum(mean_square - mean**2, 1e-8)
+        metrics = {
+            "critic/loss": masked_mean(jnp.square(error_BC), batch.loss_mask_BC).value / 2,
+            "critic/value_mean": masked_mean(scores.values_BC, batch.loss_mask_BC).value,
+            "critic/explained_variance": 1 - masked_mean(jnp.square(error_BC), batch.loss_mask_BC).value / variance,
+            "critic/grad_norm": optax.global_norm(grads),
+        }
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return jit_update(step, state_shardings)

@@ -1,0 +1,43 @@
+"""Mismatch injection: samplers that differ from the learner on purpose.
+
+In large systems the sampler is another program: other kernels, lower precision, parameters a few versions old. On one
+machine with one program it is not, and neither its harm nor the cures (routing replay R3, `sampler_is`) can be seen. So
+it may be made to differ:
+
+    params          the sampler's parameters rounded to bfloat16, or to int8 with one scale per output column
+    router_noise    Gaussian noise on its router logits
+    expert_swap     the last expert of a token swapped for another, at a rate
+    stale_rollouts  its parameters are those of that many rollouts ago
+
+The two in the middle belong to the model (`Transformer.router_noise`, `router_swap`), the last to the loop.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from gspo.types import Params
+
+
+def to_bfloat16(x: jax.Array) -> jax.Array:
+    """Rounded to bfloat16, kept in its own dtype."""
+    return x.astype(jnp.bfloat16).astype(x.dtype)
+
+
+def to_int8(x: jax.Array) -> jax.Array:
+    """Matrices rounded to 255 levels between ± the largest entry of each output column; vectors stay as they are."""
+    if x.ndim < 2:
+        return x
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-2, keepdims=True), 1e-12) / 127
+    return jnp.round(x / scale) * scale
+
+
+ROUNDINGS = {"float32": lambda x: x, "bfloat16": to_bfloat16, "int8": to_int8}
+
+
+def make_rounding(kind: str) -> Callable[[Params], Params]:
+    """Returns the jitted map from the learner's parameters to the sampler's; the identity for "float32"."""
+    if kind == "float32":
+        return lambda params: params
+    return jax.jit(lambda params: jax.tree.map(ROUNDINGS[kind], params))

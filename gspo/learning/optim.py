@@ -1,0 +1,94 @@
+"""AdamW with global-norm clipping, and the learning rate as a function of the update."""
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gspo.types import Params, UserError
+
+SCHEDULES = {  # fraction of the decay that is done, in [0, 1] -> factor on the learning rate
+    "constant": lambda done: jnp.ones_like(done),
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: 0.5 * (1 + jnp.cos(jnp.pi * done)),
+}
+NOT_DECAYED = ("scale", "bias")
+
+
+def make_schedule(*, learning_rate: float, schedule: str = "constant", warmup_steps: int = 0,
+                  total_steps: int | None = None) -> Callable[[Any], jax.Array]:  # fmt: skip
+    """learning_rate_at(step): float32 learning rate of optimizer update `step` (0-based), for the optimizer and for the
+    metrics.
+
+    Warm-up: learning_rate * (step + 1) / warmup_steps for the first `warmup_steps` updates, so that none of them is
+    lost to a rate of zero. Then the schedule, which reaches zero at update `total_steps`, the first one that is not
+    made. Raises: UserError on an unknown schedule, a negative rate, or steps that leave no room for the decay.
+    """
+    if schedule not in SCHEDULES:
+        near = difflib.get_close_matches(str(schedule), SCHEDULES, n=1, cutoff=0.0)[0]
+        raise UserError(f"schedule={schedule!r} is unknown: did you mean {near!r}? There are {', '.join(SCHEDULES)}")
+    if not learning_rate >= 0:
+        raise UserError(f"learning_rate={learning_rate} must be zero or more")
+    if warmup_steps < 0 or (schedule != "constant" and (total_steps is None or warmup_steps >= total_steps)):
+        raise UserError(f"schedule={schedule!r} decays between warmup_steps={warmup_steps} and "
+                        f"total_steps={total_steps}: "
+                        "the second must be the larger")  # fmt: skip
+    factor = SCHEDULES[schedule]
+    decay_steps = max((total_steps or 0) - warmup_steps, 1)
+
+    def learning_rate_at(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        warm = jnp.minimum((step + 1) / max(warmup_steps, 1), 1.0)
+        return learning_rate * warm * factor(jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0))
+
+    return learning_rate_at
+
+
+def decays(params: Params) -> Any:
+    """Tree of bools: True where weight decay applies, which is everywhere but on leaves named "scale" and "bias".
+
+    By name, because the layers are stacked for the scan: the scale of a norm is [L, D] there, a matrix by its shape.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) not in NOT_DECAYED, params)
+
+
+def routers(params: Params) -> Any:
+    """Tree of bools: True for the weights of routers."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) == "router", params)
+
+
+def _name(path: Any) -> str:
+    return next((entry.key for entry in reversed(path) if isinstance(entry, jax.tree_util.DictKey)), "")
+
+
+def make_optimizer(*, learning_rate: float, schedule: str = "constant", warmup_steps: int = 0, total_steps: int | None = None,
+                   beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,
+                   max_grad_norm: float | None = 1.0, router_lr_scale: float = 1.0) -> optax.GradientTransformation:  # fmt: skip
+    """AdamW (Loshchilov & Hutter 2019, with the decay multiplied by the learning rate, as in optax and PyTorch).
+
+    max_grad_norm  gradients are scaled down to this global L2 norm before Adam sees them; None: they are not
+    router_lr_scale  learning rate of leaves named "router" over that of the rest; 0 freezes them, and keeps them out of
+    the norm The others as in `make_schedule` and `optax.adamw`. Raises: UserError.
+    """
+    for name, value, limit in (("beta1", beta1, 1), ("beta2", beta2, 1), ("weight_decay", weight_decay, float("inf"))):
+        if not 0 <= value < limit:
+            raise UserError(f"{name}={value} must lie in [0, {limit})")
+    if not eps > 0 or (max_grad_norm is not None and not max_grad_norm > 0):
+        raise UserError(
+            f"eps={eps} and max_grad_norm={max_grad_norm} must be positive (max_grad_norm=None: no clipping)"
+        )
+    if not router_lr_scale >= 0:
+        raise UserError(f"router_lr_scale={router_lr_scale} must be zero or more (0: frozen routers)")
+    learning_rate_at = make_schedule(
+        learning_rate=learning_rate, schedule=schedule, warmup_steps=warmup_steps, total_steps=total_steps)  # fmt: skip
+    clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
+    chain = [clip, optax.scale_by_adam(beta1, beta2, eps), optax.add_decayed_weights(weight_decay, decays),
+             optax.scale_by_learning_rate(learning_rate_at)]  # fmt: skip
+    if router_lr_scale == 0:
+        chain.insert(0, optax.masked(optax.set_to_zero(), routers))
+    if router_lr_scale != 1:
+        chain.append(optax.masked(optax.scale(router_lr_scale), routers))
+    return optax.chain(*chain)

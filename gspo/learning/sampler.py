@@ -1,0 +1,148 @@
+"""Rollouts: prefill each prompt once, share its cache among the completions of the group, decode in one while_loop.
+
+The loop runs over columns of the frame (`gspo.types`). Every row writes the same column at the same time, so the cache
+grows by one slice per step, and the loop ends when all rows have ended: its length is that of the longest completion,
+not the maximum."""
+
+from collections.abc import Callable, Sequence
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from gspo.model.attention import KVCache
+from gspo.model.distribution import Sampling, log_prob, shape_logits
+from gspo.model.routing import route_dtype
+from gspo.model.transformer import Transformer
+from gspo.types import Params, Rollout
+
+FLOAT32 = ("router", "scale")  # names of parameters that are used in float32 whatever the compute dtype
+
+
+def as_used(params: Params, dtype: jnp.dtype) -> Params:
+    """Parameters in the dtype of the matmuls that read them: the numbers of the sampler stay the same, bit by bit, and
+    the decode loop reads half the bytes for each token."""
+
+    def one(path, x):
+        return x if path[-1].key in FLOAT32 else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """Carry of the decode loop. `step` tokens of each row are written; column P + step - 1 was not yet fed to the
+    model."""
+
+    step: chex.Array  # int32 scalar
+    tokens_BC: chex.Array  # int32
+    logp_BC: chex.Array  # float32
+    lengths_B: chex.Array  # int32, tokens written, the end token included
+    ended_B: chex.Array  # bool
+    cache: KVCache
+    routes_LBTX: chex.Array | None
+
+
+def append(
+    state: DecodeState, token_B: chex.Array, logp_B: chex.Array, eos_ids: Sequence[int], pad_id: int
+) -> DecodeState:
+    """Writes one token to every row that has not ended; pads the others."""
+    live_B = ~state.ended_B
+    at = (0, state.step)
+    is_end_B = jnp.any(token_B[:, None] == jnp.asarray(eos_ids, jnp.int32), axis=1)
+    return state.replace(
+        step=state.step + 1,
+        tokens_BC=jax.lax.dynamic_update_slice(state.tokens_BC, jnp.where(live_B, token_B, pad_id)[:, None], at),
+        logp_BC=jax.lax.dynamic_update_slice(state.logp_BC, jnp.where(live_B, logp_B, 0.0)[:, None], at),
+        lengths_B=state.lengths_B + live_B,
+        ended_B=state.ended_B | is_end_B,
+    )
+
+
+def make_sampler(
+    model: Transformer,
+    *,
+    num_generations: int,
+    max_completion_length: int,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+) -> Callable[[Params, chex.Array, chex.Array, chex.PRNGKey], Rollout]:
+    """Returns jitted `sample(params, prompt_QP, prompt_lengths_Q, key) -> Rollout` with B = Q · num_generations rows.
+
+    prompt_QP: int32, left-padded. Rows 0 .. G-1 of the result belong to prompt 0, and so on. A row ends with any of
+    eos_ids (its log-prob counts) or after max_completion_length tokens; the rest of its frame is pad_id, and -1 in
+    routes. Token i of the rollout is drawn with fold_in(key, i). Compiled once per prompt width P. On a mesh
+    (`model.layout`) rows are cut as the layout says."""
+    spec, C, G = model.spec, max_completion_length, num_generations
+    injects = model.router_noise > 0 or model.router_swap > 0
+    on_mesh = model.layout.constrain_fields
+
+    def forward(params, key, step, *args, **kwargs):
+        """The model, with a stream of router noise of its own at every step where a mismatch is injected."""
+        rngs = {"router": jax.random.fold_in(jax.random.fold_in(key, C), step)} if injects else None
+        return model.apply({"params": params}, *args, **kwargs, rngs=rngs)
+
+    def draw(params, key, hidden_BD, step):
+        """One token per row and its log-prob under the distribution it came from."""
+        logits_BV = shape_logits(model.apply({"params": params}, hidden_BD, method="logits"), sampling)
+        token_B = jax.random.categorical(jax.random.fold_in(key, step), logits_BV).astype(jnp.int32)
+        return token_B, log_prob(logits_BV, token_B)
+
+    def sample(params, prompt_QP, prompt_lengths_Q, key) -> Rollout:
+        Q, P = prompt_QP.shape
+        B, T = Q * G, P + C
+        chex.assert_shape(prompt_lengths_Q, (Q,))
+
+        # Prefill: one pass over the prompts, then each row of the cache G times.
+        first_Q = P - prompt_lengths_Q
+        out = forward(params, key, 0, prompt_QP, first_Q, cache=on_mesh(spec.empty_cache(Q, P)))
+        routes_LBTX = None
+        if spec.num_experts:
+            shape = (spec.num_layers, B, T, spec.experts_per_token)
+            routes_LBTX = jnp.full(shape, -1, route_dtype(spec.num_experts))
+            routes_LBTX = routes_LBTX.at[:, :, :P].set(jnp.repeat(out.routes_LBTX, G, axis=1))
+        first_B = jnp.repeat(first_Q, G)
+        state = on_mesh(DecodeState(
+            step=jnp.int32(0),
+            tokens_BC=jnp.full((B, C), pad_id, jnp.int32),
+            logp_BC=jnp.zeros((B, C), jnp.float32),
+            lengths_B=jnp.zeros((B,), jnp.int32),
+            ended_B=jnp.zeros((B,), bool),
+            cache=out.cache.fan_out(G, T),
+            routes_LBTX=routes_LBTX,
+        ))  # fmt: skip
+        state = append(
+            state, *draw(params, key, jnp.repeat(out.hidden_BTD[:, -1], G, axis=0), state.step), eos_ids, pad_id
+        )
+
+        # Decode: feed the last token, draw the next.
+        def body(state: DecodeState) -> DecodeState:
+            last_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BC, state.step - 1, 1, axis=1)
+            column = P + state.step - 1
+            out = forward(params, key, state.step, last_B1, first_B, cache=state.cache, start=column)
+            routes_LBTX = state.routes_LBTX
+            if routes_LBTX is not None:
+                routes_LBTX = jax.lax.dynamic_update_slice(routes_LBTX, out.routes_LBTX, (0, 0, column, 0))
+            state = state.replace(cache=out.cache, routes_LBTX=routes_LBTX)
+            return on_mesh(append(state, *draw(params, key, out.hidden_BTD[:, 0], state.step), eos_ids, pad_id))
+
+        state = jax.lax.while_loop(lambda s: (s.step < C) & ~jnp.all(s.ended_B), body, state)
+
+        routes_LBTX = state.routes_LBTX
+        if routes_LBTX is not None:
+            # The last token was never fed, and padding has no route.
+            fed_BT = (jnp.arange(T) >= first_B[:, None]) & (jnp.arange(T) < (P + state.lengths_B - 1)[:, None])
+            routes_LBTX = jnp.where(fed_BT[None, :, :, None], routes_LBTX, -1)
+        return on_mesh(Rollout(
+            tokens_BT=jnp.concatenate([jnp.repeat(prompt_QP, G, axis=0), state.tokens_BC], axis=1),
+            prompt_lengths_B=jnp.repeat(prompt_lengths_Q, G),
+            completion_lengths_B=state.lengths_B,
+            logp_BC=state.logp_BC,
+            routes_LBTX=routes_LBTX,
+            truncated_B=~state.ended_B,
+            decode_steps=state.step,
+        ))  # fmt: skip
+
+    return jax.jit(sample)

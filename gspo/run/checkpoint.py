@@ -1,0 +1,374 @@
+"""Checkpoints: everything that a bit-equal resume needs, written by Orbax while the next rollout already runs.
+
+On disk, under <workdir>/checkpoints, one folder per step:
+
+    <step>/state/   the arrays, by name ("params/layers/attention/query"). Names and not a tree, so that None, empty
+                    tuples and the node types of optax never reach the disk: they come back from the tree that the
+                    caller restores into.
+    <step>/meta/    JSON: the caller's meta, the metrics, and the dtype and shape of every array
+    <step>/SEAL     JSON: a digest of every file. Orbax and TensorStore do not notice a flipped bit, and answer a
+                    truncated file with hundreds of lines on stderr; the seal is checked before they are asked
+
+A folder takes its final name only when it is complete, so a killed process leaves at worst a temporary folder, which
+the next run removes, or a complete folder without a seal, which is read unchecked. A folder that was damaged later is
+passed over with a warning and kept as <step>.broken.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+
+from gspo.parallel import distributed
+from gspo.types import UserError
+
+log = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------------------------------------------- trees by name
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Tree -> {"params/layers/query": leaf}, in the order of the leaves. None and empty nodes have no leaves."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+    if len(named) != len(flat):
+        raise ValueError("two leaves of the state have the same name: a key contains '/'")
+    return named
+
+
+@jax.jit
+def _all_finite(named: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(leaf).all() for name, leaf in named.items()}
+
+
+def _describe(leaf: Any) -> str:
+    """float32[3, 4]"""
+    return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _check_fits(where: Path, saved: dict[str, str], wanted: dict[str, Any], cast: bool) -> None:
+    """UserError with the first arrays that differ in presence, shape or (unless `cast`) dtype."""
+    key = (lambda text: text[text.index("[") :]) if cast else (lambda text: text)
+    now = {name: _describe(leaf) for name, leaf in wanted.items()}
+    differ = [f"{name}: saved {saved.get(name, 'nothing')}, now {now.get(name, 'absent')}"
+              for name in dict.fromkeys([*now, *saved])
+              if name not in saved or name not in now or key(saved[name]) != key(now[name])]  # fmt: skip
+    if differ:
+        more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise UserError(f"{where} is of another model or optimizer: {'; '.join(differ[:3])}{more}. "
+                        "Use the config that it was saved with, or another folder")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- reading one folder
+
+
+def _step_dirs(root: Path) -> list[Path]:
+    """The folders of all steps, latest first, the damaged ones included and the temporary ones not."""
+    found = [entry for entry in root.iterdir() if entry.is_dir() and entry.name.isdecimal()] if root.is_dir() else []
+    return sorted(found, key=lambda entry: int(entry.name), reverse=True)
+
+
+def _digests(step_dir: Path, names: Sequence[str]) -> dict[str, str]:
+    """{file name: digest}. Raises FileNotFoundError."""
+
+    def digest(name: str) -> str:
+        with open(step_dir / name, "rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing leaves the interpreter lock
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _seal(step_dir: Path) -> None:
+    names = sorted(str(path.relative_to(step_dir)) for path in step_dir.rglob("*") if path.is_file())
+    (step_dir / "SEAL.tmp").write_text(json.dumps(_digests(step_dir, names), indent=0))
+    (step_dir / "SEAL.tmp").replace(step_dir / "SEAL")
+
+
+def _check_seal(step_dir: Path) -> None:
+    """Raises ValueError or FileNotFoundError if a file is not what it was when the checkpoint was complete."""
+    if (step_dir / "SEAL").exists():
+        sealed = json.loads((step_dir / "SEAL").read_text())
+        changed = [name for name, digest in _digests(step_dir, list(sealed)).items() if digest != sealed[name]]
+        if changed:
+            raise ValueError(f"{changed[0]} is damaged")
+
+
+def _reader(handler: Any) -> ocp.Checkpointer:
+    """Reads without waiting for other processes: what one of them cannot read, the others must not wait for
+    (`_read_latest` has all processes agree afterwards)."""
+    alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def _read_meta(step_dir: Path) -> dict[str, Any]:
+    """{"meta", "metrics", "arrays"} of one checkpoint. Raises anything if it is damaged."""
+    with _reader(ocp.JsonCheckpointHandler()) as reader:
+        content = reader.restore(step_dir / "meta", args=ocp.args.JsonRestore())
+    if not {"meta", "metrics", "arrays"} <= content.keys():
+        raise ValueError("meta is not complete")
+    return content
+
+
+def _read_arrays(step_dir: Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
+    """The named arrays, with the dtype and sharding of `wanted` (the first device where it has none)."""
+
+    def target(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    targets = {name: target(leaf) for name, leaf in wanted.items()}
+    stored = {name: leaf for name, leaf in targets.items() if leaf.size}  # the empty ones were left out by `save`
+    arrays = {
+        name: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding) for name, leaf in targets.items() if not leaf.size
+    }
+    args = ocp.args.PyTreeRestore(
+        stored, restore_args=ocp.checkpoint_utils.construct_restore_args(stored), partial_restore=True
+    )
+    with _reader(ocp.PyTreeCheckpointHandler()) as reader:
+        arrays |= reader.restore(step_dir / "state", args=args)
+    return jax.block_until_ready(arrays)
+
+
+def _read_latest(step_dirs: Sequence[Path], tree: Any, prefix: str = "", cast: bool = False):
+    """The latest checkpoint that can be read -> (folder, tree, meta, damaged folders that were passed over).
+
+    Raises: UserError if it does not fit `tree`, or if every folder is damaged.
+    """
+    wanted = {prefix + name: leaf for name, leaf in _named(tree).items()}
+    damaged = {}
+    for step_dir in step_dirs:
+        try:
+            _check_seal(step_dir)
+            meta = _read_meta(step_dir)
+            saved = {name: text for name, text in meta["arrays"].items() if name.startswith(prefix)}
+            _check_fits(step_dir, saved, wanted, cast)
+            arrays = _read_arrays(step_dir, wanted)
+        except UserError:
+            raise
+        except Exception as error:  # a damaged folder fails in many ways: JSON, missing files, TensorStore
+            damaged[step_dir] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if distributed.any_process(step_dir in damaged):
+            damaged.setdefault(step_dir, "another process cannot read it")
+            continue
+        for broken, why in damaged.items():
+            log.warning("checkpoint %s cannot be read, falling back to step %s (%s)", broken, step_dir.name, why)
+        return (
+            step_dir,
+            jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in wanted]),
+            meta,
+            list(damaged),
+        )
+    reasons = "; ".join(f"step {step_dir.name}: {why}" for step_dir, why in damaged.items())
+    raise UserError(f"no checkpoint in {step_dirs[0].parent} can be read; move them away to start again ({reasons})")
+
+
+def restore_params(path: str | os.PathLike, abstract_params: Any) -> tuple[int, Any]:
+    """The parameters of another run, for `init_from` and for evaluation: (step, params). Reads only, changes nothing on
+    disk.
+
+    path             a workdir, its checkpoints folder, or the folder of one step
+    abstract_params  tree of jax.ShapeDtypeStruct; the arrays come back with its dtypes (cast where they were saved in
+                     another) and its shardings (the first device where it names none)
+    Raises: UserError if there is no checkpoint, none can be read, or the latest one is of another model shape.
+    """
+    _quieten_orbax()
+    path = Path(path).absolute()
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    step_dirs = [path] if path.name.isdecimal() and (path / "meta").exists() else _step_dirs(root)
+    if not step_dirs:
+        raise UserError(f"no checkpoint in {path}: " + ("it holds none yet" if path.exists() else "no such folder"))
+    step_dir, params, _, _ = _read_latest(step_dirs, abstract_params, prefix="params/", cast=True)
+    return int(step_dir.name), params
+
+
+# ---------------------------------------------------------------------------- the checkpoints of a run
+
+
+@dataclasses.dataclass
+class _Keep:
+    """Orbax preservation policy: the last `last` steps, and the `best` of those that have a score (higher is
+    better)."""
+
+    last: int
+    best: int
+    scores: dict[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = sorted(info.step for info in checkpoints)
+        scored = sorted((step for step in steps if step in self.scores), key=lambda step: (self.scores[step], step))
+        kept = set(steps[-self.last :]) | set(scored[len(scored) - min(self.best, len(scored)) :])
+        return [info.step in kept for info in checkpoints]
+
+
+class Checkpointer:
+    """Saves and restores the state of one run; a context manager.
+
+    workdir      checkpoints go to <workdir>/checkpoints
+    keep_last    number of latest checkpoints kept, at least 1. With 1 there is nothing to fall back to
+    keep_best    number of best ones kept besides (True: one), by `best_metric`, the name of an entry of `metrics`;
+                 higher is better; a checkpoint saved without it, or with NaN, has no rank
+    async_save   write in the background; an error of a write is raised by the next `save`, `wait` or `close`
+    Raises: UserError on settings that contradict each other.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, keep_last: int = 2, keep_best: bool | int = False,
+                 best_metric: str | None = None, async_save: bool = True):  # fmt: skip
+        if keep_last < 1:
+            raise UserError(f"keep_last is {keep_last}: at least one checkpoint must be kept")
+        if keep_best and not best_metric:
+            raise UserError("keep_best needs best_metric, the metric that ranks checkpoints")
+        _quieten_orbax()
+        self._root = Path(workdir).absolute() / "checkpoints"
+        self._best_metric = best_metric
+        self._async_save = async_save
+        self._finisher = concurrent.futures.ThreadPoolExecutor(1)
+        self._unfinished: concurrent.futures.Future | None = None
+        self._keep = _Keep(keep_last, int(keep_best), {})
+        # Orbax would read the metrics of every step here, and stop at a damaged one: the scores are read below instead.
+        self._manager = ocp.CheckpointManager(self._root, options=ocp.CheckpointManagerOptions(
+            preservation_policy=self._keep, enable_async_checkpointing=async_save, cleanup_tmp_directories=True,
+            lightweight_initialize=True))  # fmt: skip
+        for step_dir in _step_dirs(self._root) if keep_best else []:
+            try:
+                self._score(int(step_dir.name), _read_meta(step_dir)["metrics"])
+            except Exception:  # damaged: `restore` will say so
+                continue
+
+    def save(self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None = None,
+             force: bool = False) -> bool:  # fmt: skip
+        """Saves `state`, a tree of jax arrays, under `step`. Returns False if that step is there already.
+
+        The arrays may be donated as soon as this returns, in asynchronous mode too: accelerators copy them to the host
+        before, and on CPU the views that the writer holds make XLA copy instead of reuse the buffers of the next
+        donated call.
+        meta     JSON values; given back by `restore`
+        metrics  for `best_metric`
+        force    replaces the checkpoint of that step, and waits until that is done
+        Raises: UserError, and saves nothing, where a parameter is NaN or infinite: such a checkpoint would only push
+        out a good one."""
+        self.wait()
+        target = self._root / str(step)
+        if target.exists() and not force:
+            return False
+        named = _named(state)
+        finite = jax.device_get(_all_finite({name: leaf for name, leaf in named.items() if name.startswith("params/")}))
+        if not all(finite.values()):
+            raise UserError(
+                f"step {step}: {min(finite, key=finite.get)} is not finite; nothing was saved{self.last_good()}"
+            )
+        replaced = self._set_aside(target, "replaced") if target.exists() else None
+        content = {"meta": meta, "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+                   "arrays": {name: _describe(leaf) for name, leaf in named.items()}}  # fmt: skip
+        content = json.loads(json.dumps(content))  # a copy: the caller may change `meta` while the writer runs
+        self._score(step, content["metrics"])
+        self._manager.save(step, force=True, args=ocp.args.Composite(
+            # Orbax refuses empty arrays
+            state=ocp.args.PyTreeSave({name: leaf for name, leaf in named.items() if leaf.size}),
+            meta=ocp.args.JsonSave(content)))  # fmt: skip
+        self._unfinished = self._finisher.submit(self._finish, self._root / str(step))
+        if replaced or not self._async_save:
+            self.wait()
+        if replaced and distributed.is_primary():
+            shutil.rmtree(replaced)
+        return True
+
+    def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """The latest checkpoint that can be read: (step, state, meta), or None if there is none at all.
+
+        abstract_state  tree of jax.ShapeDtypeStruct; its shardings need not be those of the run that saved (no
+                        sharding: the first device). Values come back bit-equal.
+        Later checkpoints that are damaged are reported in one line each, and renamed, so that their step can be saved
+        again. Raises: UserError if none can be read, or if the latest one is of another model; nothing on disk is
+        touched then."""
+        self.wait()
+        step_dirs = _step_dirs(self._root)
+        if not distributed.all_equal(int(step_dirs[0].name) if step_dirs else -1):
+            raise UserError(
+                f"{self._root}: the processes see different checkpoints; put --workdir on storage that all hosts share"
+            )
+        if not step_dirs:
+            return None
+        step_dir, state, content, damaged = _read_latest(step_dirs, abstract_state)
+        for broken in damaged:
+            self._set_aside(broken, "broken")
+        return int(step_dir.name), state, content["meta"]
+
+    def steps(self) -> list[int]:
+        """The steps on disk, in rising order; one that is still being written is not among them."""
+        return [int(step_dir.name) for step_dir in reversed(_step_dirs(self._root))]
+
+    def last_good(self) -> str:
+        """ "; the last good checkpoint is step 3", for the message of a run that has to stop. Empty if there is none."""
+        self.wait()
+        return f"; the last good checkpoint is step {self.steps()[-1]}" if self.steps() else ""
+
+    def wait(self) -> None:
+        """Returns when everything saved so far is on disk. Raises the error of the writer, if it had one."""
+        if self._unfinished is not None:
+            unfinished, self._unfinished = self._unfinished, None  # an error is raised once
+            unfinished.result()
+
+    def close(self) -> None:
+        """Waits, and ends the threads of the writer."""
+        try:
+            self.wait()
+        finally:
+            self._finisher.shutdown()
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _finish(self, step_dir: Path) -> None:
+        """In the background: waits until Orbax has written and renamed the folder, then seals it."""
+        self._manager.wait_until_finished()
+        if distributed.is_primary() and step_dir.exists():
+            _seal(step_dir)
+
+    def _score(self, step: int, metrics: dict[str, float]) -> None:
+        value = metrics.get(self._best_metric, math.nan)
+        if math.isnan(value):
+            self._keep.scores.pop(step, None)
+        else:
+            self._keep.scores[step] = value
+
+    def _set_aside(self, step_dir: Path, suffix: str) -> Path:
+        """Renames <step> to <step>.<suffix> (or .<suffix>-2, ...), a name that Orbax does not take for a step."""
+        distributed.barrier("all look for a free name")
+        aside, n = step_dir.with_name(f"{step_dir.name}.{suffix}"), 1
+        while aside.exists():
+            aside, n = step_dir.with_name(f"{step_dir.name}.{suffix}-{n + 1}"), n + 1
+        distributed.barrier("all have found the same one")
+        if distributed.is_primary():
+            step_dir.rename(aside)
+        distributed.barrier("set aside")
+        self._manager.reload()
+        return aside
+
+
+def _quieten_orbax() -> None:
+    """Drops what Orbax logs below WARNING, about twenty lines per save; absl's other users keep their voice."""
+    logger = absl_logging.get_absl_logger()
+    if _not_orbax_chatter not in logger.filters:
+        logger.addFilter(_not_orbax_chatter)
+
+
+def _not_orbax_chatter(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname

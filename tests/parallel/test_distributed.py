@@ -1,0 +1,256 @@
+"""Several processes on one machine: the same run as one process, the work of the host divided, and what happens when
+one is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gspo.parallel import distributed
+from gspo.run.checkpoint import restore_params
+from gspo.run.writers import read_jsonl
+from gspo.types import UserError
+from tests.tiny_runs import ROOT, assert_bit_equal, kept_compiles, rl_config, state_of  # noqa: F401 - a fixture
+
+RESULTS = ("metrics.jsonl", "samples.jsonl")
+DIVIDED = {
+    "mesh.data": 2, "mesh.expert": 2, "num_rollouts": 4, "eval.num_prompts": 8, "filter_groups.enable": True,
+    "filter_groups.max_num_gen_batches": 2, "optimizer.learning_rate": 0.01, "log.num_samples": 4, "model.moe_backend": "blocked",
+    "router_replay.mode": "R2", "checkpoint.every": 2,
+}  # fmt: skip
+
+# The config of the runs below. It is read in every process, where it also notes how many completions the process
+# scores, and, at the call that DIE names, ends it.
+CONFIG = """
+import os, signal
+from pathlib import Path
+
+import jax
+
+from gspo.data import batches
+from tests.tiny_runs import rl_config
+
+FOLDER = Path({folder!r})
+score = batches.score_completions
+process, at, number = (int(word) for word in os.environ.get("DIE", "-1 0 0").split())
+calls = []
+
+
+def watched(texts, *rest):
+    calls.append(len(texts))
+    with open(FOLDER / f"scored-{{jax.process_count()}}-{{jax.process_index()}}", "a") as file:
+        print(len(texts), file=file)
+    if (jax.process_index(), len(calls)) == (process, at):
+        os.kill(os.getpid(), number)
+    return score(texts, *rest)
+
+
+if score.__name__ != "watched":
+    batches.score_completions = watched
+
+
+def get_config():
+    return rl_config(FOLDER, **{divided!r})
+"""
+
+
+# ---------------------------------------------------------------------------------------------------- one process
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"coordinator": "host:1"}, "--num_processes: is missing"),
+        ({"num_processes": 2, "process_id": 0}, "--coordinator: is missing"),
+        ({"coordinator": "host", "num_processes": 2, "process_id": 0}, "--coordinator=host: give HOST:PORT"),
+        ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, r"--process_id=2: must be in 0\.\.1"),
+    ],
+)
+def test_flags_that_do_not_describe_a_process_are_one_line_errors(arguments, message):
+    # Catches a process that waits five minutes for others under an address that cannot be right.
+    with pytest.raises(UserError, match=message) as error:
+        distributed.initialize(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_tasks_of_slurm_and_open_mpi_join_by_themselves_and_a_lone_one_does_not(monkeypatch):
+    # Catches N independent runs in one workdir, and a single task that waits for a coordinator.
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: joined.append(arguments))
+    distributed.initialize()
+    monkeypatch.setenv("SLURM_NTASKS", "2")  # of the job, seen in a shell that no srun started
+    distributed.initialize()
+    assert joined == []
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    distributed.initialize()
+    monkeypatch.delenv("SLURM_STEP_NODELIST")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
+    distributed.initialize()
+    distributed.initialize(coordinator="host:1", num_processes=2, process_id=1)
+    assert [len(arguments) for arguments in joined] == [2, 2, 5] and joined[2]["process_id"] == 1
+
+
+def test_an_error_of_a_user_or_of_this_process_is_no_lost_process():
+    # Catches every mistake reported as a broken network.
+    assert not distributed.lost_a_process(
+        jax.errors.JaxRuntimeError("Gloo all-reduce failed")
+    )  # there is no other process here
+    assert not distributed.lost_a_process(ValueError("gloo"))
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="eight devices, real or virtual")
+def test_rows_go_to_the_devices_and_come_back_in_order():
+    # Catches rows in the order of devices instead of rows, and a row that is lost where several devices hold it.
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("rows", "copies"))
+    sharding = NamedSharding(mesh, PartitionSpec("rows"))
+    own = distributed.own_rows(sharding, 8)
+    x, y = np.arange(16.0).reshape(8, 2), np.arange(8)
+    placed = distributed.put_rows(sharding, own, 8, x, y)
+    assert placed[0].sharding.is_equivalent_to(sharding, 2)
+    for got, want in zip(distributed.fetch_rows(own[2:5], *placed), (x[2:5], y[2:5]), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+# ---------------------------------------------------------------------------------------------------- several
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("distributed")
+    (path / "config.py").write_text(CONFIG.format(folder=str(path), divided=DIVIDED))
+    return path
+
+
+def launch(folder, name, *, processes, devices, die="", script="experiments/rl.py"):
+    """Runs the script with the config by scripts/launch_local.sh in folder/name; returns (exit code, stdout,
+    stderr)."""
+    command = ["bash", "scripts/launch_local.sh", "-n", str(processes), "--devices-per-process", str(devices), "--"]
+    command += [sys.executable, script, f"--config={folder / 'config.py'}", f"--workdir={folder / name}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "GRACE": "60"} | ({"DIE": die} if die else {})
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """The run in two processes of two devices each."""
+    code, stdout, stderr = launch(folder, "two", processes=2, devices=2)
+    assert code == 0, stderr
+    assert "4 devices in 2 process(es), mesh data=2 x expert=2" in stdout
+    return folder / "two"
+
+
+def test_two_processes_run_what_one_process_runs_and_share_the_work_of_the_host(folder, two):
+    # Catches rows of one process that are dropped or trained on twice, another order of prompts, noise that depends on
+    # the process, groups that the processes select differently, and completions that every host scores.
+    code, _, stderr = launch(folder, "one", processes=1, devices=4)
+    assert code == 0, stderr
+    lines, expected = (read_jsonl(path / "metrics.jsonl") for path in (two, folder / "one"))
+    assert len(lines) == len(expected) == 5 and max(line["clip_ratio/tokens"] for line in lines[:4]) > 0
+    for line, want in zip(lines, expected, strict=True):
+        assert line.keys() == want.keys()
+        for name, value in want.items():
+            np.testing.assert_allclose(line[name], value, rtol=1e-3, atol=2e-5, err_msg=f"{line['step']} {name}")
+    assert len(read_jsonl(two / "samples.jsonl")) == len(read_jsonl(folder / "one" / "samples.jsonl")) == 16
+    scored = {name: list(map(int, (folder / f"scored-{name}").read_text().split())) for name in ("1-0", "2-0", "2-1")}
+    assert scored["2-0"] == scored["2-1"] == [n // 2 for n in scored["1-0"]]
+
+
+def test_a_checkpoint_of_several_processes_is_whole_for_one_with_any_number_of_devices(folder, two):
+    # Catches files of which each process wrote its own, and shardings that a checkpoint can only be read back into.
+    found = []
+    for sizes in (
+        {"mesh.data": 1},
+        {"mesh.data": 2},
+        {"mesh.data": 1, "mesh.fsdp": 2, "mesh.expert": 2},
+        {"mesh.data": 8},
+    ):
+        changes = DIVIDED | {"mesh.expert": 1, "num_prompts": 8} | sizes
+        step, state = state_of(rl_config(folder, **changes), two)
+        assert step == 4
+        found.append(jax.device_get(state))
+    for state in found[1:]:
+        assert_bit_equal(state, found[0])
+    assert_bit_equal(restore_params(two, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), found[0].params))[1],
+                     found[0].params)  # fmt: skip
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])  # 0 is where they meet
+def test_a_signal_to_one_process_and_the_loss_of_another_leave_a_run_that_resumes_bit_equal(folder, two, victim):
+    # Catches a process that waits for ever for one that is gone, processes that save different steps, a second process
+    # that does not hear of the signal, half a checkpoint taken for a whole one, and a resumed run that goes another
+    # way.
+    broken = f"broken-{victim}"
+    code, _, stderr = launch(folder, broken, processes=2, devices=2, die=f"1 4 {int(signal.SIGTERM)}")
+    assert code == 143 and stderr.count("stopped by SIGTERM: saved rollout") == 2, stderr
+    saved = {line.rpartition("saved rollout ")[2].split()[0] for line in stderr.splitlines() if "saved rollout" in line}
+    assert len(saved) == 1 and (folder / broken / "checkpoints" / saved.pop() / "SEAL").exists()
+
+    code, _, stderr = launch(folder, broken, processes=2, devices=2, die=f"{victim} 2 {int(signal.SIGKILL)}")
+    assert code == 137 and f"process {victim} was ended by SIGKILL" in stderr, stderr
+    assert "another process of this run is gone" in stderr and "Traceback" not in stderr, stderr
+    assert "had not stopped and are killed" not in stderr, stderr
+
+    code, stdout, stderr = launch(folder, broken, processes=2, devices=2)
+    assert code == 0 and "resumed at rollout" in stdout, stderr
+    for name in RESULTS:
+        assert (folder / broken / name).read_bytes() == (two / name).read_bytes(), name
+    states = [state_of(rl_config(folder, **DIVIDED), path)[1] for path in (folder / broken, two)]
+    assert_bit_equal(*states)
+
+
+def test_an_error_in_one_process_alone_ends_all_of_them(folder, two):
+    # Catches a process that waits at the way out for those that wait for it in a collective, and a lost one told as a
+    # traceback.
+    (folder / "alone.py").write_text(
+        "import jax, sys\nfrom gspo import cli, distributed\nfrom gspo.types import UserError\n\n\ndef main():\n"
+        "    if jax.process_index() == 1:\n        raise UserError('a file is missing here')\n"
+        "    distributed.any_process(False)\n\n\ncli.define_flags()\ncli.run(main, needs='num_rollouts')\n"
+    )
+    code, _, stderr = launch(folder, "alone", processes=2, devices=1, script=folder / "alone.py")
+    assert code == 2 and "[1] error: a file is missing here" in stderr, stderr
+    assert "another process of this run is gone" in stderr and "Traceback" not in stderr, stderr
+    assert "had not stopped and are killed" not in stderr, stderr
+
+
+def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(folder, two):
+    # Catches processes that go on from different steps, and good checkpoints that are judged by what went wrong with
+    # another.
+    shutil.copytree(two, folder / "unread")
+    (folder / "unread.py").write_text(
+        "import jax\nfrom gspo import checkpoint, cli, rl\n\n\ndef main():\n"
+        "    read, calls = checkpoint._read_arrays, []\n\n"
+        "    def failing(*args):\n        calls.append(args)\n"
+        "        if len(calls) == 1 and jax.process_index() == 1:\n            raise ValueError('unreadable here')\n"
+        "        return read(*args)\n\n"
+        "    checkpoint._read_arrays = failing\n"
+        "    with checkpoint.Checkpointer(cli.FLAGS.workdir) as checkpointer:\n"
+        "        print('restored', checkpointer.restore(rl.prepare(cli.FLAGS.config).steps.abstract)[0])\n\n\n"
+        "cli.define_flags()\ncli.run(main, needs='num_rollouts')\n"
+    )
+    code, stdout, stderr = launch(folder, "unread", processes=2, devices=2, script=folder / "unread.py")
+    assert code == 0 and "restored 2" in stdout and "[1] restored 2" in stderr, stdout + stderr
+    assert {path.name for path in (folder / "unread" / "checkpoints").iterdir()} == {"2", "4.broken"}
+
+
+def test_a_mistake_is_told_by_every_process_and_none_of_them_waits(folder, two):
+    # Catches processes that wait at a barrier for one that has left with an error only it has seen.
+    config = json.loads((two / "config.json").read_text())
+    (two / "config.json").write_text(json.dumps(config | {"seed": 7}))
+    try:
+        code, _, stderr = launch(folder, "two", processes=2, devices=2)
+    finally:
+        (two / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    assert (
+        code == 2
+        and stderr.count("differs from this run's config: seed: saved 7, now 0") == 2
+        and "Traceback" not in stderr
+    )
