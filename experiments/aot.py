@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from gspo import build
 from gspo.report import aot
 from gspo.run import cli
+from gspo.steps import make_layout
 from gspo.types import UserError
 
 COLORS = {"experts": "#D55E00", "attention": "#0072B2", "head": "#009E73", "embedding": "#CC79A7", "parameters": "#E69F00",
@@ -46,11 +47,12 @@ def measured(config: ConfigDict, name: str, workdir: Path) -> dict:
         raise UserError(f"slices.{name}.run={entry.run!r}: choose one of {', '.join(config.runs)}")
     run = config.runs[entry.run].copy_and_resolve_references()
     run.update(entry.changes)
-    layout = build.layout(run, aot.devices_of(entry.topology))
+    plan = build.rl_plan(run)
+    layout = make_layout(plan.mesh, aot.devices_of(entry.topology))
     print(f"{name}: compiling for {entry.topology}", flush=True)
-    costs = aot.report(run, layout)
-    numbers = aot.as_json(run, layout, costs, entry.topology)
-    numbers |= {"table": aot.table(costs, entry.topology), "checks": aot.checks(run, layout, costs, entry.topology)}
+    costs = aot.report(plan, layout)
+    numbers = aot.as_json(plan, layout, costs, entry.topology)
+    numbers |= {"table": aot.table(costs, entry.topology), "checks": aot.checks(plan, layout, costs, entry.topology)}
     path.write_text(json.dumps(numbers, indent=1) + "\n")
     return numbers
 

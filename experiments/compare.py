@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from gspo import rl, sft
+from gspo import build, rl, sft
 from gspo.run import cli
 from gspo.run.writers import read_jsonl
 
@@ -36,13 +36,16 @@ def main() -> None:
     config, workdir = cli.FLAGS.config, Path(cli.FLAGS.workdir)
     options = {"allow_changed_config": cli.FLAGS.allow_changed_config}
     start = time.perf_counter()
-    sft.train(config.cold_start, str(workdir / "cold"), title="cold start", **options)
+    sft.train(build.sft_plan(config.cold_start), str(workdir / "cold"), title="cold start", **options)
 
     folders = {arm: [workdir / folder_name(config, arm, seed) for seed in config.seeds] for arm in config.arms}
     for arm, seeds in folders.items():
         for seed, folder in zip(config.seeds, seeds, strict=True):
             rl.train(
-                arm_config(config, arm, seed, workdir / "cold"), str(folder), title=f"{arm} (seed {seed})", **options
+                build.rl_plan(arm_config(config, arm, seed, workdir / "cold")),
+                str(folder),
+                title=f"{arm} (seed {seed})",
+                **options,
             )
 
     rows = [row(arm, runs) for arm, runs in folders.items()]

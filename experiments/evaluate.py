@@ -5,13 +5,14 @@ python experiments/evaluate.py --config=configs/gspo_running_sum.py --workdir=ru
 
 import json
 
+from gspo import build
 from gspo.evaluate import evaluate_workdir
 from gspo.run import cli
 
 
 def main() -> None:
     config = cli.FLAGS.config
-    step, metrics, samples = evaluate_workdir(config, cli.FLAGS.workdir)
+    step, metrics, samples = evaluate_workdir(build.run_plan(config), cli.FLAGS.workdir)
     for sample in samples[: config.log.num_samples]:
         print(json.dumps(sample, ensure_ascii=False))
     print(json.dumps({"step": step} | metrics))

@@ -11,7 +11,7 @@ from pathlib import Path
 import compare
 import matplotlib.pyplot as plt
 
-from gspo import rl, sft
+from gspo import build, rl, sft
 from gspo.run import cli
 from gspo.run.writers import read_jsonl
 
@@ -22,13 +22,13 @@ SPIKE, WINDOW = 3.0, 10
 def main() -> None:
     config, workdir = cli.FLAGS.config, Path(cli.FLAGS.workdir)
     options = {"allow_changed_config": cli.FLAGS.allow_changed_config}
-    sft.train(config.cold_start, str(workdir / "cold"), title="cold start", **options)
+    sft.train(build.sft_plan(config.cold_start), str(workdir / "cold"), title="cold start", **options)
     runs: dict[str, list[dict]] = {}
     rows = []
     for arm in config.arms:
         folder = workdir / compare.folder_name(config, arm, config.seeds[0])
         arm_config = compare.arm_config(config, arm, config.seeds[0], workdir / "cold")
-        rl.train(arm_config, str(folder), title=arm, **options)
+        rl.train(build.rl_plan(arm_config), str(folder), title=arm, **options)
         runs[arm] = read_jsonl(folder / "metrics.jsonl")
         rows.append(row(arm, runs[arm]))
     (workdir / "table.md").write_text(compare.markdown(rows, COLUMNS))

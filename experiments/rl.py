@@ -3,13 +3,13 @@
 python experiments/rl.py --config=configs/gspo_running_sum.py --workdir=runs/gspo --config.init_from=runs/cold
 """
 
-from gspo import rl
+from gspo import build, rl
 from gspo.run import cli
 
 
 def main() -> None:
     flags = cli.FLAGS
-    rl.train(flags.config, flags.workdir, allow_changed_config=flags.allow_changed_config)
+    rl.train(build.rl_plan(flags.config), flags.workdir, allow_changed_config=flags.allow_changed_config)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from ml_collections import ConfigDict
 
-from gspo import rl, sft
+from gspo import build, rl, sft
 from gspo.run import cli
 from gspo.run.progress import Timer
 from gspo.run.writers import read_jsonl
+from gspo.steps import initial_state
 
 COLUMNS = (
     "sampler", "replay", "experts that differ: sampler, learner", "experts replayed otherwise", "sampler-learner k3",
@@ -39,10 +40,10 @@ def main() -> None:
     config, workdir = cli.FLAGS.config, Path(cli.FLAGS.workdir)
     options = {"allow_changed_config": cli.FLAGS.allow_changed_config}
     cold = workdir / "cold"
-    sft.train(config.cold_start, str(cold), title="cold start", **options)
+    sft.train(build.sft_plan(config.cold_start), str(cold), title="cold start", **options)
 
     drift = changed(config.base, cold)
-    rl.train(drift, str(workdir / "drift"), title="drift", **options)
+    rl.train(build.rl_plan(drift), str(workdir / "drift"), title="drift", **options)
     (workdir / "by_length.json").write_text(json.dumps(variance_by_length(drift, rollouts=config.mismatch_rollouts)))
     draw(
         read_jsonl(workdir / "drift" / "metrics.jsonl"),
@@ -63,7 +64,7 @@ def main() -> None:
             arm.eval.num_prompts = arm.num_prompts
             arm.optimizer.update(schedule="constant", warmup_steps=config.base.updates_per_rollout)
             folder = workdir / f"{injection} {mode}".replace(" ", "_").replace("%", "")
-            rl.train(arm, str(folder), title=f"{injection}, {mode}", **options)
+            rl.train(build.rl_plan(arm), str(folder), title=f"{injection}, {mode}", **options)
             rows.append(row(injection, mode, [line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]))
             (workdir / "replay.md").write_text(compare.markdown(rows, COLUMNS))
     compare.show(rows, COLUMNS)
@@ -103,8 +104,9 @@ def variance_by_length(config: ConfigDict, rollouts: int) -> dict[str, list[floa
 
     A prefix of n tokens stands for a completion of length n: log s is then the mean of its n token log-ratios.
     """
-    run = rl.prepare(config)
-    state = rl.build.initial_state(config, run.steps.init, run.steps.abstract)
+    plan = build.rl_plan(config)
+    run = rl.prepare(plan)
+    state = initial_state(plan, run.steps.init, run.steps.abstract)
     key = jax.random.fold_in(jax.random.key(config.seed), rl.ROLLOUT_STREAM)
     token_parts, cursor = [], 0
     for index in range(rollouts):

@@ -1,12 +1,12 @@
 """Supervised fine-tuning: python experiments/sft.py --config=configs/sft_running_sum.py --workdir=runs/cold"""
 
-from gspo import sft
+from gspo import build, sft
 from gspo.run import cli
 
 
 def main() -> None:
     flags = cli.FLAGS
-    sft.train(flags.config, flags.workdir, allow_changed_config=flags.allow_changed_config)
+    sft.train(build.sft_plan(flags.config), flags.workdir, allow_changed_config=flags.allow_changed_config)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Reinforcement learning: rollout -> rewards -> advantages -> several updates against a fixed old policy. Start reading
-here.
+"""Reinforcement learning: rollout -> rewards -> advantages -> several updates against a fixed old policy. Start reading here.
 
     for each rollout
         sample G completions per prompt from the policy, with their log-probs and routes
@@ -15,124 +14,62 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from gspo import build, collect
+from gspo import plans
 from gspo.collect import Collector
-from gspo.evaluate import make_evaluator
+from gspo.data.tokenizer import make_tokenizer
+from gspo.evaluate import Writer, make_evaluator
+from gspo.generate import prompt_source
 from gspo.learning.learner import make_ref_sync
+from gspo.learning.state import copy_tree
 from gspo.model.distribution import Sampling
-from gspo.objectives import presets
+from gspo.objectives import warnings_of
 from gspo.parallel import distributed
+from gspo.resume import open_run
 from gspo.run.checkpoint import Checkpointer
 from gspo.run.cli import StopSignal
-from gspo.run.progress import Progress, Timer
-from gspo.run.workdir import open_workdir
-from gspo.run.writers import MetricsWriter
-from gspo.steps import Steps, make_steps
-from gspo.types import UserError
+from gspo.run.progress import Progress, Timer, is_due
+from gspo.steps import Steps, describe, describe_layout, initial_state, make_layout, make_steps
+from gspo.types import Batch, TrainState, UserError
 
 ROLLOUT_STREAM = 1  # of the run's random keys
 PHASES = ("rollout", "reward", "old_logps", "update")  # what a rollout costs, evaluation and checkpoints aside
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}  # largest |log-ratio| of a token between two passes of the same weights
 
 
-class Run(NamedTuple):
-    """The parts of one run, made from its config."""
-
-    steps: Steps
-    collector: Collector
-    evaluate: Any  # params -> (metrics, samples)
-    notes: list[str]  # what the log says first
-
-
-def prepare(config: ConfigDict) -> Run:
-    """Config -> parts. Raises UserError for every mistake that can be seen before the first rollout."""
-    check(config)
-    layout, tokenizer = build.layout(config), build.tokenizer(config)
-    steps = make_steps(config, layout, tokenizer)
-    source = build.prompt_source(config, config.task.train_split, tokenizer)
-    same_draw = (Sampling(config.eval.temperature), config.eval.num_generations_eval) == (
-        steps.sampling,
-        config.num_generations,
-    )
-    same_draw = same_draw and not (config.mismatch.router_noise or config.mismatch.expert_swap)
-    evaluate = make_evaluator(
-        config,
-        layout,
-        steps.model,
-        tokenizer,
-        sampler=steps.sampler if same_draw else None,
-        rollout_params=steps.rollout_params,
-    )
-    collector = Collector(config, steps, tokenizer, source)
-
-    settings, updates = steps.settings, config.updates_per_rollout
-    notes = [
-        build.describe(steps.model, steps.abstract),
-        f"{updates} updates per rollout of {config.num_prompts} x {config.num_generations} completions; ratio of the "
-        f"{settings['importance_sampling_level']}, surrogate {settings['surrogate']}, clip range "
-        f"[1 - {settings['epsilon']:g}, 1 + {settings['epsilon_high']:g}], {settings['loss_agg_mode']}",
-        *(f"warning: {text}" for text in presets.warnings_of(settings, updates_per_rollout=updates)),
-    ]
-    if layout.several:
-        notes.insert(1, build.describe_layout(config, layout))
-    if config.objective.preset == "ppo" and not config.critic.enable:
-        notes.append(
-            "warning: objective.preset 'ppo' without a critic takes its advantages from the group; set "
-            "critic.enable=true"
-        )
-    if source.num_dropped:
-        notes.append(
-            f"{source.num_dropped} prompts longer than max_prompt_length={config.max_prompt_length} tokens were dropped"
-        )
-    return Run(steps, collector, evaluate, notes)
-
-
-def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = False, title: str = "RL") -> dict[str, Any]:
+def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = False, title: str = "RL") -> dict[str, Any]:
     """Runs, or resumes, one experiment in workdir. Returns the last line of its metrics.
 
-    Raises UserError for mistakes in the config, and when the loss is NaN or sampler and learner disagree.
+    Raises UserError for mistakes in the plan, and when the loss is NaN or sampler and learner disagree.
     """
-    # ------------------------------------------------------------------ parts
-    run = prepare(config)
-    steps, updates = run.steps, config.updates_per_rollout
-    sync_reference = make_ref_sync(config.ref_model_mixup_alpha) if config.sync_ref_model else None
-
-    # ------------------------------------------------------------------ state
-    open_workdir(workdir, config.to_dict(), allow_changed_config=allow_changed_config, check_only=True)
-    checkpointer = Checkpointer(
-        workdir, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best, best_metric="eval/pass@1"
+    # ------------------------------------------------------------------ parts and state
+    run = prepare(plan)
+    steps = run.steps
+    opened = open_run(
+        plan,
+        workdir,
+        steps.abstract,
+        lambda: initial_state(plan, steps.init, steps.abstract),
+        allow_changed_config=allow_changed_config,
     )
-    writer = MetricsWriter(workdir, tensorboard=config.log.tensorboard, wandb=config.log.wandb, config=config.to_dict())
-    restored = checkpointer.restore(steps.abstract)
-    if restored is None:
-        first, state, meta = 0, build.initial_state(config, steps.init, steps.abstract), {"cursor": 0, "offsets": None}
-    else:
-        first, state, meta = restored
-        run.notes.append(f"resumed at rollout {first}")
-    open_workdir(
-        workdir, config.to_dict(), allow_changed_config=allow_changed_config
-    )  # nothing failed: from now on it is this run's
-    writer.truncate(meta["offsets"])
-    cursor = meta["cursor"]
-    run_key = jax.random.fold_in(jax.random.key(config.seed), ROLLOUT_STREAM)
-    progress = Progress(config.num_rollouts, start=first, title=title)
-    for note in run.notes:
+    checkpointer, writer, first, state = opened.checkpointer, opened.writer, opened.first, opened.state
+    cursor = opened.meta.get("cursor", 0)
+    run_key = jax.random.fold_in(jax.random.key(plan.seed), ROLLOUT_STREAM)
+    progress = Progress(plan.num_rollouts, start=first, title=title)
+    for note in run.notes + [f"resumed at rollout {first}"] * opened.resumed:
         progress.note(note)
 
     # ------------------------------------------------------------------ loop
     timer = Timer()
     with StopSignal() as stop, progress, checkpointer, writer:
-        for index in range(first, config.num_rollouts + 1):
-            last = index == config.num_rollouts
+        for index in range(first, plan.num_rollouts + 1):
+            last = index == plan.num_rollouts
             line: dict[str, Any] = {}
-            if last or (config.eval.every and index % config.eval.every == 0):
+            if last or is_due(index, plan.evaluation.every):
                 with timer("eval"):
                     line, _ = run.evaluate(state.params)
-            due = config.checkpoint.every and index % config.checkpoint.every == 0
             stopping = distributed.any_process(stop.requested)
-            if stopping or (index > first and (last or due)):
+            if stopping or (index > first and (last or is_due(index, plan.checkpoint.every))):
                 with timer("checkpoint"):
                     checkpointer.save(index, state, {"cursor": cursor, "offsets": writer.offset()}, line)
             if last:
@@ -146,54 +83,112 @@ def train(config: ConfigDict, workdir: str, *, allow_changed_config: bool = Fals
             experience = run.collector(state, cursor, jax.random.fold_in(run_key, index), timer)
             cursor = experience.next_cursor
             with timer("update"):
-                if state.stale_params:  # a sampler that lags behind draws from the oldest of these
-                    state = state.replace(stale_params=(*state.stale_params[1:], build.copy_tree(state.params)))
-                done = []
-                for part in steps.minibatches(experience.batch):
-                    state, metrics = steps.train_step(state, part)
-                    if steps.critic_step:
-                        critic, more = steps.critic_step(state.critic, part)
-                        state, metrics = state.replace(critic=critic), metrics | more
-                    done.append(metrics)
-                done = jax.device_get(done)
-            guard(config, index, done, checkpointer)
-            if sync_reference and (index + 1) % config.ref_model_sync_steps == 0:
-                state = state.replace(ref_params=sync_reference(state.params, state.ref_params))
+                state, done = update(steps, state, experience.batch)
+            guard(plan, index, done, checkpointer)
+            state = run.follow(state, index)
 
-            line |= (
-                experience.metrics
-                | update_metrics(done)
-                | {"learning_rate": float(steps.learning_rate(index * updates))}
-            )
+            rate = float(steps.learning_rate(index * plan.updates_per_rollout))
+            line |= experience.metrics | update_metrics(done) | {"learning_rate": rate}
             writer.write(index, line)
             timings = timer.take()
             timings["tokens_per_second"] = line["num_tokens"] / sum(timings[phase] for phase in PHASES)
             writer.write_timings(index, timings)
-            if config.log.samples_every and index % config.log.samples_every == 0:
+            if is_due(index, plan.log.samples_every):
                 writer.write_samples(index, experience.samples)
             sample = experience.samples[0] if experience.samples else None
-            progress.update(
-                index,
-                line | timings,
-                sample and f"{sample['prompt']}{sample['completion']}  reward {sample['reward']:g}",
-            )
+            text = sample and f"{sample['prompt']}{sample['completion']}  reward {sample['reward']:g}"
+            progress.update(index, line | timings, text)
     return line
 
 
-def check(config: ConfigDict) -> None:
-    """Mistakes in the fields of the loop; `collect.check` has those of the experience."""
-    build.positive(config, "num_rollouts", "num_prompts", "num_generations", "updates_per_rollout", "logp_chunk")
-    build.positive(config, "max_prompt_length", "max_completion_length")
-    collect.check(config)
-    rows = config.num_prompts * config.num_generations
-    if rows % config.updates_per_rollout:
-        raise UserError(
-            f"updates_per_rollout={config.updates_per_rollout}: must divide the {rows} rows of a rollout "
-            f"(num_prompts={config.num_prompts} x num_generations={config.num_generations})"
+def update(steps: Steps, state: TrainState, batch: Batch) -> tuple[TrainState, list[dict[str, Any]]]:
+    """N optimizer updates, one for each minibatch of the rollout, all against the old policy that is in the batch.
+    Returns the new state and the metrics of each update.
+    """
+    if state.stale_params:  # a sampler that lags behind draws from the oldest of these
+        state = state.replace(stale_params=(*state.stale_params[1:], copy_tree(state.params)))
+    done = []
+    for minibatch in steps.minibatches(batch):
+        state, metrics = steps.train_step(state, minibatch)  # log-probs -> objective -> gradient -> optimizer
+        if steps.critic_step:
+            critic, more = steps.critic_step(state.critic, minibatch)
+            state, metrics = state.replace(critic=critic), metrics | more
+        done.append(metrics)
+    return state, jax.device_get(done)
+
+
+# ---------------------------------------------------------------------------- the parts of a run
+
+
+class Run(NamedTuple):
+    """The parts of one run, made from its plan."""
+
+    steps: Steps
+    collector: Collector
+    evaluate: Any  # params -> (metrics, samples)
+    follow: Any  # (state, rollout) -> state whose reference has followed the policy, at the rollouts where it does
+    notes: list[str]  # what the log says first
+
+
+def prepare(plan: plans.RLPlan) -> Run:
+    """Plan -> parts. Raises UserError for every mistake that can be seen before the first rollout."""
+    layout, tokenizer = make_layout(plan.mesh), make_tokenizer(plan.data.tokenizer)
+    steps = make_steps(plan, layout, tokenizer)
+    source = prompt_source(plan.data, plan.data.train_split, tokenizer)
+    collector = Collector(plan, steps, tokenizer, source)
+    evaluate = make_evaluator(plan, steps.model, tokenizer, _shared_writer(plan, steps))
+    notes = [describe(steps.model, steps.abstract), _describe_updates(plan)]
+    warnings = warnings_of(plan.objective, updates_per_rollout=plan.updates_per_rollout)
+    notes += [f"warning: {text}" for text in warnings]
+    if layout.several:
+        notes.insert(1, describe_layout(plan.mesh, layout))
+    if plan.preset == "ppo" and not plan.critic:
+        notes.append(
+            "warning: objective.preset 'ppo' without a critic takes its advantages from the group; set "
+            "critic.enable=true"
         )
+    if source.num_dropped:
+        limit = plan.data.max_prompt_length
+        notes.append(f"{source.num_dropped} prompts longer than max_prompt_length={limit} tokens were dropped")
+    return Run(steps, collector, evaluate, _make_follow(plan.reference), notes)
 
 
-def guard(config: ConfigDict, index: int, steps: list[dict], checkpointer: Checkpointer) -> None:
+def _shared_writer(plan: plans.RLPlan, steps: Steps) -> Writer | None:
+    """The sampler of the rollouts, where evaluation draws in the same way: one compilation for both."""
+    own = (Sampling(plan.evaluation.temperature), plan.evaluation.num_generations_eval)
+    shared = own == (plan.rollout.sampling, plan.rollout.num_generations)
+    shared = shared and not (plan.rollout.router_noise or plan.rollout.expert_swap)
+    return Writer(steps.rollout_params, steps.sampler) if shared else None
+
+
+def _make_follow(plan: plans.ReferencePlan):
+    if not plan.sync_steps:
+        return lambda state, index: state
+    sync = make_ref_sync(plan.mixup_alpha)
+
+    def follow(state: TrainState, index: int) -> TrainState:
+        if (index + 1) % plan.sync_steps:
+            return state
+        return state.replace(ref_params=sync(state.params, state.ref_params))
+
+    return follow
+
+
+def _describe_updates(plan: plans.RLPlan) -> str:
+    """One line for the log: what one rollout is used for."""
+    chosen = plan.objective
+    return (
+        f"{plan.updates_per_rollout} updates per rollout of {plan.rollout.num_prompts} x "
+        f"{plan.rollout.num_generations} completions; ratio of the {chosen['importance_sampling_level']}, surrogate "
+        f"{chosen['surrogate']}, clip range [1 - {chosen['epsilon']:g}, 1 + {chosen['epsilon_high']:g}], "
+        f"{chosen['loss_agg_mode']}"
+    )
+
+
+# ---------------------------------------------------------------------------- what is watched, what is written
+
+
+def guard(plan: plans.RLPlan, index: int, steps: list[dict], checkpointer: Checkpointer) -> None:
     """Stops the run where going on would waste it: NaN, or an old policy that is not the one that sampled. Before the
     first update of a rollout, ratio and 1 may differ by rounding only.
     """
@@ -203,7 +198,7 @@ def guard(config: ConfigDict, index: int, steps: list[dict], checkpointer: Check
                 f"rollout {index}, update {j}: loss or gradient is not finite{checkpointer.last_good()}; lower "
                 "optimizer.learning_rate"
             )
-    tolerance = config.check_tolerance or TOLERANCE[config.model.dtype]
+    tolerance = plan.check_tolerance or TOLERANCE[plan.model.fields["dtype"]]
     gap = float(steps[0]["log_ratio/abs_max"])
     if gap > tolerance:
         raise UserError(

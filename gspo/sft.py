@@ -6,92 +6,89 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from gspo import build
+from gspo import plans
 from gspo.data.batches import DemonstrationSource
+from gspo.data.tokenizer import make_tokenizer
 from gspo.evaluate import make_evaluator
+from gspo.generate import make_task
 from gspo.learning.learner import make_train_step, negative_log_likelihood
+from gspo.learning.state import shardings_of, state_on_mesh
 from gspo.parallel import distributed
 from gspo.parallel.sharding import Layout
-from gspo.run.checkpoint import Checkpointer
+from gspo.resume import open_run
 from gspo.run.cli import StopSignal
-from gspo.run.progress import Progress, Timer
-from gspo.run.workdir import open_workdir
-from gspo.run.writers import MetricsWriter
+from gspo.run.progress import Progress, Timer, is_due
+from gspo.steps import check_rows, describe, initial_state, make_layout, make_model, optimizer_of
 from gspo.types import Batch, UserError, completion_mask
 
 STOP_EVERY = 5  # updates between looks at whether any process was asked to stop: they all must take part
 
 
 def train(
-    config: ConfigDict, workdir: str, *, allow_changed_config: bool = False, title: str = "SFT"
+    plan: plans.SFTPlan, workdir: str, *, allow_changed_config: bool = False, title: str = "SFT"
 ) -> dict[str, Any]:
     """Runs, or resumes, supervised fine-tuning in workdir. Returns the last line of its metrics. Raises UserError."""
-    # ------------------------------------------------------------------ config, layout, data, model
-    micro = build.micro_batch_size(config, config.batch_size, "a batch (batch_size)")
-    layout = build.layout(config)
-    build.check_rows(layout, batch_size=micro or config.batch_size)
-    tokenizer = build.tokenizer(config)
-    source = build.demonstration_source(config, tokenizer)
-    model = build.model(config, tokenizer, layout)
-    optimizer, learning_rate = build.optimizer(config, total_steps=config.num_updates)
-    init, abstract = build.state_on_mesh(layout, model, optimizer)
+    # ------------------------------------------------------------------ layout, data, model
+    micro = plan.update.micro_batch_size
+    layout, tokenizer = make_layout(plan.mesh), make_tokenizer(plan.data.tokenizer)
+    check_rows(layout, batch_size=micro or plan.batch_size)
+    source = demonstration_source(plan.data, tokenizer)
+    model = make_model(plan.model, tokenizer, layout)
+    optimizer, learning_rate = optimizer_of(plan.optimizer)
+    init, abstract = state_on_mesh(layout, model, optimizer)
     train_step = make_train_step(
-        model, optimizer, negative_log_likelihood, micro_batch_size=micro, chunk=config.logp_chunk,
-        state_shardings=build.shardings_of(layout, abstract),
-    )  # fmt: skip
-    evaluate = make_evaluator(config, layout, model, tokenizer)
+        model,
+        optimizer,
+        negative_log_likelihood,
+        micro_batch_size=micro,
+        chunk=plan.update.chunk,
+        state_shardings=shardings_of(layout, abstract),
+    )
+    evaluate = make_evaluator(plan, model, tokenizer)
 
     # ------------------------------------------------------------------ state
-    open_workdir(workdir, config.to_dict(), allow_changed_config=allow_changed_config, check_only=True)
-    checkpointer = Checkpointer(
-        workdir, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best, best_metric="eval/pass@1"
+    opened = open_run(
+        plan,
+        workdir,
+        abstract,
+        lambda: initial_state(plan, init, abstract),
+        allow_changed_config=allow_changed_config,
     )
-    writer = MetricsWriter(workdir, tensorboard=config.log.tensorboard, wandb=config.log.wandb, config=config.to_dict())
-    restored = checkpointer.restore(abstract)
-    if restored is None:
-        first, state = 0, build.initial_state(config, init, abstract)
-        writer.truncate(None)
-    else:
-        first, state, meta = restored
-        writer.truncate(meta["offsets"])
-    open_workdir(
-        workdir, config.to_dict(), allow_changed_config=allow_changed_config
-    )  # nothing failed: from now on it is this run's
-    progress = Progress(config.num_updates, start=first, title=title)
-    progress.note(build.describe(model, abstract))
+    checkpointer, writer, first, state = opened.checkpointer, opened.writer, opened.first, opened.state
+    progress = Progress(plan.num_updates, start=first, title=title)
+    progress.note(describe(model, abstract))
     if source.num_dropped:
         progress.note(f"{source.num_dropped} examples longer than the frame were dropped")
-    if restored is not None:
+    if opened.resumed:
         progress.note(f"resumed at update {first}")
 
     # ------------------------------------------------------------------ loop
     timer = Timer()
     with StopSignal() as stop, progress, checkpointer, writer:
-        for index in range(first, config.num_updates + 1):
-            last = index == config.num_updates
+        for index in range(first, plan.num_updates + 1):
+            last = index == plan.num_updates
             line, samples = {}, []
-            if last or (config.eval.every and index % config.eval.every == 0):
+            if last or is_due(index, plan.evaluation.every):
                 with timer("eval"):
                     line, samples = evaluate(state.params)
-            due = config.checkpoint.every and index % config.checkpoint.every == 0
-            stopping = (index % STOP_EVERY == 0 or jax.process_count() == 1) and distributed.any_process(stop.requested)
-            if stopping or (index > first and (last or due)):
+            looking = index % STOP_EVERY == 0 or jax.process_count() == 1
+            stopping = looking and distributed.any_process(stop.requested)
+            if stopping or (index > first and (last or is_due(index, plan.checkpoint.every))):
                 checkpointer.save(index, state, {"offsets": writer.offset()}, line)
             if stopping and not last:
                 checkpointer.wait()
                 raise stop.leave(f"saved update {index} in {workdir}; start the same command again to go on")
-            writer.write_samples(
-                index, samples[: config.log.num_samples]
-            )  # after the save, like all that a resume does again
+            # After the save, like all that a resume does again.
+            writer.write_samples(index, samples[: plan.log.num_samples])
             if last:
                 writer.write(index, line)
                 progress.update(index, line)
                 break
 
             with timer("update"):
-                state, metrics = train_step(state, make_batch(config, layout, source, index * config.batch_size))
+                batch = make_batch(layout, source, index * plan.batch_size, plan.batch_size)
+                state, metrics = train_step(state, batch)
                 metrics = jax.device_get(metrics)
             if not np.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 raise UserError(
@@ -105,13 +102,24 @@ def train(
     return line
 
 
-def make_batch(config: ConfigDict, layout: Layout, source: DemonstrationSource, cursor: int) -> Batch:
-    """Demonstrations as rows of a train step, each process reading its own; what only policy gradients read is zero."""
-    rows, count = layout.sharding("rows"), config.batch_size
-    own_B = distributed.own_rows(rows, count)
-    demos = source.batch(cursor, count, own_B)
-    mask_BC = np.asarray(completion_mask(demos.completion_lengths_B, config.max_completion_length))
+def demonstration_source(plan: plans.DataPlan, tokenizer) -> DemonstrationSource:
+    return DemonstrationSource(
+        make_task(plan, plan.train_split),
+        tokenizer,
+        max_prompt_length=plan.max_prompt_length,
+        max_completion_length=plan.max_completion_length,
+        overlong=plan.overlong_prompts,
+        seed=plan.seed,
+    )
+
+
+def make_batch(layout: Layout, source: DemonstrationSource, cursor: int, count: int) -> Batch:
+    """`count` demonstrations as rows of a train step, each process reading its own; what only policy gradients read is
+    zero."""
+    rows = layout.sharding("rows")
+    local_B = distributed.own_rows(rows, count)
+    demos = source.batch(cursor, count, local_B)
+    mask_BC = np.asarray(completion_mask(demos.completion_lengths_B, source.completion_width))
     zeros_BC = np.zeros(mask_BC.shape, np.float32)
-    return Batch(*distributed.put_rows(
-        rows, own_B, count, demos.tokens_BT, demos.prompt_lengths_B, demos.completion_lengths_B, mask_BC, zeros_BC, zeros_BC
-    ))  # fmt: skip
+    arrays = (demos.tokens_BT, demos.prompt_lengths_B, demos.completion_lengths_B, mask_BC, zeros_BC, zeros_BC)
+    return Batch(*distributed.put_rows(rows, local_B, count, *arrays))

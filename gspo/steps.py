@@ -1,33 +1,115 @@
-"""Config -> the jitted functions of one run, on a mesh: rollout, log-probs, update. What `gspo.rl` runs and
-`gspo.report.aot` compiles.
+"""Plans -> the jitted functions of one run, on a mesh: rollout, log-probs, update. What `gspo.rl` runs and `gspo.report.aot`
+compiles.
 
 Nothing here reads data: of the tokenizer only the ids that end a completion and pad it.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-from ml_collections import ConfigDict
+import jax.numpy as jnp
+import optax
 
-from gspo import build
+from gspo import plans
 from gspo.data.tokenizer import Tokenizer
 from gspo.learning.critic import Critic, make_critic_step, make_value_fn
 from gspo.learning.learner import make_scorer, make_train_step
 from gspo.learning.microbatch import minibatch
-from gspo.learning.optim import make_optimizer
+from gspo.learning.optim import make_optimizer, make_schedule
+from gspo.learning.sampler import as_used, make_sampler
+from gspo.learning.state import add_critic, shardings_of, started_from, state_on_mesh
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer
-from gspo.objectives.compose import Objective
-from gspo.parallel.sharding import Layout
+from gspo.objectives import Objective, make_objective
+from gspo.parallel.sharding import ONE_DEVICE, Layout, indivisible, make_mesh, tree_shardings
+from gspo.run.checkpoint import restore_params
 from gspo.types import Batch, Params, Rollout, TrainState, UserError
+
+# ---------------------------------------------------------------------------- parts of a run
+
+
+def make_layout(plan: plans.MeshPlan, devices: list[jax.Device] | None = None) -> Layout:
+    """Where everything lies: the planned sizes over the devices (default: all)."""
+    return Layout(make_mesh(plan.sizes, devices), plan.rules, plan.dispatch)
+
+
+def make_rollout_layout(plan: plans.MeshPlan, layout: Layout) -> Layout:
+    """The same devices under the rules and the dispatch of rollouts."""
+    rules, dispatch = plan.rollout_rules or layout.rules, plan.rollout_dispatch or layout.dispatch
+    try:
+        return dataclasses.replace(layout, rules=rules, dispatch=dispatch)
+    except UserError as error:
+        text = str(error).replace("mesh_rules=", "rollout_mesh_rules=")
+        raise UserError(text.replace("expert_dispatch=", "rollout_expert_dispatch=")) from None
+
+
+def make_model(plan: plans.ModelPlan, tokenizer: Tokenizer, layout: Layout = ONE_DEVICE) -> Transformer:
+    spec = plan.spec(tokenizer.vocab_size)
+    for axis, field in (("heads", "num_heads"), ("kv_heads", "num_kv_heads")):
+        if plan.fields[field] % layout.parts(axis):
+            raise UserError(indivisible(layout, axis, f"model.{field}", plan.fields[field]))
+    return Transformer(spec, layout=layout)
+
+
+def optimizer_of(plan: plans.OptimizerPlan) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW, and its learning rate as a function of the update."""
+    schedule = {name: plan.fields[name] for name in ("learning_rate", "schedule", "warmup_steps")}
+    steps = plan.total_steps
+    return make_optimizer(total_steps=steps, **plan.fields), make_schedule(total_steps=steps, **schedule)
+
+
+def sampler_of(
+    model: Transformer, data: plans.DataPlan, tokenizer: Tokenizer, sampling: Sampling, num_generations: int
+):
+    return make_sampler(
+        model,
+        num_generations=num_generations,
+        max_completion_length=data.max_completion_length,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+        sampling=sampling,
+    )
+
+
+def make_rollout_params(plan: plans.MeshPlan, model: Transformer) -> Callable[[Params], Params]:
+    """Returns the map from the learner's parameters to those that rollouts read, applied once per rollout: in the dtype
+    of the matmuls, and laid out by the rules of rollouts. The identity where that changes nothing.
+    """
+    dtype, layout, target = model.spec.compute_dtype, model.layout, make_rollout_layout(plan, model.layout)
+    if dtype == jnp.float32 and target.rules == layout.rules:
+        return lambda params: params
+    shardings = tree_shardings(target, jax.eval_shape(model.init_params, jax.random.key(0)))
+    return jax.jit(lambda params: as_used(params, dtype), out_shardings=shardings)
+
+
+def check_rows(layout: Layout, **counts: int) -> None:
+    """Raises UserError where rows cannot be cut evenly over the devices."""
+    parts = layout.parts("rows")
+    for field, rows in counts.items():
+        if rows % parts:
+            raise UserError(
+                f"{field}={rows}: not divisible by the {parts} devices that share the rows (mesh data x fsdp x "
+                f"expert); use a multiple of {parts}, or fewer devices"
+            )
+        owned: dict[int, set] = {}
+        for device, index in layout.sharding("rows").devices_indices_map((rows,)).items():
+            owned.setdefault(device.process_index, set()).add(index[0].indices(rows))
+        if len({len(pieces) for pieces in owned.values()}) > 1:
+            raise UserError(
+                f"mesh: some processes own more of the rows ({field}={rows}) than others; choose sizes that fit the "
+                "hosts"
+            )
+
+
+# ---------------------------------------------------------------------------- the steps of reinforcement learning
 
 
 class Steps(NamedTuple):
     layout: Layout
     model: Transformer
     objective: Objective
-    settings: dict[str, Any]  # of the objective, defaults filled in
     sampling: Sampling
     rollout_params: Callable[[Params], Params]  # once per rollout: what the sampler reads
     sampler: Callable[..., Rollout]  # (params, prompt_QP, prompt_lengths_Q, key) ->
@@ -36,68 +118,142 @@ class Steps(NamedTuple):
     train_step: Callable  # (state, batch) -> (state, metrics)
     value_fn: Callable | None  # (critic params, tokens_BT, prompt_lengths_B) -> values_BC; None without a critic
     critic_step: Callable | None  # train_step's twin for state.critic
-    learning_rate: Callable[[int], Any]
+    learning_rate: optax.Schedule
     init: Callable[[jax.Array], TrainState]
     abstract: TrainState
 
 
-def make_steps(config: ConfigDict, layout: Layout, tokenizer: Tokenizer) -> Steps:
-    """Raises UserError for settings that contradict each other, and for rows that the devices cannot share."""
-    # ------------------------------------------------------------------ config
-    objective, settings = build.objective(config)
-    sampling = build.sampling(config)
-    updates, replay = config.updates_per_rollout, config.router_replay.mode != "disabled"
-    rows = config.num_prompts * config.num_generations // updates
-    micro = build.micro_batch_size(config, rows, "a minibatch")
-    build.check_rows(layout, num_prompts=config.num_prompts, minibatch_rows=micro or rows)
+def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Steps:
+    """Raises UserError for rows that the devices cannot share."""
+    # ------------------------------------------------------------------ plan
+    objective = objective_of(plan)
+    updates, micro = plan.updates_per_rollout, plan.update.micro_batch_size
+    rows_at_a_time = micro or plan.rollout.rows // updates
+    check_rows(layout, num_prompts=plan.rollout.num_prompts, minibatch_rows=rows_at_a_time)
 
     # ------------------------------------------------------------------ model, state
-    model = build.model(config, tokenizer, layout)
-    routed = replay or "router_logp_LBCX" in objective.needs or config.log.router_kl
-    routed = routed or config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0
-    if routed and not model.spec.num_experts:
-        raise UserError(
-            "router_replay.mode, router_shift_floor, router_aux_loss_coef, router_z_loss_coef, log.router_kl: a "
-            "dense model has no "
-            "routers; switch them off"
-        )
-    optimizer, learning_rate = build.optimizer(config, total_steps=config.num_rollouts * updates)
-    init, abstract = build.state_on_mesh(
-        layout, model, optimizer, with_ref=build.needs_reference(config, objective), num_stale=config.mismatch.stale_rollouts,
-        entropy_coef=None if config.entropy_target is None else settings["entropy_coef"],
-    )  # fmt: skip
+    model = make_model(plan.model, tokenizer, layout)
+    optimizer, learning_rate = optimizer_of(plan.optimizer)
+    init, abstract = state_on_mesh(
+        layout,
+        model,
+        optimizer,
+        with_ref=plan.needs_reference,
+        num_stale=plan.rollout.stale_rollouts,
+        entropy_coef=None if plan.update.entropy_target is None else plan.objective["entropy_coef"],
+    )
     value_fn = critic_step = None
-    if config.critic.enable:
-        build.positive(config, "critic.learning_rate", "critic.cliprange_value")
+    if plan.critic:
         critic = Critic(model.spec, layout)
-        critic_optimizer = make_optimizer(learning_rate=config.critic.learning_rate)
-        init, abstract = build.add_critic(layout, critic, critic_optimizer, init, abstract)
-        value_fn = make_value_fn(critic, completion_width=config.max_completion_length, micro_batch_size=micro or rows)
+        critic_optimizer = make_optimizer(learning_rate=plan.critic.learning_rate)
+        init, abstract = add_critic(layout, critic, critic_optimizer, init, abstract)
+        width = plan.data.max_completion_length
+        value_fn = make_value_fn(critic, completion_width=width, micro_batch_size=rows_at_a_time)
         critic_step = make_critic_step(
-            critic, critic_optimizer, cliprange_value=config.critic.cliprange_value, micro_batch_size=micro,
-            state_shardings=build.shardings_of(layout, abstract.critic),
-        )  # fmt: skip
+            critic,
+            critic_optimizer,
+            cliprange_value=plan.critic.cliprange_value,
+            micro_batch_size=micro,
+            state_shardings=shardings_of(layout, abstract.critic),
+        )
 
     # ------------------------------------------------------------------ steps
-    shared = {"sampling": sampling, "chunk": config.logp_chunk}
-    kept = ("logp_BC", "routes_LBTX")
-    kept += ("router_logits_LBTE",) if config.log.router_kl else ()
-    kept += ("router_logp_LBCX",) if "old_router_logp_LBCX" in objective.needs else ()
-    scorer = make_scorer(
-        model, completion_width=config.max_completion_length, keep=kept, micro_batch_size=micro or rows, **shared
-    )  # fmt: skip
-    sampled = build.mismatched(config, model).clone(layout=build.rollout_layout(config, layout))
+    shared = {"sampling": plan.rollout.sampling, "chunk": plan.update.chunk}
+    sampled = model.clone(
+        layout=make_rollout_layout(plan.mesh, layout),
+        router_noise=plan.rollout.router_noise,
+        router_swap=plan.rollout.expert_swap,
+    )
     train_step = make_train_step(
-        model, optimizer, objective, micro_batch_size=micro, replay=replay, **shared,
-        entropy_target=config.entropy_target, entropy_step=config.entropy_step,
-        router_aux_loss_coef=config.router_aux_loss_coef, router_z_loss_coef=config.router_z_loss_coef,
-        state_shardings=build.shardings_of(layout, abstract),
-    )  # fmt: skip
+        model,
+        optimizer,
+        objective,
+        micro_batch_size=micro,
+        replay=plan.replays,
+        entropy_target=plan.update.entropy_target,
+        entropy_step=plan.update.entropy_step,
+        router_aux_loss_coef=plan.update.router_aux_loss_coef,
+        router_z_loss_coef=plan.update.router_z_loss_coef,
+        state_shardings=shardings_of(layout, abstract),
+        **shared,
+    )
+
+    def minibatches(batch: Batch) -> tuple[Batch, ...]:
+        return tuple(layout.constrain_fields(minibatch(batch, j, updates)) for j in range(updates))
+
     return Steps(
-        layout, model, objective, settings, sampling,
-        rollout_params=build.rollout_params(config, model, layout),
-        sampler=build.sampler(config, sampled, tokenizer, sampling, config.num_generations),
-        scorer=scorer,
-        minibatches=jax.jit(lambda batch: tuple(layout.constrain_fields(minibatch(batch, j, updates)) for j in range(updates))),
-        train_step=train_step, value_fn=value_fn, critic_step=critic_step, learning_rate=learning_rate, init=init, abstract=abstract,
-    )  # fmt: skip
+        layout=layout,
+        model=model,
+        objective=objective,
+        sampling=plan.rollout.sampling,
+        rollout_params=make_rollout_params(plan.mesh, model),
+        sampler=sampler_of(sampled, plan.data, tokenizer, plan.rollout.sampling, plan.rollout.num_generations),
+        scorer=make_scorer(
+            model,
+            completion_width=plan.data.max_completion_length,
+            keep=_kept_scores(plan, objective),
+            micro_batch_size=rows_at_a_time,
+            **shared,
+        ),
+        minibatches=jax.jit(minibatches),
+        train_step=train_step,
+        value_fn=value_fn,
+        critic_step=critic_step,
+        learning_rate=learning_rate,
+        init=init,
+        abstract=abstract,
+    )
+
+
+def objective_of(plan: plans.RLPlan) -> Objective:
+    """The adaptive entropy bonus, part of the train step, takes the place of the fixed one."""
+    adaptive = {} if plan.update.entropy_target is None else {"entropy_coef": 0.0}
+    return make_objective(**plan.objective | adaptive)
+
+
+def _kept_scores(plan: plans.RLPlan, objective: Objective) -> tuple[str, ...]:
+    """What of the old policy's scores a rollout is remembered by."""
+    kept = ("logp_BC", "routes_LBTX")
+    kept += ("router_logits_LBTE",) if plan.experience.router_kl else ()
+    return kept + (("router_logp_LBCX",) if "old_router_logp_LBCX" in objective.needs else ())
+
+
+# ---------------------------------------------------------------------------- the state they begin with
+
+
+def initial_state(plan: plans.RunPlan, init: Callable[[jax.Array], TrainState], abstract: TrainState) -> TrainState:
+    """A fresh state; with init_from, one that begins with the parameters of that run."""
+    state = init(jax.random.fold_in(jax.random.key(plan.seed), 0))
+    if not plan.init_from:
+        return state
+    _, params = restore_params(plan.init_from, abstract.params)
+    return started_from(params, state)
+
+
+# ---------------------------------------------------------------------------- lines for the log
+
+
+def describe_layout(plan: plans.MeshPlan, layout: Layout) -> str:
+    """One line for the log: devices, processes, and what is cut along what."""
+    sizes = " x ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items() if size > 1)
+    groups = layout.parts("expert")
+    experts = f", experts by {layout.dispatch} in groups of {groups}" if groups > 1 else ""
+    rules = f"{layout.rules!r}, rollouts {plan.rollout_rules!r}" if plan.rollout_rules else repr(layout.rules)
+    if plan.rollout_dispatch:
+        experts += f", in rollouts by {plan.rollout_dispatch}"
+    return f"{layout.mesh.size} devices in {jax.process_count()} process(es), mesh {sizes}, rules {rules}{experts}"
+
+
+def describe(model: Transformer, abstract: TrainState) -> str:
+    """One line for the log: size of the model."""
+    sizes = {path: leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.params)}
+    total, spec = sum(sizes.values()), model.spec
+    if not spec.num_experts:
+        return f"dense model, {spec.num_layers} layers, {total:,} parameters"
+    experts = ("gate", "up", "down")
+    expert = sum(n for path, n in sizes.items() if jax.tree_util.keystr(path[-1:]).strip("[']") in experts)
+    active = total - expert + expert * spec.experts_per_token // spec.num_experts
+    return (
+        f"MoE model, {spec.num_layers} layers, {spec.num_experts} experts of which {spec.experts_per_token} run, "
+        f"{total:,} parameters, {active:,} active"
+    )

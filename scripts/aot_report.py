@@ -17,21 +17,22 @@ from absl import flags
 from gspo import build
 from gspo.report import aot
 from gspo.run import cli
+from gspo.steps import describe_layout, make_layout
 
 
 def main() -> int:
-    config, topology = cli.FLAGS.config, cli.FLAGS.topology
-    layout = build.layout(config, aot.devices_of(topology))
+    plan, topology = build.rl_plan(cli.FLAGS.config), cli.FLAGS.topology
+    layout = make_layout(plan.mesh, aot.devices_of(topology))
     print(
-        f"{topology}: {build.describe_layout(config, layout)}; jax {jax.__version__}, libtpu {aot.libtpu_version()}\n",
+        f"{topology}: {describe_layout(plan.mesh, layout)}; jax {jax.__version__}, libtpu {aot.libtpu_version()}\n",
         flush=True,
     )
-    costs = aot.report(config, layout)
+    costs = aot.report(plan, layout)
     print(aot.table(costs, topology))
-    verdicts = aot.checks(config, layout, costs, topology)
+    verdicts = aot.checks(plan, layout, costs, topology)
     print("\n" + "\n".join(f"{'yes' if holds else 'NO '}  {text}" for holds, text in verdicts))
     if cli.FLAGS.json:
-        Path(cli.FLAGS.json).write_text(json.dumps(aot.as_json(config, layout, costs, topology), indent=1) + "\n")
+        Path(cli.FLAGS.json).write_text(json.dumps(aot.as_json(plan, layout, costs, topology), indent=1) + "\n")
     return 0 if all(holds for holds, _ in verdicts) else 1
 
 

@@ -9,8 +9,11 @@ import pytest
 
 from gspo import build
 from gspo.collect import Collector
+from gspo.data.tokenizer import make_tokenizer
+from gspo.generate import prompt_source
 from gspo.learning.learner import Scores
 from gspo.run.progress import Timer
+from gspo.steps import make_layout
 from gspo.types import TrainState
 from tests.tiny_runs import rl_config, written
 
@@ -21,7 +24,11 @@ class Pen:
     """A sampler that writes what it is told: one list of groups per call, each completion RIGHT, WRONG or a text."""
 
     def __init__(self, config, *calls, truncated=()):
-        self.tokenizer, self.width, self.truncated = build.tokenizer(config), config.max_completion_length, truncated
+        self.tokenizer, self.width, self.truncated = (
+            make_tokenizer(config.tokenizer),
+            config.max_completion_length,
+            truncated,
+        )
         self.calls, self.seen = iter(calls), []
 
     def __call__(self, params, prompt_QP, lengths_Q, key):
@@ -38,13 +45,14 @@ class Pen:
 
 
 def collect(config, pen, *, cursor=0, state=None, scorer=None, needs=()):
-    tokenizer = build.tokenizer(config)
-    source = build.prompt_source(config, "train", tokenizer)
+    plan = build.rl_plan(config)
+    tokenizer = make_tokenizer(config.tokenizer)
+    source = prompt_source(plan.data, "train", tokenizer)
     steps = SimpleNamespace(
-        layout=build.layout(config), rollout_params=lambda params: params, sampler=pen, scorer=scorer, value_fn=None,
+        layout=make_layout(plan.mesh), rollout_params=lambda params: params, sampler=pen, scorer=scorer, value_fn=None,
         objective=SimpleNamespace(needs=needs),
     )  # fmt: skip
-    collector = Collector(config, steps, tokenizer, source)
+    collector = Collector(plan, steps, tokenizer, source)
     state = TrainState(jnp.int32(0), "params", None) if state is None else state
     return collector(state, cursor, jax.random.key(0), Timer())
 
@@ -69,7 +77,7 @@ def test_groups_that_teach_nothing_are_replaced_by_groups_of_further_draws(tmp_p
     config = rl_config(tmp_path, **{"filter_groups.enable": True, "task.train_split": "train"})
     pen = Pen(config, [SAME, MIXED, NONE, MIXED], [MIXED, SAME, SAME, MIXED], [SAME] * 4)
     experience = collect(config, pen, cursor=8)
-    source = build.prompt_source(config, "train", build.tokenizer(config))
+    source = prompt_source(build.rl_plan(config).data, "train", make_tokenizer(config.tokenizer))
     prompts = [example.prompt for example in source.batch(8, 8).examples]
     assert [seen[1] for seen in pen.seen] == [prompts[:4], prompts[4:]] and pen.seen[0][2] != pen.seen[1][2]
     assert experience.next_cursor == 16 and experience.metrics["filter_groups/draws"] == 2

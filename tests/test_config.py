@@ -15,7 +15,8 @@ from gspo import build, rl, sft
 from gspo.learning.learner import score_completions
 from gspo.learning.optim import make_optimizer
 from gspo.run.cli import leaf_fields
-from tests.tiny_runs import ROOT, kept_compiles, rl_config, sft_config, stateful_config  # noqa: F401 - a fixture
+from gspo.steps import objective_of
+from tests.tiny_runs import ROOT, kept_compiles, parts_of, rl_config, sft_config, stateful_config  # noqa: F401 - a fixture
 
 HELPERS = ("base", "models")  # what config files import; no experiments of their own
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", *HELPERS))
@@ -88,12 +89,14 @@ def test_watching_counts_what_is_used_and_not_what_is_saved():
 
 
 @pytest.mark.parametrize(
-    ("train", "config_of"), [(rl.train, stateful_config), (sft.train, sft_config)], ids=["rl", "sft"]
+    ("train", "plan_of", "config_of"),
+    [(rl.train, build.rl_plan, stateful_config), (sft.train, build.sft_plan, sft_config)],
+    ids=["rl", "sft"],
 )
-def test_every_field_is_read(tmp_path, train, config_of):
+def test_every_field_is_read(tmp_path, train, plan_of, config_of):
     # Catches a field that a user sets and nothing heeds.
     config, read = config_of(tmp_path), set()
-    train(Watched(config, read), tmp_path / "run")
+    train(plan_of(Watched(config, read)), tmp_path / "run")
     assert read == set(leaf_fields(config))
 
 
@@ -116,7 +119,7 @@ def test_every_field_of_the_model_changes_the_program(tmp_path):
     # Catches a field that reaches the ModelSpec and no further.
     def program(**changes):
         config = rl_config(tmp_path, **{f"model.{name}": value for name, value in changes.items()})
-        model = build.model(config, build.tokenizer(config))
+        model = parts_of(config)[3]
         boxed = jax.eval_shape(model.init_params, jax.random.key(0))
 
         def score(params):
@@ -168,7 +171,7 @@ def test_every_field_of_the_objective_changes_the_objective(tmp_path):
     # alone.
     def objective(changes):
         changes = {f"objective.{name}": value for name, value in changes.items()}
-        return build.objective(rl_config(tmp_path, old_logps="learner", **changes))[0]
+        return objective_of(build.rl_plan(rl_config(tmp_path, old_logps="learner", **changes)))
 
     assert OTHER_OBJECTIVES.keys() == set(base.rl().objective.keys())
     for name, changes in OTHER_OBJECTIVES.items():

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from gspo import build, rl
-from gspo.evaluate import evaluate_workdir, make_evaluator
+from gspo.evaluate import Writer, evaluate_workdir, make_evaluator
 from gspo.types import UserError
-from tests.tiny_runs import command, contents, kept_compiles, rl_config, written  # noqa: F401 - fixtures
+from tests.tiny_runs import command, contents, kept_compiles, parts_of, rl_config, written  # noqa: F401 - fixtures
 
 K, C = 4, 6
 
@@ -19,7 +19,7 @@ def test_pass_at_1_and_pass_at_k_are_those_counted_by_hand(tmp_path, count, num_
     # Catches rows of one prompt counted for another, the surplus of the last call counted too, pass@k of a mean, half
     # rewards taken for correct, lengths without the end token.
     config = rl_config(tmp_path, num_prompts=num_prompts, **{"eval.num_prompts": count, "eval.num_generations_eval": K})
-    tokenizer = build.tokenizer(config)
+    plan, tokenizer, _, model = parts_of(config)
     rng, seen = np.random.default_rng(0), []
 
     def sampler(params, prompt_QP, prompt_lengths_Q, key):
@@ -34,9 +34,7 @@ def test_pass_at_1_and_pass_at_k_are_those_counted_by_hand(tmp_path, count, num_
             seen.append((prompt, texts_Qk[-1]))
         return written(texts_Qk, tokenizer, prompt_QP, prompt_lengths_Q, truncated=("111111",))
 
-    metrics, samples = make_evaluator(
-        config, build.layout(config), build.model(config, tokenizer), tokenizer, sampler=sampler
-    )({})
+    metrics, samples = make_evaluator(plan, model, tokenizer, Writer(lambda params: params, sampler))({})
     drawn = seen[:count]
     solved = [[text == prompt[-2] for text in texts] for prompt, texts in drawn]
     texts = [text for _, row in drawn for text in row]
@@ -55,14 +53,14 @@ def test_every_call_draws_the_same_prompts_with_the_same_keys_and_calls_differ(t
     # Catches evaluations that cannot be compared because their noise differs, and batches of one evaluation that share
     # theirs.
     config = rl_config(tmp_path, **{"eval.num_prompts": 8})
-    tokenizer = build.tokenizer(config)
+    plan, tokenizer, _, model = parts_of(config)
     calls = []
 
     def sampler(params, prompt_QP, lengths_Q, key):
         calls.append((np.asarray(prompt_QP).tolist(), jax.random.key_data(key).tolist()))
         return written([["0"] * K] * len(prompt_QP), tokenizer, prompt_QP, lengths_Q)
 
-    evaluate = make_evaluator(config, build.layout(config), build.model(config, tokenizer), tokenizer, sampler=sampler)
+    evaluate = make_evaluator(plan, model, tokenizer, Writer(lambda params: params, sampler))
     evaluate({})
     evaluate({})
     assert len(calls) == 4 and calls[:2] == calls[2:]
@@ -76,12 +74,12 @@ def test_evaluation_reads_the_evaluation_split_and_the_reward_of_the_task(tmp_pa
             json.dumps({"prompt": {"train": "0=", "test": "1="}[split], "answer": "1"}) + "\n"
         )
     config = rl_config(tmp_path, **{"task.name": f"jsonl:{tmp_path}/{{split}}.jsonl", "rewards": ("format_hash",)})
-    tokenizer = build.tokenizer(config)
+    plan, tokenizer, _, model = parts_of(config)
 
     def sampler(params, prompt_QP, lengths_Q, key):
         return written([["1"] * K], tokenizer, prompt_QP, lengths_Q)
 
-    evaluate = make_evaluator(config, build.layout(config), build.model(config, tokenizer), tokenizer, sampler=sampler)
+    evaluate = make_evaluator(plan, model, tokenizer, Writer(lambda params: params, sampler))
     metrics, samples = evaluate({})
     assert metrics["eval/pass@1"] == 1 and samples[0]["prompt"] == "1="
 
@@ -91,16 +89,16 @@ def test_an_evaluation_of_nothing_is_refused(tmp_path, field):
     # Catches a mean over no prompts, which is NaN.
     config = rl_config(tmp_path, **{field: 0})
     with pytest.raises(UserError, match=f"{field}=0: must be positive"):
-        rl.prepare(config)
+        rl.prepare(build.rl_plan(config))
 
 
 def test_a_finished_run_is_evaluated_as_the_run_evaluated_itself_and_left_alone(tmp_path, command):  # noqa: F811
     # Catches other parameters than the last ones, other prompts or other noise than in training, a script that writes,
     # and one that trips over the schedule of an optimizer that it has no use for.
-    line = rl.train(rl_config(tmp_path), tmp_path / "run")
+    line = rl.train(build.rl_plan(rl_config(tmp_path)), tmp_path / "run")
     before = contents(tmp_path / "run")
     changes = {"optimizer.schedule": "linear", "optimizer.warmup_steps": 3}
-    step, metrics, samples = evaluate_workdir(rl_config(tmp_path, **changes), tmp_path / "run")
+    step, metrics, samples = evaluate_workdir(build.rl_plan(rl_config(tmp_path, **changes)), tmp_path / "run")
     assert step == 3 and metrics == line and len(samples) == 4
     (tmp_path / "config.py").write_text(
         f"from tests.tiny_runs import rl_config\nget_config = lambda: rl_config({str(tmp_path)!r})\n"

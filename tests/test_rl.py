@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
@@ -15,11 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspo import build, rl
+from gspo import build, rl, steps
 from gspo.model.distribution import Sampling
 from gspo.run.writers import read_jsonl
+from gspo.steps import initial_state
 from gspo.types import UserError
-from tests.tiny_runs import ROOT, assert_bit_equal, contents, kept_compiles, rl_config, state_of, stateful_config  # noqa: F401
+from tests.tiny_runs import (  # noqa: F401
+    ROOT,
+    assert_bit_equal,
+    contents,
+    kept_compiles,
+    patch_samplers,
+    rl_config,
+    state_of,
+    stateful_config,
+)
 
 RESULTS = ("metrics.jsonl", "samples.jsonl")  # what is a function of the seed
 
@@ -30,16 +41,16 @@ def parts_made_once():
     run: if they did, the resumed runs below would differ from the unbroken one."""
     made, prepare = {}, rl.prepare
 
-    def prepare_once(config):
+    def prepare_once(plan):
         key = (
-            config.to_json(sort_keys=True),
-            build.sampler,
+            json.dumps(plan.written, sort_keys=True),
+            steps.sampler_of,
             rl.make_steps,
             rl.Collector,
             rl.make_evaluator,
         )  # what the tests replace
         if key not in made:
-            made[key] = prepare(config)
+            made[key] = prepare(plan)
         return made[key]._replace(notes=list(made[key].notes))
 
     rl.prepare = prepare_once
@@ -56,7 +67,7 @@ def folder(tmp_path_factory):
 def plain(folder):
     """A run of the default kind, for the tests that only look at one: its workdir, and beside it plain.log."""
     with contextlib.redirect_stdout(io.StringIO()) as log:
-        rl.train(rl_config(folder), folder / "plain")
+        rl.train(build.rl_plan(rl_config(folder)), folder / "plain")
     (folder / "plain.log").write_text(log.getvalue())
     return folder / "plain"
 
@@ -76,9 +87,9 @@ def updates(monkeypatch):
 
 
 def replace_sampler(monkeypatch, wrap):
-    """Every sampler of the test is wrap(sampler, config, model, tokenizer, sampling, num_generations)."""
-    make = build.sampler
-    monkeypatch.setattr(build, "sampler", lambda *args: wrap(make(*args), *args))
+    """Every sampler of the test is wrap(sampler, model, data plan, tokenizer, sampling, num_generations)."""
+    make = steps.sampler_of
+    patch_samplers(monkeypatch, lambda *args: wrap(make(*args), *args))
 
 
 def watch_updates(monkeypatch, before):
@@ -113,7 +124,7 @@ def completions(workdir):
 def test_a_seed_repeats_every_byte_and_another_seed_does_not(folder, plain):
     # Catches noise from the clock or from dict order, timings among the metrics, and a seed that nothing reads.
     for seed in (0, 1):
-        rl.train(rl_config(folder, seed=seed), folder / f"seed{seed}")
+        rl.train(build.rl_plan(rl_config(folder, seed=seed)), folder / f"seed{seed}")
     for name in RESULTS:
         assert (folder / "seed0" / name).read_bytes() == (plain / name).read_bytes()
         assert (folder / "seed1" / name).read_bytes() != (plain / name).read_bytes()
@@ -127,7 +138,7 @@ def frozen(folder):
     config = rl_config(folder, **{
         "rewards": ("hash_answer",), "num_rollouts": 2, "task.options": {"size": 1}, "log.num_samples": 16, "eval.every": 1,
     })  # fmt: skip
-    rl.train(config, folder / "frozen")
+    rl.train(build.rl_plan(config), folder / "frozen")
     return config, folder / "frozen"
 
 
@@ -153,9 +164,10 @@ def test_without_a_difference_in_reward_nothing_moves_and_evaluations_agree(froz
         assert (
             line["log_ratio/abs_max"] < 1e-5 and line["clip_ratio/tokens"] == 0 and line["routing/experts_changed"] == 0
         )
-    run = rl.prepare(config)
+    run = rl.prepare(build.rl_plan(config))
     assert_bit_equal(
-        state_of(config, workdir)[1].params, build.initial_state(config, run.steps.init, run.steps.abstract).params
+        state_of(config, workdir)[1].params,
+        initial_state(build.rl_plan(config), run.steps.init, run.steps.abstract).params,
     )
 
 
@@ -177,7 +189,7 @@ def test_all_minibatches_of_a_rollout_share_its_old_log_probs_and_move_away_from
     watch_updates(monkeypatch, lambda batch, part: cuts.append((batch, part)))
     replace_sampler(monkeypatch, lambda sample, *_: lambda *args: (draws.append(sample(*args)), draws[-1])[1])
     config = rl_config(folder, **FAST)
-    rl.train(config, folder / "fast")
+    rl.train(build.rl_plan(config), folder / "fast")
     drawn = draws[:2]
     assert len(draws) == 3  # the third is the evaluation at the end
     assert (
@@ -247,8 +259,8 @@ def stale(sample, *_):
     return sample_from_kept
 
 
-def warmer(_, config, model, tokenizer, sampling, num_generations):
-    return MAKE_SAMPLER(config, model, tokenizer, Sampling(1.3 * config.temperature), num_generations)
+def warmer(_, model, data, tokenizer, sampling, num_generations):
+    return MAKE_SAMPLER(model, data, tokenizer, Sampling(1.3 * sampling.temperature), num_generations)
 
 
 def misplaced(sample, *_):
@@ -261,7 +273,7 @@ def misplaced(sample, *_):
     return sample_misplaced
 
 
-MAKE_SAMPLER = build.sampler
+MAKE_SAMPLER = steps.sampler_of
 
 
 @pytest.mark.parametrize(("fault", "stops_at"), [(stale, 1), (warmer, 0), (misplaced, 0)])
@@ -271,7 +283,7 @@ def test_an_old_policy_that_is_not_the_one_that_sampled_stops_the_run(folder, tm
     with pytest.raises(
         UserError, match=f"rollout {stops_at}: before the first update sampler and learner differ by .*stale"
     ) as error:
-        rl.train(rl_config(folder, **FAST), tmp_path / "run")
+        rl.train(build.rl_plan(rl_config(folder, **FAST)), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == stops_at
     assert ("the last good checkpoint is step 1" in str(error.value)) == (stops_at == 1)
@@ -297,10 +309,13 @@ def test_log_probs_of_sampler_and_learner_agree(folder, tmp_path, changes, updat
     monkeypatch.setattr(
         rl, "make_evaluator", lambda *_, **__: lambda params: ({}, [])
     )  # another sampler, which is not looked at
-    rl.train(rl_config(folder, **{"old_logps": "learner", "num_rollouts": 2, "eval.every": 0} | changes), tmp_path)
-    for steps in updates:
-        assert all(0 <= float(step["sampler/abs_max"]) < 1e-4 for step in steps)
-        assert float(steps[0]["log_ratio/abs_max"]) < 1e-5
+    rl.train(
+        build.rl_plan(rl_config(folder, **{"old_logps": "learner", "num_rollouts": 2, "eval.every": 0} | changes)),
+        tmp_path,
+    )
+    for done in updates:
+        assert all(0 <= float(step["sampler/abs_max"]) < 1e-4 for step in done)
+        assert float(done[0]["log_ratio/abs_max"]) < 1e-5
     assert len(updates) == 2
 
 
@@ -311,9 +326,9 @@ def test_a_kl_term_holds_a_reference_that_starts_equal_and_stays(folder, tmp_pat
     # Catches a reference that shares the policy's buffers or follows it unasked, and a KL that is not 0 against an
     # equal policy.
     config = stateful_config(folder, sync_ref_model=False)
-    rl.train(config, tmp_path)
-    run = rl.prepare(config)
-    initial = build.initial_state(config, run.steps.init, run.steps.abstract)
+    rl.train(build.rl_plan(config), tmp_path)
+    run = rl.prepare(build.rl_plan(config))
+    initial = initial_state(build.rl_plan(config), run.steps.init, run.steps.abstract)
     _, state = state_of(config, tmp_path)
     assert_bit_equal(state.ref_params, initial.params)
     assert abs(float(updates[0][0]["kl"])) < 1e-6 < 1e-4 < float(updates[1][-1]["kl"])
@@ -352,7 +367,7 @@ REPLAY = FAST | {"num_rollouts": 1, "updates_per_rollout": 2}
 @pytest.mark.parametrize("mode", ["R2", "R3"])
 def test_routing_replay_runs_and_its_drift_is_that_of_the_free_choices(folder, tmp_path, mode, updates):
     # Catches replay that breaks the first-minibatch check, and a drift measured on replayed routes (0 by construction).
-    rl.train(rl_config(folder, **REPLAY | {"router_replay.mode": mode}), tmp_path)
+    rl.train(build.rl_plan(rl_config(folder, **REPLAY | {"router_replay.mode": mode})), tmp_path)
     assert float(updates[0][0]["log_ratio/abs_max"]) < 1e-5
     assert float(updates[0][0]["routing/experts_changed"]) == 0 < float(updates[0][1]["routing/experts_changed"])
 
@@ -361,7 +376,7 @@ def test_R3_runs_the_experts_that_the_sampler_recorded(folder, tmp_path, monkeyp
     # Catches a replay mode that is read and then ignored: with other experts the log-probs cannot be the sampler's.
     replace_sampler(monkeypatch, shifted_routes)
     with pytest.raises(UserError, match="sampler and learner differ"):
-        rl.train(rl_config(folder, **REPLAY | {"router_replay.mode": "R3"}), tmp_path)
+        rl.train(build.rl_plan(rl_config(folder, **REPLAY | {"router_replay.mode": "R3"})), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +386,7 @@ def test_R2_and_free_routing_do_not_run_what_the_sampler_recorded(folder, tmp_pa
     # Catches R2 as another name for R3, and free routing that replays; R2 compares with the learner's own routes, free
     # routing with the sampler's.
     replace_sampler(monkeypatch, shifted_routes)
-    rl.train(rl_config(folder, **changes), tmp_path)
+    rl.train(build.rl_plan(rl_config(folder, **changes)), tmp_path)
     assert float(updates[0][0]["log_ratio/abs_max"]) < 1e-5
     changed = float(updates[0][0]["routing/experts_changed"])
     assert changed == 0 if "router_replay.mode" in changes else changed > 0.3
@@ -399,14 +414,16 @@ def test_the_first_lines_of_the_log_say_what_runs(plain):
 ])  # fmt: skip
 def test_settings_that_are_probably_not_meant_are_warned_about(folder, changes, words):
     # Catches ε left at 0.2 for GSPO, one update per rollout, and GSPO's ε on token ratios, all unnoticed.
-    (warning,) = [note for note in rl.prepare(rl_config(folder, **changes)).notes if note.startswith("warning")]
+    (warning,) = [
+        note for note in rl.prepare(build.rl_plan(rl_config(folder, **changes))).notes if note.startswith("warning")
+    ]
     assert words in warning
 
 
 def test_dropped_prompts_are_counted_in_the_log(folder):
     # Catches prompts that vanish without a word.
     config = rl_config(folder, max_prompt_length=3, overlong_prompts="drop")
-    assert "8 prompts longer than max_prompt_length=3 tokens were dropped" in rl.prepare(config).notes
+    assert "8 prompts longer than max_prompt_length=3 tokens were dropped" in rl.prepare(build.rl_plan(config)).notes
 
 
 # ---------------------------------------------------------------------------------------------------- start and stop
@@ -415,7 +432,7 @@ def test_dropped_prompts_are_counted_in_the_log(folder):
 def test_init_from_starts_from_the_parameters_of_another_run(folder, plain, tmp_path):
     # Catches an init_from that is read too late, or that takes the optimizer and the step along.
     config = rl_config(folder, init_from=str(plain), num_rollouts=1, rewards=("hash_answer",))
-    rl.train(config, tmp_path)
+    rl.train(build.rl_plan(config), tmp_path)
     step, state = state_of(config, tmp_path)
     assert_bit_equal(state.params, state_of(rl_config(folder), plain)[1].params)
     assert step == 1 and int(state.step) == 2
@@ -424,7 +441,7 @@ def test_init_from_starts_from_the_parameters_of_another_run(folder, plain, tmp_
 def test_a_finished_run_started_again_changes_nothing(folder, plain):
     # Catches lines written twice, a checkpoint saved anew, one more rollout.
     before = contents(plain)
-    line = rl.train(rl_config(folder), plain)
+    line = rl.train(build.rl_plan(rl_config(folder)), plain)
     assert contents(plain) == before
     assert line == {name: value for name, value in read_jsonl(plain / "metrics.jsonl")[-1].items() if name != "step"}
 
@@ -433,7 +450,7 @@ def test_a_failed_start_does_not_claim_the_workdir_for_its_config(folder, tmp_pa
     # Catches a mistyped init_from after which the corrected command is refused, because the config differs from the
     # mistaken one.
     with pytest.raises(UserError, match="no such folder"):
-        rl.train(rl_config(folder, init_from=str(tmp_path / "nowhere")), tmp_path / "run")
+        rl.train(build.rl_plan(rl_config(folder, init_from=str(tmp_path / "nowhere"))), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists() and not any(contents(tmp_path / "run").values())
 
 
@@ -441,9 +458,9 @@ def test_a_changed_config_is_refused_by_name_and_taken_when_allowed(folder, plai
     # Catches a run that goes on under other settings without a word, and a flag that does nothing.
     longer = rl_config(folder, num_rollouts=4)
     with pytest.raises(UserError, match="num_rollouts: saved 3, now 4"):
-        rl.train(longer, copy)
+        rl.train(build.rl_plan(longer), copy)
     assert contents(copy) == contents(plain)
-    rl.train(longer, copy, allow_changed_config=True)
+    rl.train(build.rl_plan(longer), copy, allow_changed_config=True)
     lines = read_jsonl(copy / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert lines[:3] == read_jsonl(plain / "metrics.jsonl")[:3]
@@ -453,7 +470,7 @@ def test_a_checkpoint_of_another_model_stops_the_run_and_nothing_is_touched(fold
     # Catches a config.json replaced, or metrics cut, by a run that then cannot start.
     before = contents(plain)
     with pytest.raises(UserError, match=r"of another model or optimizer: .*saved float32\[.*now float32\["):
-        rl.train(rl_config(folder, **{"model.d_model": 32}), plain, allow_changed_config=True)
+        rl.train(build.rl_plan(rl_config(folder, **{"model.d_model": 32})), plain, allow_changed_config=True)
     assert contents(plain) == before
 
 
@@ -463,7 +480,7 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before_and_the_run_ends_th
         (path for path in (copy / "checkpoints" / "3").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
     )
     largest.write_bytes(largest.read_bytes()[:-10])
-    rl.train(rl_config(folder), copy)
+    rl.train(build.rl_plan(rl_config(folder)), copy)
     assert any("falling back to step 2" in record.getMessage() for record in caplog.records)
     assert (copy / "metrics.jsonl").read_bytes() == (plain / "metrics.jsonl").read_bytes()
     assert_bit_equal(state_of(rl_config(folder), copy)[1], state_of(rl_config(folder), plain)[1])
@@ -487,7 +504,7 @@ def test_NaN_stops_the_run_and_the_last_good_checkpoint_is_kept(folder, tmp_path
     if not seen:
         monkeypatch.setattr(rl, "guard", lambda *_: None)
     with pytest.raises(UserError, match=message):
-        rl.train(rl_config(folder), tmp_path)
+        rl.train(build.rl_plan(rl_config(folder)), tmp_path)
     step, state = state_of(rl_config(folder), tmp_path)
     assert step == 1 and all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state))
     assert os.listdir(tmp_path / "checkpoints") == ["1"]
@@ -499,7 +516,7 @@ def test_NaN_stops_the_run_and_the_last_good_checkpoint_is_kept(folder, tmp_path
 @pytest.fixture(scope="module")
 def unbroken(folder):
     """The run that the killed ones are compared with; on the way, its compilations are kept for them."""
-    rl.train(stateful_config(folder), folder / "unbroken")
+    rl.train(build.rl_plan(stateful_config(folder)), folder / "unbroken")
     return folder / "unbroken"
 
 
@@ -513,9 +530,9 @@ def assert_ends_like(folder, workdir, unbroken):
 
 def test_the_unbroken_run_moves_all_that_it_carries(folder, unbroken):
     # Catches a comparison of runs that would agree because nothing in them ever changes.
-    run = rl.prepare(stateful_config(folder))
+    run = rl.prepare(build.rl_plan(stateful_config(folder)))
     _, state = state_of(stateful_config(folder), unbroken)
-    fresh = build.initial_state(stateful_config(folder), run.steps.init, run.steps.abstract)
+    fresh = initial_state(build.rl_plan(stateful_config(folder)), run.steps.init, run.steps.abstract)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), state, fresh)))
     assert state.ref_params is not None and state.entropy_coef is not None
     lines = read_jsonl(unbroken / "metrics.jsonl")
@@ -531,7 +548,7 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 
-from gspo import build, rl
+from gspo import build, evaluate, rl, steps
 from gspo.run import checkpoint
 from tests.tiny_runs import stateful_config
 
@@ -573,7 +590,7 @@ def sampler_that_dies(make):
 
 
 hook(rl.Collector, "__call__", 0, "collect")
-build.sampler = sampler_that_dies(build.sampler)  # in the second rollout
+steps.sampler_of = evaluate.sampler_of = sampler_that_dies(steps.sampler_of)  # in the second rollout
 make_steps = rl.make_steps
 
 
@@ -590,7 +607,7 @@ def steps_that_die(*args):
 rl.make_steps = steps_that_die
 hook(ocp.PyTreeCheckpointHandler, "finalize", 2, "save")  # the arrays of the second checkpoint are written, nothing is in place
 hook(checkpoint, "_seal", 1, "seal")  # the first checkpoint is complete, its seal is not written
-rl.train(stateful_config(folder), workdir)
+rl.train(build.rl_plan(stateful_config(folder)), workdir)
 '''
 
 
@@ -617,7 +634,7 @@ def test_a_run_killed_anywhere_and_resumed_ends_bit_equal_to_one_never_killed(fo
     for place in places:
         assert {name for name in os.listdir(tmp_path / place / "checkpoints") if name.isdecimal()} == LEFT[place]
         assert (tmp_path / place / "checkpoints" / "2" / "SEAL").exists() == (place in ("minibatch", "save"))
-        rl.train(stateful_config(folder), tmp_path / place)
+        rl.train(build.rl_plan(stateful_config(folder)), tmp_path / place)
         assert_ends_like(folder, tmp_path / place, unbroken)
 
 
@@ -635,11 +652,11 @@ def test_SIGTERM_saves_says_so_and_leaves_and_the_resumed_run_ends_the_same(
 
     watch_updates(monkeypatch, terminated_at_the_fifth)
     with pytest.raises(SystemExit) as stopped:
-        rl.train(stateful_config(folder), tmp_path)
+        rl.train(build.rl_plan(stateful_config(folder)), tmp_path)
     assert stopped.value.code == 143 and len(cuts) == 6
     assert f"stopped by SIGTERM: saved rollout 3 in {tmp_path}" in capsys.readouterr().err
     assert state_of(stateful_config(folder), tmp_path)[0] == 3
-    rl.train(stateful_config(folder), tmp_path)
+    rl.train(build.rl_plan(stateful_config(folder)), tmp_path)
     assert_ends_like(folder, tmp_path, unbroken)
 
 
@@ -656,10 +673,10 @@ def test_a_signal_before_the_first_rollout_leaves_what_its_message_says(
     with monkeypatch.context() as patch:
         patch.setattr(rl, "make_evaluator", make_interrupted)
         with pytest.raises(SystemExit) as stopped:
-            rl.train(stateful_config(folder), tmp_path)
+            rl.train(build.rl_plan(stateful_config(folder)), tmp_path)
     assert stopped.value.code == 130 and "stopped by SIGINT: saved rollout 0" in capsys.readouterr().err
     assert state_of(stateful_config(folder), tmp_path)[0] == 0
-    rl.train(stateful_config(folder), tmp_path)
+    rl.train(build.rl_plan(stateful_config(folder)), tmp_path)
     assert_ends_like(folder, tmp_path, unbroken)
 
 
@@ -673,8 +690,11 @@ def test_a_signal_before_the_first_rollout_leaves_what_its_message_says(
 def test_a_run_on_several_devices_is_the_run_on_one(folder, plain, tmp_path, mesh):
     # Catches rows lost or doubled by the sharding, sums taken per device, noise that depends on the mesh.
     changes = {"mesh.tensor": 1} | mesh | ({"model.num_kv_heads": 2} if "mesh.tensor" in mesh else {})
-    rl.train(rl_config(folder, **changes), tmp_path / "many")
-    rl.train(rl_config(folder, **{"model.num_kv_heads": changes.get("model.num_kv_heads", 1)}), tmp_path / "one")
+    rl.train(build.rl_plan(rl_config(folder, **changes)), tmp_path / "many")
+    rl.train(
+        build.rl_plan(rl_config(folder, **{"model.num_kv_heads": changes.get("model.num_kv_heads", 1)})),
+        tmp_path / "one",
+    )
     many, one = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("many", "one"))
     for got, want in zip(many, one, strict=True):
         assert got.keys() == want.keys()

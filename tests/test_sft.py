@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspo import build, sft
+from gspo import build, sft, steps
+from gspo.learning.state import state_on_mesh
 from gspo.run.checkpoint import Checkpointer, restore_params
 from gspo.run.writers import read_jsonl
 from gspo.types import UserError
-from tests.tiny_runs import assert_bit_equal, contents, kept_compiles, sft_config  # noqa: F401 - a fixture
+from tests.tiny_runs import assert_bit_equal, contents, kept_compiles, parts_of, patch_samplers, sft_config  # noqa: F401 - a fixture
 
 RESULTS = ("metrics.jsonl", "samples.jsonl")
 
@@ -34,7 +35,7 @@ def steps_made_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft, "make_train_step", once(sft.make_train_step, 0))
-        patch.setattr(build, "sampler", once(build.sampler, 1))
+        patch_samplers(patch, once(steps.sampler_of, 0))
         yield
 
 
@@ -45,14 +46,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(folder):
-    sft.train(sft_config(folder), folder / "plain")
+    sft.train(build.sft_plan(sft_config(folder)), folder / "plain")
     return folder / "plain"
 
 
 def abstract_of(config):
-    tokenizer = build.tokenizer(config)
-    optimizer, _ = build.optimizer(config, total_steps=config.num_updates)
-    return build.state_on_mesh(build.layout(config), build.model(config, tokenizer), optimizer)[1]
+    plan, _, layout, model = parts_of(config)
+    return state_on_mesh(layout, model, steps.optimizer_of(plan.optimizer)[0])[1]
 
 
 def state_of(config, workdir):
@@ -81,11 +81,10 @@ def test_the_policy_learns_to_imitate_the_demonstrations(plain):
 def test_the_first_loss_is_the_mean_negative_log_likelihood_of_the_demonstrations(folder, plain):
     # Catches prompts or padding counted in the loss, an end token that is not learned, a mean of means over rows.
     config = sft_config(folder)
-    tokenizer = build.tokenizer(config)
-    source = build.demonstration_source(config, tokenizer)
-    model = build.model(config, tokenizer)
-    init, abstract = build.state_on_mesh(build.layout(config), model, build.optimizer(config, total_steps=30)[0])
-    params = build.initial_state(config, init, abstract).params
+    plan, tokenizer, layout, model = parts_of(config)
+    source = sft.demonstration_source(plan.data, tokenizer)
+    init, abstract = state_on_mesh(layout, model, steps.optimizer_of(plan.optimizer)[0])
+    params = steps.initial_state(plan, init, abstract).params
     demos = source.batch(0, 8)
     P = config.max_prompt_length
 
@@ -111,7 +110,7 @@ def test_every_example_comes_once_in_an_epoch(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         sft, "make_batch", lambda *args: (seen.extend((batch := make(*args)).tokens_BT.tolist()), batch)[1]
     )
-    sft.train(sft_config(folder, num_updates=7, **{"eval.every": 0}), tmp_path)
+    sft.train(build.sft_plan(sft_config(folder, num_updates=7, **{"eval.every": 0})), tmp_path)
     epochs = [sorted(map(tuple, seen[start : start + 14])) for start in range(0, 56, 14)]
     assert len(set(epochs[0])) == 14 and all(epoch == epochs[0] for epoch in epochs)
     assert seen[:14] != seen[14:28]
@@ -153,10 +152,10 @@ def test_a_run_that_dies_and_is_resumed_ends_bit_equal_to_one_that_did_not(folde
         else:
             patch.setattr(Checkpointer, "save", dies(Checkpointer.save, 2))
         with pytest.raises(Death):
-            sft.train(sft_config(folder), tmp_path)
+            sft.train(build.sft_plan(sft_config(folder)), tmp_path)
     step, _ = state_of(sft_config(folder), tmp_path)
     assert step == {"in an update": 10, "in an evaluation": 10, "after a save": 20}[place]
-    sft.train(sft_config(folder), tmp_path)
+    sft.train(build.sft_plan(sft_config(folder)), tmp_path)
     assert_ends_like(tmp_path, plain, sft_config(folder))
 
 
@@ -175,17 +174,17 @@ def test_SIGTERM_saves_says_so_and_leaves_and_the_resumed_run_ends_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(sft, "make_batch", make_batch)
         with pytest.raises(SystemExit) as stopped:
-            sft.train(sft_config(folder), tmp_path)
+            sft.train(build.sft_plan(sft_config(folder)), tmp_path)
     assert stopped.value.code == 143 and "stopped by SIGTERM: saved update 7 in" in capsys.readouterr().err
     assert state_of(sft_config(folder), tmp_path)[0] == 7
-    sft.train(sft_config(folder), tmp_path)
+    sft.train(build.sft_plan(sft_config(folder)), tmp_path)
     assert_ends_like(tmp_path, plain, sft_config(folder))
 
 
 def test_a_finished_run_started_again_changes_nothing(folder, plain):
     # Catches a last line, samples or a checkpoint written twice.
     before = contents(plain)
-    line = sft.train(sft_config(folder), plain)
+    line = sft.train(build.sft_plan(sft_config(folder)), plain)
     assert contents(plain) == before and line["eval/pass@1"] == read_jsonl(plain / "metrics.jsonl")[-1]["eval/pass@1"]
 
 
@@ -204,14 +203,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_is
     with pytest.raises(
         UserError, match="update 12: loss or gradient is not finite; the last good checkpoint is step 10; lower"
     ):
-        sft.train(sft_config(folder), tmp_path)
+        sft.train(build.sft_plan(sft_config(folder)), tmp_path)
     step, params = restore_params(tmp_path, abstract_of(sft_config(folder)).params)
     assert step == 10 and all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))
 
 
 def test_init_from_starts_from_the_parameters_of_another_run(folder, plain, tmp_path):
     # Catches a second stage that starts from random parameters.
-    sft.train(sft_config(folder, init_from=str(plain)), tmp_path)
+    sft.train(build.sft_plan(sft_config(folder, init_from=str(plain))), tmp_path)
     assert read_jsonl(tmp_path / "metrics.jsonl")[0]["loss"] < 0.4
 
 
@@ -220,5 +219,5 @@ def test_examples_that_were_dropped_are_counted_in_the_log(folder, tmp_path, cap
     data = (folder / "digits.jsonl").read_text() + 3 * '{"prompt": "00000=", "answer": "0", "demonstration": "0"}\n'
     (tmp_path / "longer.jsonl").write_text(data)
     config = sft_config(folder, overlong_prompts="drop", **{"task.name": f"jsonl:{tmp_path}/longer.jsonl"})
-    sft.train(config, tmp_path / "run")
+    sft.train(build.sft_plan(config), tmp_path / "run")
     assert "SFT: 3 examples longer than the frame were dropped" in capsys.readouterr().out

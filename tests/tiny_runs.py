@@ -16,9 +16,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from configs import base
-from gspo import rl
+from gspo import build, evaluate, rl, steps
+from gspo.data.tokenizer import Tokenizer, make_tokenizer
+from gspo.model.transformer import Transformer
+from gspo.parallel.sharding import Layout
+from gspo.plans import RunPlan
 from gspo.run import cli  # noqa: F401 - cli brings absl's own flags, which `command` leaves alone
 from gspo.run.checkpoint import Checkpointer
+from gspo.steps import make_layout, make_model
 from gspo.types import Rollout, TrainState
 
 ROOT = Path(__file__).parent.parent
@@ -103,10 +108,23 @@ def written(texts_QG, tokenizer, prompt_QP, prompt_lengths_Q, *, width=6, trunca
 # ---------------------------------------------------------------------------- results
 
 
+def parts_of(config: ConfigDict) -> tuple[RunPlan, Tokenizer, Layout, Transformer]:
+    """Plan, tokenizer, layout and model of a run."""
+    plan = build.run_plan(config)
+    tokenizer, layout = make_tokenizer(plan.data.tokenizer), make_layout(plan.mesh)
+    return plan, tokenizer, layout, make_model(plan.model, tokenizer, layout)
+
+
+def patch_samplers(patch: pytest.MonkeyPatch, make) -> None:
+    """Every sampler is made by make(model, data plan, tokenizer, sampling, num_generations)."""
+    for module in (steps, evaluate):
+        patch.setattr(module, "sampler_of", make)
+
+
 def state_of(config: ConfigDict, workdir: Path) -> tuple[int, TrainState]:
     """(step, state) of the last checkpoint of a run of `rl.train`."""
     with Checkpointer(workdir, keep_last=9) as checkpointer:
-        step, state, _ = checkpointer.restore(rl.prepare(config).steps.abstract)
+        step, state, _ = checkpointer.restore(rl.prepare(build.rl_plan(config)).steps.abstract)
     return step, state
 
 

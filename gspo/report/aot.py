@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
-from ml_collections import ConfigDict
 
-from gspo import build
+from gspo.model.transformer import ModelSpec
 from gspo.parallel.sharding import Layout, make_mesh, tree_shardings, with_shardings
+from gspo.plans import RLPlan
 from gspo.report import hlo
-from gspo.steps import Steps, make_steps
+from gspo.steps import Steps, make_rollout_layout, make_steps
 from gspo.types import Batch, UserError
 
 GIB = 2**30
@@ -106,22 +106,22 @@ def bytes_per_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def lowerables(config: ConfigDict, layout: Layout) -> list[Lowerable]:
+def lowerables(plan: RLPlan, layout: Layout) -> list[Lowerable]:
     """The steps of a run with the arguments that it would call them with."""
-    if not config.model.vocab_size:
+    if not plan.model.fields["vocab_size"]:
         raise UserError("model.vocab_size=0: no tokenizer is read here; give the number of ids")
-    steps: Steps = make_steps(config, layout, Ids())
+    steps: Steps = make_steps(plan, layout, Ids())
     more = [name for name in steps.objective.needs if name not in ("entropy_BC", "sampler_logp_BC")]
-    if more or config.critic.enable or config.reward_kl_coef or config.log.router_kl:
+    if more or plan.critic or plan.experience.reward_kl_coef or plan.experience.router_kl:
         raise UserError("the report knows no critic, no reference (objective.beta, reward_kl_coef) and no measures "
                         "of routers "
                         "(router_shift_floor, log.router_kl) yet: switch them off, and add what they take")  # fmt: skip
-    Q, P, C = config.num_prompts, config.max_prompt_length, config.max_completion_length
+    Q, P, C = plan.rollout.num_prompts, plan.data.max_prompt_length, plan.data.max_completion_length
     state = steps.abstract
     rows = layout.sharding("rows")
     prompts = (jax.ShapeDtypeStruct((Q, P), "int32", sharding=rows), jax.ShapeDtypeStruct((Q,), "int32", sharding=rows))
     key = with_shardings(jax.eval_shape(lambda: jax.random.key(0)), layout.sharding())
-    rollout_layout = build.rollout_layout(config, layout)
+    rollout_layout = make_rollout_layout(plan.mesh, layout)
     params = jax.eval_shape(steps.rollout_params, state.params)
     params = with_shardings(params, tree_shardings(rollout_layout, jax.eval_shape(steps.model.init_params, key)))
     rollout = layout.map_fields(with_shardings, jax.eval_shape(steps.sampler, params, *prompts, key))
@@ -142,7 +142,7 @@ def lowerables(config: ConfigDict, layout: Layout) -> list[Lowerable]:
         )
     )
     batch = _batch_of(layout, rollout, C)
-    if config.old_logps == "learner" or config.router_replay.mode == "R2":
+    if plan.experience.old_logps == "learner" or plan.experience.replay == "R2":
         arguments = (
             state.params,
             batch.tokens_BT,
@@ -250,16 +250,16 @@ def _complaint(text: str) -> str:
     return "; ".join([head, *(f"{size} {shape} {name}".strip() for size, name, shape in buffers[:5])])
 
 
-def report(config: ConfigDict, layout: Layout) -> list[Cost]:
+def report(plan: RLPlan, layout: Layout) -> list[Cost]:
     """The costs of every step of a run on the devices of a layout. Raises UserError."""
     alone = Layout(make_mesh({}, jax.devices("cpu")[:1]))
     ideal = {}
-    for step in lowerables(config, alone):
+    for step in lowerables(plan, alone):
         jaxpr = jax.make_jaxpr(step.function)(
             *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), step.arguments)
         )
         ideal[step.name] = matmul_flops(jaxpr.jaxpr, step.loops) / layout.mesh.size
-    return [cost(step, ideal.get(step.name, 0.0)) for step in lowerables(config, layout)]
+    return [cost(step, ideal.get(step.name, 0.0)) for step in lowerables(plan, layout)]
 
 
 # ---------------------------------------------------------------------------- what the report says
@@ -295,7 +295,7 @@ def table(costs: list[Cost], topology: str) -> str:
     return "\n".join(lines)
 
 
-def checks(config: ConfigDict, layout: Layout, costs: list[Cost], topology: str) -> list[tuple[bool, str]]:
+def checks(plan: RLPlan, layout: Layout, costs: list[Cost], topology: str) -> list[tuple[bool, str]]:
     """(holds, sentence) for what must be true of a run that is to be started on such a slice."""
     limit = HBM_GIB[topology.partition(":")[0]] * GIB
     found = []
@@ -325,12 +325,12 @@ def checks(config: ConfigDict, layout: Layout, costs: list[Cost], topology: str)
                 f"FLOPs per device are an equal share of the total to {off:+.1%} or better ({worst.name})",
             )
         )
-    found.append(_no_gathered_experts(config.model, compiled))
-    found.append(_no_logits_of_whole_rows(config, layout, compiled))
+    found.append(_no_gathered_experts(plan.model.spec(1), compiled))
+    found.append(_no_logits_of_whole_rows(plan, layout, compiled))
     return found
 
 
-def _no_gathered_experts(model: ConfigDict, compiled: list[Cost]) -> tuple[bool, str]:
+def _no_gathered_experts(model: ModelSpec, compiled: list[Cost]) -> tuple[bool, str]:
     whole = {model.num_experts, model.d_model, model.d_expert}
     gathers = [x for c in compiled for x in c.program.collectives if x.kind == "all-gather"]
     bad = [
@@ -345,21 +345,21 @@ def _no_gathered_experts(model: ConfigDict, compiled: list[Cost]) -> tuple[bool,
     return True, f"no all-gather of all experts' weights{size}"
 
 
-def _no_logits_of_whole_rows(config: ConfigDict, layout: Layout, compiled: list[Cost]) -> tuple[bool, str]:
+def _no_logits_of_whole_rows(plan: RLPlan, layout: Layout, compiled: list[Cost]) -> tuple[bool, str]:
     """A float32 array of the vocabulary by all completion columns of a device's rows. The head's gradient, [D, V], is
     none."""
-    V = config.model.vocab_size // layout.parts("vocab")
-    rows = (config.micro_batch_size or config.num_prompts * config.num_generations) // layout.parts("rows")
+    V = plan.model.fields["vocab_size"] // layout.parts("vocab")
+    rows = (plan.update.micro_batch_size or plan.rollout.rows) // layout.parts("rows")
     wide = [a for c in compiled for a in c.program.arrays if a.dtype == "f32" and V in a.dims]
-    wide = [a for a in wide if sorted(a.dims) != sorted((config.model.d_model, V))]
+    wide = [a for a in wide if sorted(a.dims) != sorted((plan.model.fields["d_model"], V))]
     largest = max(wide, key=lambda a: a.bytes, default=None)
-    if largest and largest.bytes >= 4 * V * rows * config.max_completion_length:
+    if largest and largest.bytes >= 4 * V * rows * plan.data.max_completion_length:
         return False, f"float32 logits of whole rows exist: f32{list(largest.dims)} {largest.op_name}"
     size = f"; the largest array of logits is f32{list(largest.dims)}, {largest.bytes / GIB:.2f} GiB" if largest else ""
     return True, f"no [B, T, V] float32 array{size}"
 
 
-def as_json(config: ConfigDict, layout: Layout, costs: list[Cost], topology: str) -> dict[str, Any]:
+def as_json(plan: RLPlan, layout: Layout, costs: list[Cost], topology: str) -> dict[str, Any]:
     """The numbers of the table, and where the bytes of the collectives come from."""
     steps = {}
     for c in costs:
@@ -379,9 +379,9 @@ def as_json(config: ConfigDict, layout: Layout, costs: list[Cost], topology: str
     )
     return {
         "topology": topology, "devices": layout.mesh.size, "mesh": dict(layout.mesh.shape), "rules": layout.rules,
-        "rollout_rules": config.rollout_mesh_rules, "dispatch": layout.dispatch,
-        "rollout_dispatch": config.rollout_expert_dispatch, "jax": jax.__version__, "libtpu": libtpu_version(),
-        "config": {name: config[name] for name in fields}, "steps": steps,
+        "rollout_rules": plan.mesh.rollout_rules, "dispatch": layout.dispatch,
+        "rollout_dispatch": plan.mesh.rollout_dispatch, "jax": jax.__version__, "libtpu": libtpu_version(),
+        "config": {name: plan.written[name] for name in fields}, "steps": steps,
     }  # fmt: skip
 
 

@@ -14,6 +14,11 @@ from rich.text import Text
 from gspo.parallel import distributed
 
 
+def is_due(index: int, every: int) -> bool:
+    """Whether what happens every so many rollouts happens at this one; never where `every` is 0."""
+    return bool(every) and index % every == 0
+
+
 class Timer:
     """Seconds per phase of the loop, added up until they are taken.
 

@@ -29,6 +29,7 @@ from gspo.model.distribution import Sampling
 from gspo.model.transformer import ModelSpec, Transformer
 from gspo.parallel.sharding import Layout, make_mesh
 from gspo.run.checkpoint import restore_params
+from gspo.steps import make_model
 from gspo.types import UserError
 from scripts import export_hf, import_hf
 from tests import model_oracle as oracle
@@ -567,7 +568,10 @@ def test_the_scripts_bring_a_folder_in_and_out_again_unchanged(tmp_path, capsys)
     config = base.rl()
     fields = json.loads((tmp_path / "ckpt" / "model.json").read_text())
     config.model.update({key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
-    assert dataclasses.replace(build.model(config, CharTokenizer("0123")).spec, moe_backend="dense") == spec
+    assert (
+        dataclasses.replace(make_model(build.rl_plan(config).model, CharTokenizer("0123")).spec, moe_backend="dense")
+        == spec
+    )
     step, restored = restore_params(tmp_path / "ckpt", hf.abstract_params(spec))
     assert step == 0
     assert_bit_equal(restored, params)
@@ -598,6 +602,6 @@ def test_a_vocabulary_that_is_smaller_than_the_tokenizers_is_refused():
     config = base.rl()
     config.model.vocab_size = 3
     with pytest.raises(UserError, match="vocab_size=3"):
-        build.model(config, CharTokenizer("0123"))
+        make_model(build.rl_plan(config).model, CharTokenizer("0123"))
     config.model.vocab_size = 64
-    assert build.model(config, CharTokenizer("0123")).spec.vocab_size == 64
+    assert make_model(build.rl_plan(config).model, CharTokenizer("0123")).spec.vocab_size == 64

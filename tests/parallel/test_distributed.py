@@ -211,7 +211,8 @@ def test_an_error_in_one_process_alone_ends_all_of_them(folder, two):
     # Catches a process that waits at the way out for those that wait for it in a collective, and a lost one told as a
     # traceback.
     (folder / "alone.py").write_text(
-        "import jax, sys\nfrom gspo import cli, distributed\nfrom gspo.types import UserError\n\n\ndef main():\n"
+        "import jax, sys\nfrom gspo.parallel import distributed\n"
+        "from gspo.run import cli\nfrom gspo.types import UserError\n\n\ndef main():\n"
         "    if jax.process_index() == 1:\n        raise UserError('a file is missing here')\n"
         "    distributed.any_process(False)\n\n\ncli.define_flags()\ncli.run(main, needs='num_rollouts')\n"
     )
@@ -226,14 +227,14 @@ def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(folder,
     # another.
     shutil.copytree(two, folder / "unread")
     (folder / "unread.py").write_text(
-        "import jax\nfrom gspo import checkpoint, cli, rl\n\n\ndef main():\n"
+        "import jax\nfrom gspo import build, rl\nfrom gspo.run import checkpoint, cli\n\n\ndef main():\n"
         "    read, calls = checkpoint._read_arrays, []\n\n"
         "    def failing(*args):\n        calls.append(args)\n"
         "        if len(calls) == 1 and jax.process_index() == 1:\n            raise ValueError('unreadable here')\n"
         "        return read(*args)\n\n"
         "    checkpoint._read_arrays = failing\n"
         "    with checkpoint.Checkpointer(cli.FLAGS.workdir) as checkpointer:\n"
-        "        print('restored', checkpointer.restore(rl.prepare(cli.FLAGS.config).steps.abstract)[0])\n\n\n"
+        "        print('restored', checkpointer.restore(rl.prepare(build.rl_plan(cli.FLAGS.config)).steps.abstract)[0])\n\n\n"
         "cli.define_flags()\ncli.run(main, needs='num_rollouts')\n"
     )
     code, stdout, stderr = launch(folder, "unread", processes=2, devices=2, script=folder / "unread.py")

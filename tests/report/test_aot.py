@@ -13,6 +13,7 @@ import pytest
 from gspo import build
 from gspo.parallel.sharding import Layout, make_mesh
 from gspo.report import aot, hlo
+from gspo.steps import make_layout
 from gspo.types import UserError
 from tests.tiny_runs import ROOT, kept_compiles, rl_config  # noqa: F401 - a fixture
 
@@ -49,23 +50,23 @@ def test_matmuls_are_counted_with_their_loops():
 def test_the_report_compiles_the_steps_of_a_run_and_their_flops_add_up(tmp_path):
     # Catches a step that the run makes and the report does not, work done by several devices alike, a loop counted
     # once, and bytes of the training state that nobody counts while the rollout runs.
-    config = rl_config(tmp_path, **DENSE | MESH)
-    layout = build.layout(config)
-    costs = {cost.name: cost for cost in aot.report(config, layout)}
+    plan = build.rl_plan(rl_config(tmp_path, **DENSE | MESH))
+    layout = make_layout(plan.mesh)
+    costs = {cost.name: cost for cost in aot.report(plan, layout)}
     assert list(costs) == ["rollout", "log-probs", "update"]
     assert [cost.runs for cost in costs.values()] == [1, 1, 2]
     for cost in costs.values():
         assert 0 < cost.flops == pytest.approx(cost.ideal_flops, rel=1e-6), cost.name
         assert cost.total == cost.peak + cost.beside and cost.peak >= cost.arguments > 0
-    state = aot.bytes_per_device(aot.lowerables(config, layout)[2].arguments[0])
-    weights = aot.bytes_per_device(aot.lowerables(config, layout)[2].arguments[0].params)
+    state = aot.bytes_per_device(aot.lowerables(plan, layout)[2].arguments[0])
+    weights = aot.bytes_per_device(aot.lowerables(plan, layout)[2].arguments[0].params)
     assert (
         costs["rollout"].beside == state - weights > 2 * weights > 0
     )  # Adam's moments: it reads the learner's weights
     with pytest.raises(UserError, match="knows no critic, no reference"):
-        aot.lowerables(rl_config(tmp_path, **DENSE | MESH | {"objective.beta": 0.1}), layout)
+        aot.lowerables(build.rl_plan(rl_config(tmp_path, **DENSE | MESH | {"objective.beta": 0.1})), layout)
     assert all(kind in hlo.COLLECTIVES for cost in costs.values() for kind in cost.collectives)
-    verdicts = aot.checks(config, layout, list(costs.values()), "v5e:2x2")
+    verdicts = aot.checks(plan, layout, list(costs.values()), "v5e:2x2")
     assert [holds for holds, _ in verdicts] == [True] * 4, verdicts
     assert aot.table(list(costs.values()), "v5e:2x2").count("\n") == 4
 
@@ -73,8 +74,9 @@ def test_the_report_compiles_the_steps_of_a_run_and_their_flops_add_up(tmp_path)
 @needs_eight
 def test_a_rollout_in_another_layout_costs_a_move(tmp_path):
     # Catches the move of the parameters left out of the account.
-    config = rl_config(tmp_path, **MESH | {"mesh.data": 1, "mesh.expert": 2, "rollout_mesh_rules": "expert"})
-    names = [step.name for step in aot.lowerables(config, build.layout(config))]
+    changes = {"mesh.data": 1, "mesh.expert": 2, "rollout_mesh_rules": "expert"}
+    plan = build.rl_plan(rl_config(tmp_path, **MESH | changes))
+    names = [step.name for step in aot.lowerables(plan, make_layout(plan.mesh))]
     assert names == ["reshard", "rollout", "log-probs", "update"]
 
 
@@ -114,9 +116,9 @@ def cost_with(*, collectives=(), arrays=(), flops=1.0, peak=1, too_large=""):
 )  # fmt: skip
 def test_what_must_not_be_is_named(tmp_path, cost, complaint):
     # Catches checks that cannot fail.
-    config = rl_config(tmp_path, **{"model.vocab_size": 32, "micro_batch_size": 8})
+    plan = build.rl_plan(rl_config(tmp_path, **{"model.vocab_size": 32, "micro_batch_size": 8}))
     layout = Layout(make_mesh({}, jax.devices()[:1]))
-    bad = [text for holds, text in aot.checks(config, layout, [cost], "v5e:2x2") if not holds]
+    bad = [text for holds, text in aot.checks(plan, layout, [cost], "v5e:2x2") if not holds]
     assert len(bad) == 1 and re.search(complaint, bad[0]), bad
 
 
@@ -125,7 +127,10 @@ def test_the_gradient_of_the_head_and_shards_of_experts_are_no_offence(tmp_path)
     fine = cost_with(collectives=[hlo.Collective("all-gather", 9, 1, 2, "bf16[1,2,16,8]", "moe")],
                      arrays=[hlo.Array("f32", (16, 32), 2048, "dot", "gradient")])  # fmt: skip
     config = rl_config(tmp_path, **{"model.vocab_size": 32, "micro_batch_size": 2})
-    assert all(holds for holds, _ in aot.checks(config, Layout(make_mesh({}, jax.devices()[:1])), [fine], "v5e:2x2"))
+    assert all(
+        holds
+        for holds, _ in aot.checks(build.rl_plan(config), Layout(make_mesh({}, jax.devices()[:1])), [fine], "v5e:2x2")
+    )
 
 
 # ---------------------------------------------------------------------------- mistakes, and a real compiler
@@ -143,7 +148,7 @@ def test_a_vocabulary_that_only_a_tokenizer_knows_is_asked_for(tmp_path):
     # Catches a report for a model of one token.
     config = rl_config(tmp_path)
     with pytest.raises(UserError, match=r"model\.vocab_size=0: no tokenizer is read here"):
-        aot.lowerables(config, Layout(make_mesh({}, jax.devices()[:1])))
+        aot.lowerables(build.rl_plan(config), Layout(make_mesh({}, jax.devices()[:1])))
 
 
 def report(*arguments):

@@ -1,0 +1,108 @@
+"""Sampled completions with their rewards: what collecting experience and evaluating share.
+
+Each process reads the prompts, and judges the completions, whose rows lie on its own devices (`local_B`); the rewards
+of all rows are then known to all.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gspo import plans
+from gspo.data import batches, tasks
+from gspo.data.rewards import Example
+from gspo.data.tokenizer import Tokenizer
+from gspo.parallel import distributed
+from gspo.parallel.sharding import Layout
+from gspo.types import Params, Rollout
+
+
+def make_task(plan: plans.DataPlan, split: str) -> tasks.Task:
+    return tasks.make_task(plan.task, split=split, seed=plan.seed, **plan.options)
+
+
+def prompt_source(plan: plans.DataPlan, split: str, tokenizer: Tokenizer) -> batches.PromptSource:
+    return batches.PromptSource(
+        make_task(plan, split),
+        tokenizer,
+        max_prompt_length=plan.max_prompt_length,
+        overlong_prompts=plan.overlong_prompts,
+        prompt_buckets=plan.prompt_buckets,
+        seed=plan.seed,
+    )
+
+
+class Completions(NamedTuple):
+    """Completions of Q prompts, B = Q · G rows. `rollout` is on the devices. On the host, of the rows `local_B` that
+    lie on this process's devices: their prompts, tokens and lengths.
+    """
+
+    rollout: Rollout
+    local_B: np.ndarray
+    prompts: batches.PromptBatch
+    tokens_BT: np.ndarray
+    lengths_B: np.ndarray
+
+
+class Judged(NamedTuple):
+    """Completions with their rewards, B = Q · G rows. `rollout` is on the devices. On the host: rewards_B and parts_BR
+    of all rows; examples and texts of the rows `local_B`, which lie on this process's devices.
+    """
+
+    rollout: Rollout
+    local_B: np.ndarray
+    examples: list[Example]
+    texts: list[str]
+    rewards_B: np.ndarray  # raw: what the reward functions say, weighted
+    parts_BR: np.ndarray
+
+
+class Generator(NamedTuple):
+    """Who writes completions: a jitted sampler, the prompts it continues, how many completions each prompt gets."""
+
+    layout: Layout
+    source: batches.PromptSource
+    sampler: Callable[..., Rollout]
+    num_generations: int
+
+    def __call__(self, params: Params, cursor: int, num_prompts: int, key: jax.Array) -> Completions:
+        """Completions of the prompts at positions cursor .. cursor + num_prompts of the run."""
+        rows = self.layout.sharding("rows")
+        local_Q = distributed.own_rows(rows, num_prompts)
+        local_B = rows_of(local_Q, self.num_generations)
+        prompts = self.source.batch(cursor, num_prompts, local_Q)
+        placed = distributed.put_rows(rows, local_Q, num_prompts, prompts.tokens_QP, prompts.lengths_Q)
+        rollout = self.sampler(params, *placed, key)
+        on_host = distributed.fetch_rows(local_B, rollout.tokens_BT, rollout.completion_lengths_B)
+        return Completions(rollout, local_B, prompts, *on_host)
+
+
+def judge(
+    completions: Completions, tokenizer: Tokenizer, functions: Sequence[Callable], weights: Sequence[float]
+) -> Judged:
+    """The rewards of completions, by functions whose values are weighted and added up."""
+    prompts, B = completions.prompts, completions.rollout.tokens_BT.shape[0]
+    width = prompts.tokens_QP.shape[1]
+    texts = batches.completion_texts(tokenizer, completions.tokens_BT, width, completions.lengths_B)
+    examples = [example for example in prompts.examples for _ in range(len(texts) // len(prompts.examples))]
+    scored = batches.score_completions(texts, examples, functions, weights)
+    everywhere = distributed.gather_rows(completions.local_B, B, *scored)
+    return Judged(completions.rollout, completions.local_B, examples, texts, *everywhere)
+
+
+def sample_line(example: Example, text: str, reward: float) -> dict[str, Any]:
+    """A completion as samples.jsonl and the live display have it."""
+    return {"prompt": example.prompt, "completion": text, "answer": example.answer, "reward": float(reward)}
+
+
+def rows_of(groups: np.ndarray, num_generations: int) -> np.ndarray:
+    """Indices of prompts -> those of their rows."""
+    return (groups[:, None] * num_generations + np.arange(num_generations)).reshape(-1)
+
+
+def spread(rewards_B: np.ndarray, num_generations: int) -> np.ndarray:
+    """[Q] largest minus smallest reward of each group: 0 where the group teaches nothing."""
+    rewards_QG = rewards_B.reshape(-1, num_generations)
+    return rewards_QG.max(axis=1) - rewards_QG.min(axis=1)

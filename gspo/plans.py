@@ -1,0 +1,336 @@
+"""What a run will do, as frozen records of plain values. `gspo.build` makes them from a config, and is the only one to read it.
+
+Each record checks itself where it is made. Its fields carry the names that the user writes, so that a mistake is one
+line that names the field, before anything is compiled.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from gspo.learning.mismatch import ROUNDINGS
+from gspo.model.distribution import Sampling
+from gspo.model.transformer import ModelSpec
+from gspo.objectives.advantages import ADVANTAGES
+from gspo.types import UserError
+
+
+def need(ok: bool, field: str, value: Any, remedy: str) -> None:
+    """Raises UserError "field=value: remedy" unless `ok`."""
+    if not ok:
+        raise UserError(f"{field}={value!r}: {remedy}")
+
+
+def positive(plan: Any, *names: str, under: str = "") -> None:
+    """Raises UserError for the first of the fields that is not > 0. under: what its name begins with, "eval." say."""
+    for name in names:
+        value = getattr(plan, name)
+        need(value > 0, under + name, value, "must be positive")
+
+
+def one_of(field: str, value: str, known) -> None:
+    need(value in known, field, value, f"choose one of {', '.join(known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataPlan:
+    """Where prompts come from and how they become rows."""
+
+    task: str
+    options: Mapping[str, Any]
+    train_split: str
+    eval_split: str
+    tokenizer: str
+    max_prompt_length: int  # tokens, as the next
+    max_completion_length: int
+    overlong_prompts: str
+    prompt_buckets: tuple[int, ...]
+    seed: int
+
+    def __post_init__(self):
+        positive(self, "max_prompt_length", "max_completion_length")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshPlan:
+    """Devices along each axis, and what is cut along which of them, in training and in rollouts."""
+
+    sizes: Mapping[str, int]
+    rules: str
+    dispatch: str
+    rollout_rules: str  # "": as in training; so the next
+    rollout_dispatch: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelPlan:
+    """A model whose vocabulary is known only once its tokenizer is: vocab_size 0 stands for as many as that has."""
+
+    fields: Mapping[str, Any]
+
+    def __post_init__(self):
+        self.spec(1)
+
+    def spec(self, tokenizer_size: int) -> ModelSpec:
+        """The model for a tokenizer of that many ids. Raises UserError where it has fewer rows than that."""
+        rows = self.fields["vocab_size"]
+        if 0 < rows < tokenizer_size:
+            raise UserError(f"model.vocab_size={rows}: the tokenizer has {tokenizer_size} ids (0: as many as it has)")
+        return ModelSpec(**{**self.fields, "vocab_size": rows or tokenizer_size})
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutPlan:
+    """How completions are drawn in training. stale_rollouts, params, router_noise, expert_swap: a sampler that differs from
+    the learner on purpose (`gspo.learning.mismatch`)."""
+
+    num_prompts: int
+    num_generations: int
+    sampling: Sampling
+    params: str
+    router_noise: float
+    expert_swap: float
+    stale_rollouts: int
+
+    def __post_init__(self):
+        positive(self, "num_prompts", "num_generations")
+        if self.sampling.temperature == 0:
+            raise UserError("temperature=0: training needs a positive one; 0 (greedy) is for eval.temperature")
+        one_of("mismatch.params", self.params, ROUNDINGS)
+        if self.router_noise < 0 or not 0 <= self.expert_swap <= 1 or self.stale_rollouts < 0:
+            raise UserError(
+                "mismatch: router_noise and stale_rollouts must not be negative, and expert_swap lies in [0, 1]"
+            )
+
+    @property
+    def differs(self) -> bool:
+        """Whether the sampler is made to differ from the learner."""
+        return bool(self.params != "float32" or self.router_noise or self.expert_swap or self.stale_rollouts)
+
+    @property
+    def rows(self) -> int:
+        return self.num_prompts * self.num_generations
+
+
+@dataclasses.dataclass(frozen=True)
+class CriticPlan:
+    """The value model of PPO, and how advantages are taken from it."""
+
+    learning_rate: float
+    cliprange_value: float
+    gamma: float
+    lam: float
+
+    def __post_init__(self):
+        positive(self, "learning_rate", "cliprange_value", under="critic.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperiencePlan:
+    """From completions to a batch: rewards, what is added to them, what they are compared with, whose log-probs are old."""
+
+    rewards: tuple[str, ...]
+    reward_weights: tuple[float, ...]
+    scale_rewards: str
+    advantage_weight_pos: float
+    advantage_weight_neg: float
+    reward_kl_coef: float
+    overlong_len: int
+    overlong_penalty_factor: float
+    mask_truncated_completions: bool
+    filter_groups: bool
+    max_num_gen_batches: int
+    old_logps: str
+    replay: str
+    router_kl: bool
+    num_samples: int
+
+    def __post_init__(self):
+        if len(self.rewards) != len(self.reward_weights):
+            raise UserError(
+                f"reward_weights: {len(self.reward_weights)} weights for {len(self.rewards)} rewards; give one each"
+            )
+        one_of("scale_rewards", self.scale_rewards, tuple(ADVANTAGES))
+        one_of("old_logps", self.old_logps, ("sampler", "learner"))
+        one_of("router_replay.mode", self.replay, ("disabled", "R2", "R3"))
+        if min(self.advantage_weight_pos, self.advantage_weight_neg) < 0:
+            raise UserError("advantage_weight_pos and advantage_weight_neg: must not be negative")
+        if self.filter_groups:
+            positive(self, "max_num_gen_batches", under="filter_groups.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerPlan:
+    """AdamW and its schedule, as `learning.optim.make_optimizer` takes them, over `total_steps` updates."""
+
+    fields: Mapping[str, Any]
+    total_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdatePlan:
+    """One optimizer update: rows at a time, columns at a time, and what is added to the objective."""
+
+    micro_batch_size: int
+    chunk: int
+    entropy_target: float | None
+    entropy_step: float
+    router_aux_loss_coef: float
+    router_z_loss_coef: float
+
+    def __post_init__(self):
+        need(self.chunk > 0, "logp_chunk", self.chunk, "must be positive")
+
+    def check_rows(self, rows: int, what: str) -> None:
+        """Raises UserError unless `rows`, those of one update, come out even."""
+        size = self.micro_batch_size
+        if size < 0 or (size and rows % size):
+            raise UserError(f"micro_batch_size={size}: must divide the {rows} rows of {what} (0: all at once)")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferencePlan:
+    """When and how far the reference policy follows: never where sync_steps is 0."""
+
+    sync_steps: int = 0  # rollouts
+    mixup_alpha: float = 1.0
+
+    def __post_init__(self):
+        need(0 < self.mixup_alpha <= 1, "ref_model_mixup_alpha", self.mixup_alpha, "must be in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationPlan:
+    """Evaluation on held-out prompts. every: rollouts or updates between two; 0: only at the end."""
+
+    every: int
+    num_prompts: int
+    num_generations_eval: int
+    temperature: float
+    at_a_time: int  # prompts of one call of the sampler
+
+    def __post_init__(self):
+        positive(self, "num_prompts", "num_generations_eval", under="eval.")
+        need(self.temperature >= 0, "eval.temperature", self.temperature, "must be >= 0 (0 is greedy)")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointPlan:
+    every: int
+    keep_last: int
+    keep_best: bool
+
+    def __post_init__(self):
+        need(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "at least one checkpoint must be kept")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogPlan:
+    num_samples: int
+    samples_every: int
+    tensorboard: bool
+    wandb: bool
+    profile: tuple[int, ...] = ()  # rollouts whose trace is written
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """What both kinds of training share. written: the config as config.json keeps it."""
+
+    written: Mapping[str, Any]
+    seed: int
+    init_from: str
+    data: DataPlan
+    mesh: MeshPlan
+    model: ModelPlan
+    optimizer: OptimizerPlan
+    update: UpdatePlan
+    evaluation: EvaluationPlan
+    checkpoint: CheckpointPlan
+    log: LogPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTPlan(RunPlan):
+    """Supervised fine-tuning."""
+
+    num_updates: int
+    batch_size: int
+
+    def __post_init__(self):
+        positive(self, "num_updates", "batch_size")
+        self.update.check_rows(self.batch_size, "a batch (batch_size)")
+
+
+@dataclasses.dataclass(frozen=True)
+class RLPlan(RunPlan):
+    """Reinforcement learning. objective: all settings of the preset and of the fields laid over it, defaults filled in
+    (`objectives.settings`). critic: None where advantages come from the group. check_tolerance: None: by the dtype.
+    """
+
+    num_rollouts: int
+    updates_per_rollout: int
+    rollout: RolloutPlan
+    experience: ExperiencePlan
+    preset: str
+    objective: Mapping[str, Any]
+    critic: CriticPlan | None
+    reference: ReferencePlan
+    check_tolerance: float | None
+
+    def __post_init__(self):
+        positive(self, "num_rollouts", "updates_per_rollout")
+        rows, updates, experience = self.rollout.rows, self.updates_per_rollout, self.experience
+        if rows % updates:
+            raise UserError(
+                f"updates_per_rollout={updates}: must divide the {rows} rows of a rollout "
+                f"(num_prompts={self.rollout.num_prompts} x num_generations={self.rollout.num_generations})"
+            )
+        self.update.check_rows(rows // updates, "a minibatch")
+        if self.rollout.num_generations < 2 and experience.scale_rewards != "reinforce++" and not self.critic:
+            raise UserError(
+                f"num_generations={self.rollout.num_generations}: group advantages compare completions of a prompt; "
+                "use 2 or more"
+            )
+        width = self.data.max_completion_length
+        need(0 <= experience.overlong_len < width, "overlong_buffer.len", experience.overlong_len,
+             f"must be in 0..{width - 1} (0: no penalty)")  # fmt: skip
+        if experience.filter_groups and self.data.prompt_buckets:
+            raise UserError("filter_groups.enable: rows of several draws share one frame; leave prompt_buckets empty")
+        if self.objective["sampler_is"] and experience.old_logps != "learner":
+            raise UserError("objective.sampler_is: it corrects for sampler against learner; set old_logps='learner'")
+        if self.rollout.differs and experience.old_logps != "learner":
+            raise UserError("mismatch: the sampler's log-probs are then not the old policy's; set old_logps='learner'")
+        if self.reference.sync_steps and not self.needs_reference:
+            raise UserError("sync_ref_model: nothing reads the reference; set objective.beta or reward_kl_coef")
+        self._check_routers()
+
+    def _check_routers(self) -> None:
+        """Raises UserError for what only a Mixture of Experts has."""
+        fields, rollout = self.model.fields, self.rollout
+        if fields["num_experts"]:
+            if rollout.expert_swap and fields["experts_per_token"] == fields["num_experts"]:
+                raise UserError("mismatch.expert_swap: all experts run, there is none to swap in")
+            return
+        if rollout.router_noise or rollout.expert_swap:
+            raise UserError("mismatch.router_noise and mismatch.expert_swap: a dense model has no routers")
+        if (
+            self.experience.replay != "disabled"
+            or self.objective["router_shift_floor"] is not None
+            or self.experience.router_kl
+            or self.update.router_aux_loss_coef > 0
+            or self.update.router_z_loss_coef > 0
+        ):
+            raise UserError(
+                "router_replay.mode, router_shift_floor, router_aux_loss_coef, router_z_loss_coef, log.router_kl: a "
+                "dense model has no routers; switch them off"
+            )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether anything reads a reference policy."""
+        return bool(self.objective["beta"]) or self.experience.reward_kl_coef > 0
+
+    @property
+    def replays(self) -> bool:
+        return self.experience.replay != "disabled"
