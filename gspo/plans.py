@@ -95,7 +95,10 @@ class RolloutPlan:
     def __post_init__(self):
         positive(self, "num_prompts", "num_generations")
         if self.sampling.temperature == 0:
-            raise UserError("temperature=0: training needs a positive one; 0 (greedy) is for eval.temperature")
+            raise UserError(
+                f"temperature={self.sampling.temperature}: training needs a positive one; 0 (greedy) is for "
+                "eval.temperature"
+            )
         one_of("mismatch.params", self.params, ROUNDINGS)
         if self.router_noise < 0 or not 0 <= self.expert_swap <= 1 or self.stale_rollouts < 0:
             raise UserError(

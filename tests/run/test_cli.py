@@ -159,7 +159,7 @@ RL_MISTAKES = [
     ("optimizer.learning_rate=-1.0", "learning_rate=-1.0 must be zero or more"),
     ("model.num_heads=3 model.num_kv_heads=2", "model.num_heads=3: must be a multiple of num_kv_heads=2"),
     ("model.moe_backend=fast", "model.moe_backend='fast': choose one of"),
-    ("checkpoint.keep_last=0", "keep_last is 0"),
+    ("checkpoint.keep_last=0", "checkpoint.keep_last=0: "),
     ("log.wandb=true", "wandb was asked for but wandb is not installed"),
     ("init_from=/nowhere", "no checkpoint in /nowhere: no such folder"),
 ]  # fmt: skip
