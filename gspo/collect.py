@@ -59,12 +59,11 @@ class Collector:
             batch, measured = self.score(state, draw.rollout)
             jax.block_until_ready(batch)
         with timer("reward"):
-            lengths_B, truncated_B = distributed.fetch((draw.rollout.completion_lengths_B, draw.rollout.truncated_B))
-            shaped_B = self.shape(draw.rewards_B, lengths_B)
-            batch = self.compare(state, batch, shaped_B, truncated_B)
-        metrics = self.metrics(draw, lengths_B, truncated_B, shaped_B) | measured
+            batch = self.compare(state, batch, self.shape(draw), draw.truncated_B)
+        metrics = self.metrics(draws) | measured
         if self.plan.filter_groups:
             metrics["filter_groups/draws"] = len(draws)
+            metrics |= {f"kept_groups/{name}": value for name, value in self.metrics([draw]).items()}
         return Experience(batch, metrics, self.samples(draw), cursor)
 
     def draws(self, state: TrainState, cursor: int, key: jax.Array, timer: Timer) -> tuple[list[Judged], int]:
@@ -107,10 +106,10 @@ class Collector:
         }
         local_B = np.flatnonzero([row in known for row in rows])
         examples, texts = ([known[rows[b]][i] for b in local_B] for i in (0, 1))
-        rewards_B = np.concatenate([draw.rewards_B for draw in draws])[rows]
-        parts_BR = np.concatenate([draw.parts_BR for draw in draws])[rows]
         rollout = self._take([draw.rollout for draw in draws], rows)
-        return Judged(rollout, local_B, examples, texts, rewards_B, parts_BR)
+        names = ("rewards_B", "parts_BR", "lengths_B", "truncated_B")
+        numbers = {name: np.concatenate([getattr(draw, name) for draw in draws])[rows] for name in names}
+        return Judged(rollout, local_B, examples, texts, **numbers)
 
     def _taken(self, rollouts: list[Rollout], rows: jax.Array) -> Rollout:
         """Rows of several rollouts, numbered through, as one."""
@@ -162,12 +161,13 @@ class Collector:
             batch = batch.replace(ref_logp_BC=scorer(state.ref_params, *rows).logp_BC)
         return batch, measured
 
-    def shape(self, rewards_B: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
+    def shape(self, draw: Judged) -> np.ndarray:
         """Raw rewards plus DAPO's soft penalty on the last tokens of the frame, [B] float32."""
+        rewards_B = draw.rewards_B.astype(np.float32)
         if not self.plan.overlong_len:
-            return rewards_B.astype(np.float32)
-        penalty = [overlong_penalty(int(length), self.width, self.plan.overlong_len) for length in lengths_B]
-        return rewards_B.astype(np.float32) + self.plan.overlong_penalty_factor * np.array(penalty, np.float32)
+            return rewards_B
+        penalty = [overlong_penalty(int(length), self.width, self.plan.overlong_len) for length in draw.lengths_B]
+        return rewards_B + self.plan.overlong_penalty_factor * np.array(penalty, np.float32)
 
     def compare(self, state: TrainState, batch: Batch, shaped_B: np.ndarray, truncated_B: np.ndarray) -> Batch:
         """Fills in the advantages, against the group or the critic, and takes rows that were cut off out of the loss
@@ -198,20 +198,22 @@ class Collector:
         batch = batch.replace(loss_mask_BC=mask_BC, advantages_BC=jnp.where(mask_BC, advantages_BC, 0.0))
         return self.steps.layout.constrain_fields(batch)
 
-    def metrics(self, draw: Judged, lengths_B, truncated_B, shaped_B) -> dict[str, float]:
-        """Lengths in tokens; rewards raw, but for reward/shaped_mean."""
-        rewards_B = draw.rewards_B
-        metrics = {
+    def metrics(self, draws: list[Judged]) -> dict[str, float]:
+        """Of all that was drawn, kept or not. Lengths in tokens; rewards raw, but for reward/shaped_mean."""
+        rewards_B, lengths_B, truncated_B, parts_BR = (
+            np.concatenate([getattr(draw, name) for draw in draws])
+            for name in ("rewards_B", "lengths_B", "truncated_B", "parts_BR")
+        )
+        return {
             "reward/mean": float(rewards_B.mean()),
             "reward/std": float(rewards_B.std()),
-            "reward/shaped_mean": float(shaped_B.mean()),
+            "reward/shaped_mean": float(np.concatenate([self.shape(draw) for draw in draws]).mean()),
             "frac_reward_zero_std": float((spread(rewards_B, self.rollout.num_generations) == 0).mean()),
             "completions/mean_length": float(lengths_B.mean()),
             "completions/max_length": int(lengths_B.max()),
             "completions/clipped_ratio": float(truncated_B.mean()),
             "num_tokens": int(lengths_B.sum()),
-        }
-        return metrics | {f"rewards/{name}": float(draw.parts_BR[:, r].mean()) for r, name in enumerate(self.rewards)}
+        } | {f"rewards/{name}": float(parts_BR[:, r].mean()) for r, name in enumerate(self.rewards)}
 
     def samples(self, draw: Judged) -> list[dict[str, Any]]:
         """The first rows among those of this process. With several processes they need not be the first of all."""

@@ -12,7 +12,6 @@ from gspo.generate import Generator, judge, prompt_source, sample_line
 from gspo.hf.folder import abstract_params
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer
-from gspo.parallel import distributed
 from gspo.run.checkpoint import restore_params
 from gspo.steps import make_layout, make_model, make_rollout_layout, make_rollout_params, sampler_of
 from gspo.types import Params, Rollout
@@ -66,12 +65,9 @@ def make_evaluator(
             judged = judge(
                 generate(params, start, width, jax.random.fold_in(key, start)), tokenizer, [source.task.reward], [1.0]
             )
-            lengths_B, truncated_B = distributed.fetch(
-                (judged.rollout.completion_lengths_B, judged.rollout.truncated_B)
-            )
             solved.append((judged.rewards_B[:kept] >= SOLVED).reshape(-1, k))
-            lengths.append(lengths_B[:kept])
-            truncated.append(truncated_B[:kept])
+            lengths.append(judged.lengths_B[:kept])
+            truncated.append(judged.truncated_B[:kept])
             for row, example, text in list(zip(judged.local_B, judged.examples, judged.texts, strict=True))[::k]:
                 if row < kept:
                     samples.append(sample_line(example, text, judged.rewards_B[row]))

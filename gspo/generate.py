@@ -47,8 +47,8 @@ class Completions(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """Completions with their rewards, B = Q · G rows. `rollout` is on the devices. On the host: rewards_B and parts_BR
-    of all rows; examples and texts of the rows `local_B`, which lie on this process's devices.
+    """Completions with their rewards, B = Q · G rows. `rollout` is on the devices. On the host: numbers of all rows;
+    examples and texts of the rows `local_B`, which lie on this process's devices.
     """
 
     rollout: Rollout
@@ -57,6 +57,8 @@ class Judged(NamedTuple):
     texts: list[str]
     rewards_B: np.ndarray  # raw: what the reward functions say, weighted
     parts_BR: np.ndarray
+    lengths_B: np.ndarray  # of the completions, in tokens
+    truncated_B: np.ndarray
 
 
 class Generator(NamedTuple):
@@ -83,13 +85,14 @@ def judge(
     completions: Completions, tokenizer: Tokenizer, functions: Sequence[Callable], weights: Sequence[float]
 ) -> Judged:
     """The rewards of completions, by functions whose values are weighted and added up."""
-    prompts, B = completions.prompts, completions.rollout.tokens_BT.shape[0]
+    prompts, rollout, B = completions.prompts, completions.rollout, completions.rollout.tokens_BT.shape[0]
     width = prompts.tokens_QP.shape[1]
     texts = batches.completion_texts(tokenizer, completions.tokens_BT, width, completions.lengths_B)
     examples = [example for example in prompts.examples for _ in range(len(texts) // len(prompts.examples))]
     scored = batches.score_completions(texts, examples, functions, weights)
-    everywhere = distributed.gather_rows(completions.local_B, B, *scored)
-    return Judged(completions.rollout, completions.local_B, examples, texts, *everywhere)
+    rewards = distributed.gather_rows(completions.local_B, B, *scored)
+    lengths = distributed.fetch((rollout.completion_lengths_B, rollout.truncated_B))
+    return Judged(rollout, completions.local_B, examples, texts, *rewards, *lengths)
 
 
 def sample_line(example: Example, text: str, reward: float) -> dict[str, Any]:

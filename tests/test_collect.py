@@ -92,7 +92,8 @@ def test_groups_that_teach_nothing_are_replaced_by_groups_of_further_draws(tmp_p
         for row, tokens in enumerate(tokens_of(experience, config))
     ]
     assert right == [True, False, False, True] * 4
-    assert experience.metrics["reward/mean"] == 0.5 and experience.metrics["frac_reward_zero_std"] == 0
+    kept_metrics = {name: value for name, value in experience.metrics.items() if name.startswith("kept_groups/")}
+    assert kept_metrics["kept_groups/reward/mean"] == 0.5 and kept_metrics["kept_groups/frac_reward_zero_std"] == 0
     assert [sample["prompt"] for sample in experience.samples] == [kept[0]] * 2
 
 
@@ -105,9 +106,23 @@ def test_the_number_of_draws_is_bounded_and_the_batch_keeps_its_shape(tmp_path):
     assert experience.metrics["filter_groups/draws"] == 3 and experience.next_cursor == 12
     assert len({tuple(key) for *_, key in pen.seen}) == 3
     assert experience.batch.tokens_BT.shape == (16, 4 + 6)
-    assert experience.metrics["frac_reward_zero_std"] == 0.75 and experience.metrics["reward/mean"] == pytest.approx(
-        10 / 16
-    )
+    kept_metrics = {name: value for name, value in experience.metrics.items() if name.startswith("kept_groups/")}
+    assert kept_metrics["kept_groups/frac_reward_zero_std"] == 0.75
+    assert kept_metrics["kept_groups/reward/mean"] == pytest.approx(10 / 16)
+
+
+def test_metrics_report_all_that_was_drawn_and_the_kept_groups_under_their_own_names(tmp_path):
+    # Catches the reward of groups chosen for being half right, given as that of the policy, and tokens/s that leave out
+    # what was generated and thrown away.
+    config = rl_config(tmp_path, **{"filter_groups.enable": True, "filter_groups.max_num_gen_batches": 3})
+    draws = [[SAME, NONE, SAME, SAME], [SAME, SAME, MIXED, SAME], [NONE, NONE, NONE, NONE]]
+    experience = collect(config, Pen(config, *draws))
+    rewards = [c == RIGHT for draw in draws for group in draw for c in group]
+    tokens = 48 * 2  # each completion is a character and the end token
+    assert experience.metrics["reward/mean"] == pytest.approx(sum(rewards) / 48)
+    assert experience.metrics["frac_reward_zero_std"] == pytest.approx(11 / 12)
+    assert experience.metrics["num_tokens"] == tokens and experience.metrics["kept_groups/num_tokens"] == 16 * 2
+    assert experience.metrics["kept_groups/reward/mean"] == pytest.approx(10 / 16)
 
 
 def test_the_raw_reward_decides_which_groups_are_kept(tmp_path):
@@ -118,7 +133,8 @@ def test_the_raw_reward_decides_which_groups_are_kept(tmp_path):
     long_and_short = ["=", "==", "====", "====="]  # all wrong, of different lengths
     pen = Pen(config, [long_and_short] * 4, [MIXED] * 4)
     experience = collect(config, pen)
-    assert experience.metrics["filter_groups/draws"] == 2 and experience.metrics["reward/mean"] == 0.5
+    assert experience.metrics["filter_groups/draws"] == 2
+    assert experience.metrics["kept_groups/reward/mean"] == 0.5 and experience.metrics["reward/mean"] == 0.25
 
 
 def test_without_dynamic_sampling_one_draw_is_taken_as_it_is(tmp_path):
