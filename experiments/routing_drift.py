@@ -106,7 +106,7 @@ def variance_by_length(config: ConfigDict, rollouts: int) -> dict[str, list[floa
     """
     plan = build.rl_plan(config)
     run = rl.prepare(plan)
-    state = initial_state(plan, run.steps.init, run.steps.abstract)
+    state = initial_state(plan, run.steps.start)
     key = jax.random.fold_in(jax.random.key(config.seed), rl.ROLLOUT_STREAM)
     token_parts, cursor = [], 0
     for index in range(rollouts):

@@ -49,7 +49,7 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
         plan,
         workdir,
         steps.abstract,
-        lambda: initial_state(plan, steps.init, steps.abstract),
+        lambda: initial_state(plan, steps.start),
         allow_changed_config=allow_changed_config,
     )
     checkpointer, writer, first, state = opened.checkpointer, opened.writer, opened.first, opened.state

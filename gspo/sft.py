@@ -36,14 +36,14 @@ def train(
     source = demonstration_source(plan.data, tokenizer)
     model = make_model(plan.model, tokenizer, layout)
     optimizer, learning_rate = optimizer_of(plan.optimizer)
-    init, abstract = state_on_mesh(layout, model, optimizer)
+    start = state_on_mesh(layout, model, optimizer)
     train_step = make_train_step(
         model,
         optimizer,
         negative_log_likelihood,
         micro_batch_size=micro,
         chunk=plan.update.chunk,
-        state_shardings=shardings_of(layout, abstract),
+        state_shardings=shardings_of(layout, start.abstract),
     )
     evaluate = make_evaluator(plan, model, tokenizer)
 
@@ -51,13 +51,13 @@ def train(
     opened = open_run(
         plan,
         workdir,
-        abstract,
-        lambda: initial_state(plan, init, abstract),
+        start.abstract,
+        lambda: initial_state(plan, start),
         allow_changed_config=allow_changed_config,
     )
     checkpointer, writer, first, state = opened.checkpointer, opened.writer, opened.first, opened.state
     progress = Progress(plan.num_updates, start=first, title=title)
-    progress.note(describe(model, abstract))
+    progress.note(describe(model, start.abstract))
     if source.num_dropped:
         progress.note(f"{source.num_dropped} examples longer than the frame were dropped")
     if opened.resumed:

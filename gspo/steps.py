@@ -19,7 +19,7 @@ from gspo.learning.learner import make_scorer, make_train_step
 from gspo.learning.microbatch import minibatch
 from gspo.learning.optim import make_optimizer, make_schedule
 from gspo.learning.sampler import as_used, make_sampler
-from gspo.learning.state import add_critic, shardings_of, started_from, state_on_mesh
+from gspo.learning.state import Start, add_critic, shardings_of, state_on_mesh
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer
 from gspo.objectives import Objective, make_objective
@@ -119,8 +119,11 @@ class Steps(NamedTuple):
     value_fn: Callable | None  # (critic params, tokens_BT, prompt_lengths_B) -> values_BC; None without a critic
     critic_step: Callable | None  # train_step's twin for state.critic
     learning_rate: optax.Schedule
-    init: Callable[[jax.Array], TrainState]
-    abstract: TrainState
+    start: Start
+
+    @property
+    def abstract(self) -> TrainState:
+        return self.start.abstract
 
 
 def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Steps:
@@ -134,7 +137,7 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
     # ------------------------------------------------------------------ model, state
     model = make_model(plan.model, tokenizer, layout)
     optimizer, learning_rate = optimizer_of(plan.optimizer)
-    init, abstract = state_on_mesh(
+    start = state_on_mesh(
         layout,
         model,
         optimizer,
@@ -146,7 +149,7 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
     if plan.critic:
         critic = Critic(model.spec, layout)
         critic_optimizer = make_optimizer(learning_rate=plan.critic.learning_rate)
-        init, abstract = add_critic(layout, critic, critic_optimizer, init, abstract)
+        start = add_critic(layout, critic, critic_optimizer, start)
         width = plan.data.max_completion_length
         value_fn = make_value_fn(critic, completion_width=width, micro_batch_size=rows_at_a_time)
         critic_step = make_critic_step(
@@ -154,7 +157,7 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
             critic_optimizer,
             cliprange_value=plan.critic.cliprange_value,
             micro_batch_size=micro,
-            state_shardings=shardings_of(layout, abstract.critic),
+            state_shardings=shardings_of(layout, start.abstract.critic),
         )
 
     # ------------------------------------------------------------------ steps
@@ -174,7 +177,7 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         entropy_step=plan.update.entropy_step,
         router_aux_loss_coef=plan.update.router_aux_loss_coef,
         router_z_loss_coef=plan.update.router_z_loss_coef,
-        state_shardings=shardings_of(layout, abstract),
+        state_shardings=shardings_of(layout, start.abstract),
         **shared,
     )
 
@@ -200,8 +203,7 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         value_fn=value_fn,
         critic_step=critic_step,
         learning_rate=learning_rate,
-        init=init,
-        abstract=abstract,
+        start=start,
     )
 
 
@@ -221,13 +223,13 @@ def _kept_scores(plan: plans.RLPlan, objective: Objective) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------- the state they begin with
 
 
-def initial_state(plan: plans.RunPlan, init: Callable[[jax.Array], TrainState], abstract: TrainState) -> TrainState:
-    """A fresh state; with init_from, one that begins with the parameters of that run."""
-    state = init(jax.random.fold_in(jax.random.key(plan.seed), 0))
+def initial_state(plan: plans.RunPlan, start: Start) -> TrainState:
+    """A fresh state; with init_from, one that begins with the parameters of that run, of which there is never a second
+    copy beside random ones."""
     if not plan.init_from:
-        return state
-    _, params = restore_params(plan.init_from, abstract.params)
-    return started_from(params, state)
+        return start.init(jax.random.fold_in(jax.random.key(plan.seed), 0))
+    _, params = restore_params(plan.init_from, start.abstract.params)
+    return start.begin(params)
 
 
 # ---------------------------------------------------------------------------- lines for the log

@@ -167,7 +167,7 @@ def test_without_a_difference_in_reward_nothing_moves_and_evaluations_agree(froz
     run = rl.prepare(build.rl_plan(config))
     assert_bit_equal(
         state_of(config, workdir)[1].params,
-        initial_state(build.rl_plan(config), run.steps.init, run.steps.abstract).params,
+        initial_state(build.rl_plan(config), run.steps.start).params,
     )
 
 
@@ -328,7 +328,7 @@ def test_a_kl_term_holds_a_reference_that_starts_equal_and_stays(folder, tmp_pat
     config = stateful_config(folder, sync_ref_model=False)
     rl.train(build.rl_plan(config), tmp_path)
     run = rl.prepare(build.rl_plan(config))
-    initial = initial_state(build.rl_plan(config), run.steps.init, run.steps.abstract)
+    initial = initial_state(build.rl_plan(config), run.steps.start)
     _, state = state_of(config, tmp_path)
     assert_bit_equal(state.ref_params, initial.params)
     assert abs(float(updates[0][0]["kl"])) < 1e-6 < 1e-4 < float(updates[1][-1]["kl"])
@@ -532,7 +532,7 @@ def test_the_unbroken_run_moves_all_that_it_carries(folder, unbroken):
     # Catches a comparison of runs that would agree because nothing in them ever changes.
     run = rl.prepare(build.rl_plan(stateful_config(folder)))
     _, state = state_of(stateful_config(folder), unbroken)
-    fresh = initial_state(build.rl_plan(stateful_config(folder)), run.steps.init, run.steps.abstract)
+    fresh = initial_state(build.rl_plan(stateful_config(folder)), run.steps.start)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), state, fresh)))
     assert state.ref_params is not None and state.entropy_coef is not None
     lines = read_jsonl(unbroken / "metrics.jsonl")

@@ -52,7 +52,7 @@ def plain(folder):
 
 def abstract_of(config):
     plan, _, layout, model = parts_of(config)
-    return state_on_mesh(layout, model, steps.optimizer_of(plan.optimizer)[0])[1]
+    return state_on_mesh(layout, model, steps.optimizer_of(plan.optimizer)[0]).abstract
 
 
 def state_of(config, workdir):
@@ -83,8 +83,8 @@ def test_the_first_loss_is_the_mean_negative_log_likelihood_of_the_demonstration
     config = sft_config(folder)
     plan, tokenizer, layout, model = parts_of(config)
     source = sft.demonstration_source(plan.data, tokenizer)
-    init, abstract = state_on_mesh(layout, model, steps.optimizer_of(plan.optimizer)[0])
-    params = steps.initial_state(plan, init, abstract).params
+    start = state_on_mesh(layout, model, steps.optimizer_of(plan.optimizer)[0])
+    params = steps.initial_state(plan, start).params
     demos = source.batch(0, 8)
     P = config.max_prompt_length
 

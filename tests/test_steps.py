@@ -24,7 +24,7 @@ def test_an_adaptive_entropy_bonus_takes_the_place_of_the_fixed_one(tmp_path):
     assert "entropy_BC" in fixed.needs and "entropy_BC" not in adaptive.needs
     assert plan.objective["entropy_coef"] == 0.25
     steps = rl.prepare(plan).steps
-    assert float(steps.init(jax.random.key(0)).entropy_coef) == 0.25
+    assert float(steps.start.init(jax.random.key(0)).entropy_coef) == 0.25
 
 
 def test_rewards_come_in_the_order_of_the_config_and_task_means_the_tasks_own(tmp_path):

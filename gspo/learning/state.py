@@ -1,6 +1,7 @@
 """The state of a run on its devices: born there, described for checkpoints, begun from a run before it."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,14 @@ from gspo.parallel.sharding import Layout, tree_shardings, with_shardings
 from gspo.types import Params, TrainState
 
 
+class Start(NamedTuple):
+    """How a state begins. Both functions are jitted, and their arrays are born on their devices, never whole on one."""
+
+    init: Callable[[jax.Array], TrainState]  # from a random key
+    begin: Callable[[Params], TrainState]  # from given parameters, whose buffers it takes
+    abstract: TrainState  # the state as ShapeDtypeStructs with shardings, which a checkpoint is restored into
+
+
 def state_on_mesh(
     layout: Layout,
     model: Transformer | Critic,
@@ -21,20 +30,19 @@ def state_on_mesh(
     with_ref: bool = False,
     entropy_coef: float | None = None,
     num_stale: int = 0,
-) -> tuple[Callable[[jax.Array], TrainState], TrainState]:
-    """Returns (init, abstract): a jitted `init(key) -> TrainState` whose arrays are born on their devices, never whole
-    on one; and the same state as ShapeDtypeStructs with shardings, which a checkpoint is restored into.
+) -> Start:
+    """The state of a policy or a critic: its parameters, and beside them a reference and the parameters of the last
+    `num_stale` rollouts, each in buffers of its own: the train step donates the policy's.
     """
     boxed = jax.eval_shape(model.init_params, jax.random.key(0))
     param_shardings = tree_shardings(layout, boxed)
 
-    def init(key) -> TrainState:
-        params = nn.unbox(model.init_params(key))
+    def begin(params: Params) -> TrainState:
         coef = None if entropy_coef is None else jnp.float32(entropy_coef)
         ref_params, stale_params = params if with_ref else None, (params,) * num_stale
         return TrainState(jnp.int32(0), params, optimizer.init(params), ref_params, coef, stale_params=stale_params)
 
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    shapes = jax.eval_shape(begin, nn.unbox(boxed))
     everywhere = layout.sharding()
     shardings = TrainState(
         step=everywhere,
@@ -50,20 +58,29 @@ def state_on_mesh(
         entropy_coef=None if entropy_coef is None else everywhere,
         stale_params=(param_shardings,) * num_stale,
     )
-    return jax.jit(init, out_shardings=shardings), with_shardings(shapes, shardings)
+    return Start(
+        init=jax.jit(lambda key: begin(nn.unbox(model.init_params(key))), out_shardings=shardings),
+        begin=jax.jit(begin, donate_argnums=0, out_shardings=shardings),
+        abstract=with_shardings(shapes, shardings),
+    )
 
 
-def add_critic(
-    layout: Layout,
-    critic: Critic,
-    optimizer: optax.GradientTransformation,
-    init: Callable[[jax.Array], TrainState],
-    abstract: TrainState,
-) -> tuple[Callable[[jax.Array], TrainState], TrainState]:
-    """The (init, abstract) of `state_on_mesh`, with the state of a critic in it."""
-    critic_init, critic_abstract = state_on_mesh(layout, critic, optimizer)
-    return lambda key: init(key).replace(critic=critic_init(jax.random.fold_in(key, 1))), abstract.replace(
-        critic=critic_abstract
+def add_critic(layout: Layout, critic: Critic, optimizer: optax.GradientTransformation, policy: Start) -> Start:
+    """The start of a policy with a critic in its state: from a key of its own, or with the body of the given parameters
+    and a last layer of zeros.
+    """
+    own = state_on_mesh(layout, critic, optimizer)
+    zeros, body = own.abstract.params["value"], own.abstract.params["body"]
+
+    def begin(params: Params) -> TrainState:
+        copied = {name: copy_tree(params[name]) for name in body}
+        value = jnp.zeros(zeros.shape, zeros.dtype, device=zeros.sharding)
+        return policy.begin(params).replace(critic=own.begin({"body": copied, "value": value}))
+
+    return Start(
+        init=lambda key: policy.init(key).replace(critic=own.init(jax.random.fold_in(key, 1))),
+        begin=begin,
+        abstract=policy.abstract.replace(critic=own.abstract),
     )
 
 
@@ -72,17 +89,6 @@ def shardings_of(layout: Layout, abstract: TrainState) -> TrainState | None:
     return jax.tree.map(lambda x: x.sharding, abstract) if layout.several else None
 
 
-def started_from(params: Params, state: TrainState) -> TrainState:
-    """A fresh state with the parameters of a run before it, for the policy, the reference and the body of the critic."""
-    ref_params = None if state.ref_params is None else copy_tree(params)
-    critic = state.critic
-    if critic is not None:
-        body = {name: copy_tree(params[name]) for name in critic.params["body"]}
-        critic = critic.replace(params=critic.params | {"body": body})
-    stale_params = tuple(copy_tree(params) for _ in state.stale_params)
-    return state.replace(params=params, ref_params=ref_params, critic=critic, stale_params=stale_params)
-
-
 def copy_tree(params: Params) -> Params:
-    """A tree of its own buffers: the train step donates the policy's."""
+    """A tree of its own buffers."""
     return jax.tree.map(jnp.copy, params)

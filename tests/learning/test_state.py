@@ -1,17 +1,19 @@
 """Config -> parts: that each part is what the config says, and that the state on the mesh is what its description
 says."""
 
+import gc
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspo import build
+from gspo import build, steps
 from gspo.learning.critic import Critic
 from gspo.learning.optim import make_optimizer
 from gspo.learning.state import add_critic, state_on_mesh
-from gspo.run.checkpoint import Checkpointer
+from gspo.run.checkpoint import Checkpointer, restore_params
 from gspo.steps import describe, initial_state, optimizer_of
 from tests.tiny_runs import assert_bit_equal, kept_compiles, parts_of, rl_config  # noqa: F401 - a fixture
 
@@ -30,7 +32,7 @@ def test_the_initial_state_is_what_its_abstract_twin_says(tmp_path):
     # without a description, which a resume would lose.
     layout, model, optimizer = parts(rl_config(tmp_path, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2}))
     made = state_on_mesh(layout, model, optimizer, with_ref=True, entropy_coef=0.5)
-    init, abstract = add_critic(layout, Critic(model.spec), make_optimizer(learning_rate=1e-3), *made)
+    init, _, abstract = add_critic(layout, Critic(model.spec), make_optimizer(learning_rate=1e-3), made)
     state = init(jax.random.key(0))
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
     for (path, leaf), twin in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(abstract), strict=True):
@@ -42,7 +44,7 @@ def test_the_initial_state_is_what_its_abstract_twin_says(tmp_path):
 def test_the_moments_of_the_optimizer_lie_where_their_parameters_lie(tmp_path):
     # Catches an optimizer that holds its state whole on every device, twice the size of the model.
     layout, model, optimizer = parts(rl_config(tmp_path, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2}))
-    _, abstract = state_on_mesh(layout, model, optimizer)
+    abstract = state_on_mesh(layout, model, optimizer).abstract
     specs = {leaf.sharding.spec for leaf in jax.tree.leaves(abstract.params)}
     assert any("expert" in str(spec) for spec in specs) and any("fsdp" in str(spec) for spec in specs)
     (adam,) = [part for part in abstract.opt_state if hasattr(part, "mu")]
@@ -55,7 +57,7 @@ def test_the_seed_decides_the_initial_parameters_and_the_mesh_does_not(tmp_path)
     states = {}
     for name, changes in {"a": {}, "b": {"seed": 1}, "c": {"mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2}}.items():
         config = rl_config(tmp_path, **changes)
-        states[name] = initial_state(build.rl_plan(config), *state_on_mesh(*parts(config)))
+        states[name] = initial_state(build.rl_plan(config), state_on_mesh(*parts(config)))
     assert_bit_equal(states["a"].params, states["c"].params)
     assert (states["a"].params["embedding"] != states["b"].params["embedding"]).all()
 
@@ -65,10 +67,10 @@ def test_init_from_gives_policy_reference_and_critic_the_same_parameters_in_buff
     config = rl_config(tmp_path, init_from=str(tmp_path / "cold"))
     layout, model, optimizer = parts(config)
     made = state_on_mesh(layout, model, optimizer, with_ref=True)
-    cold = made[0](jax.random.key(99)).replace(step=jnp.int32(7))
+    cold = made.init(jax.random.key(99)).replace(step=jnp.int32(7))
     with Checkpointer(tmp_path / "cold") as checkpointer:
         checkpointer.save(7, cold, {})
-    state = initial_state(build.rl_plan(config), *add_critic(layout, Critic(model.spec), optimizer, *made))
+    state = initial_state(build.rl_plan(config), add_critic(layout, Critic(model.spec), optimizer, made))
     assert_bit_equal(state.params, cold.params)
     assert_bit_equal(state.ref_params, cold.params)
     assert int(state.step) == 0
@@ -80,12 +82,35 @@ def test_init_from_gives_policy_reference_and_critic_the_same_parameters_in_buff
     assert_bit_equal(body, {name: want[name] for name in body})
 
 
+def test_init_from_makes_no_second_copy_of_the_weights(tmp_path, monkeypatch):
+    # Catches random parameters that are made, kept beside those that are read, and thrown away.
+    config = rl_config(tmp_path, init_from=str(tmp_path / "cold"))
+    layout, model, optimizer = parts(config)
+    start = state_on_mesh(layout, model, optimizer)
+    with Checkpointer(tmp_path / "cold") as checkpointer:
+        checkpointer.save(7, start.init(jax.random.key(99)), {})
+    read, alive = [], []
+
+    def reading(*args):
+        alive.append(sum(leaf.nbytes for leaf in jax.live_arrays()))
+        read.append(restore_params(*args)[1])
+        return 7, read[0]
+
+    monkeypatch.setattr(steps, "restore_params", reading)
+    gc.collect()
+    before = sum(leaf.nbytes for leaf in jax.live_arrays())
+    state = initial_state(build.rl_plan(config), start)
+    assert alive == [before]  # nothing was there when they were read
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(read[0]))  # and the state has taken them over
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
 @pytest.mark.parametrize("experts", [4, 0])
 def test_the_log_counts_all_parameters_and_those_that_run(tmp_path, experts):
     # Catches embeddings left out, or routers and attention counted among the experts.
     changes = {"model.num_experts": experts, "model.d_ff": 24, "model.num_layers": 3, "model.experts_per_token": 3}
     layout, model, optimizer = parts(rl_config(tmp_path, **changes))
-    text = describe(model, state_on_mesh(layout, model, optimizer)[1])
+    text = describe(model, state_on_mesh(layout, model, optimizer).abstract)
     total = sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(jax.eval_shape(model.init_params, jax.random.key(0)))))
     idle = 3 * (experts - 3) * 3 * 16 * 8  # layers x experts that do not run x matrices x D x F
     if experts:
