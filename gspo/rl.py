@@ -28,6 +28,7 @@ from gspo.parallel import distributed
 from gspo.resume import open_run
 from gspo.run.checkpoint import Checkpointer
 from gspo.run.cli import StopSignal
+from gspo.run.profile import Profiler
 from gspo.run.progress import Progress, Timer, is_due
 from gspo.steps import Steps, describe, describe_layout, initial_state, make_layout, make_steps
 from gspo.types import Batch, TrainState, UserError
@@ -61,9 +62,11 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
 
     # ------------------------------------------------------------------ loop
     timer = Timer()
-    with StopSignal() as stop, progress, checkpointer, writer:
+    profiler = Profiler(workdir, plan.log.profile)
+    with StopSignal() as stop, progress, checkpointer, writer, profiler:
         for index in range(first, plan.num_rollouts + 1):
             last = index == plan.num_rollouts
+            profiler.at(index)
             line: dict[str, Any] = {}
             if last or is_due(index, plan.evaluation.every):
                 with timer("eval"):

@@ -18,7 +18,7 @@ TOWER = [
     "learning.microbatch", "learning.optim", "learning.mismatch", "learning.sampler", "learning.learner", "learning.critic",
     "learning.state",
     "data.tokenizer", "data.rewards", "data.tasks", "data.batches",
-    "run.writers", "run.progress", "run.checkpoint", "run.workdir", "run.cli",
+    "run.writers", "run.progress", "run.profile", "run.checkpoint", "run.workdir", "run.cli",
     "hf.families", "hf.folder",
     "report.hlo",
     "plans", "build", "steps", "generate", "collect", "evaluate", "resume", "sft", "rl",
