@@ -141,19 +141,32 @@ def prepare(plan: plans.RLPlan) -> Run:
     collector = Collector(plan, steps, tokenizer, source)
     evaluate = make_evaluator(plan, steps.model, tokenizer, _shared_writer(plan, steps))
     notes = [describe(steps.model, steps.abstract), _describe_updates(plan)]
-    warnings = warnings_of(plan.objective, updates_per_rollout=plan.updates_per_rollout)
-    notes += [f"warning: {text}" for text in warnings]
+    notes += [f"warning: {text}" for text in _warnings(plan)]
     if layout.several:
         notes.insert(1, describe_layout(plan.mesh, layout))
-    if plan.preset == "ppo" and not plan.critic:
-        notes.append(
-            "warning: objective.preset 'ppo' without a critic takes its advantages from the group; set "
-            "critic.enable=true"
-        )
     if source.num_dropped:
         limit = plan.data.max_prompt_length
         notes.append(f"{source.num_dropped} prompts longer than max_prompt_length={limit} tokens were dropped")
     return Run(steps, collector, evaluate, _make_follow(plan.reference), notes)
+
+
+def _warnings(plan: plans.RLPlan) -> list[str]:
+    """One line for each setting that is allowed and probably not meant."""
+    found = warnings_of(plan.objective, updates_per_rollout=plan.updates_per_rollout)
+    if plan.preset == "ppo" and not plan.critic:
+        found.append(
+            "objective.preset 'ppo' without a critic takes its advantages from the group; set critic.enable=true"
+        )
+    per_sequence = plan.objective["importance_sampling_level"] in ("sequence", "sequence_token")
+    narrow = plan.objective["epsilon_high"] < 1e-2 or plan.objective["epsilon"] < 1e-2
+    rounds = plan.model.fields["dtype"] == "bfloat16" and plan.experience.old_logps == "sampler"
+    if per_sequence and narrow and rounds:
+        found.append(
+            "old_logps 'sampler' with model.dtype 'bfloat16': sampler and learner round differently, by more than the "
+            f"clip range {plan.objective['epsilon']:g}/{plan.objective['epsilon_high']:g} of a sequence; set "
+            "old_logps='learner'"
+        )
+    return found
 
 
 def _shared_writer(plan: plans.RLPlan, steps: Steps) -> Writer | None:

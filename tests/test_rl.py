@@ -411,6 +411,7 @@ def test_the_first_lines_of_the_log_say_what_runs(plain):
                                                                  "ratios"),
     ({"updates_per_rollout": 1}, "GRPO and GSPO are the same algorithm"),
     ({"objective.preset": "grpo", "objective.epsilon": 3e-4}, "nearly everything will be clipped"),
+    ({"model.dtype": "bfloat16"}, "by more than the clip range 0.0003/0.0004 of a sequence; set old_logps='learner'"),
 ])  # fmt: skip
 def test_settings_that_are_probably_not_meant_are_warned_about(folder, changes, words):
     # Catches ε left at 0.2 for GSPO, one update per rollout, and GSPO's ε on token ratios, all unnoticed.
@@ -418,6 +419,15 @@ def test_settings_that_are_probably_not_meant_are_warned_about(folder, changes, 
         note for note in rl.prepare(build.rl_plan(rl_config(folder, **changes))).notes if note.startswith("warning")
     ]
     assert words in warning
+
+
+@pytest.mark.parametrize("changes", [
+    {"old_logps": "learner"}, {"objective.preset": "grpo"}, {"objective.epsilon": 0.02, "objective.epsilon_high": 0.03},
+])  # fmt: skip
+def test_bfloat16_is_warned_about_only_where_rounding_meets_a_narrow_range(folder, changes):
+    # Catches a warning that is always there, which nobody reads.
+    notes = rl.prepare(build.rl_plan(rl_config(folder, **{"model.dtype": "bfloat16"} | changes))).notes
+    assert not [note for note in notes if "round differently" in note]
 
 
 def test_dropped_prompts_are_counted_in_the_log(folder):
