@@ -4,24 +4,26 @@ The public names, one by one. `gspo.rl` is where a reader starts; `from gspo imp
 """
 
 from gspo import objectives
-from gspo.learning.learner import make_scorer, make_train_step, negative_log_likelihood, score_completions
+from gspo.learning.learner import UpdatePlan, make_train_step
 from gspo.learning.sampler import make_sampler
+from gspo.learning.scores import make_scorer, score_completions
 from gspo.masked import Mean
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import ModelSpec, Transformer
-from gspo.objectives import advantages
-from gspo.objectives.compose import OBJECTIVES, make_objective, preset
-from gspo.types import Batch, Rollout, TrainState, UserError
+from gspo.objectives import OBJECTIVES, advantages, make_objective, negative_log_likelihood, preset
+from gspo.types import Batch, LossInputs, Rollout, TrainState, UserError
 
 __all__ = [
     "OBJECTIVES",
     "Batch",
+    "LossInputs",
     "Mean",
     "ModelSpec",
     "Rollout",
     "Sampling",
     "TrainState",
     "Transformer",
+    "UpdatePlan",
     "UserError",
     "advantages",
     "make_objective",

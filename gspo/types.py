@@ -19,6 +19,8 @@ One sequence is one frame of T = P + C tokens: the prompt ends at column P - 1, 
 Sampler and learner share the frame, its positions and its mask, so that everything they compute can be compared element
 by element. Masks come from the two lengths, never from token ids: a sampled pad token is a token like any other."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -31,6 +33,34 @@ Params = Any  # a nested dict of arrays, as linen's `init` returns it under "par
 class UserError(Exception):
     """A mistake of the user's: one line that names the field and the remedy. `gspo.run.cli.run` turns it into exit code
     2."""
+
+
+def array(dims: str = "", **keywords) -> Any:
+    """A field of a record that holds an array with these dimensions, letters of the key above; "": a scalar. Whatever
+    cuts a record into rows or lays it out on a mesh reads them here (`map_arrays`), never in the field's name."""
+    return flax.struct.field(metadata={"dims": dims}, **keywords)
+
+
+def map_arrays(function: Callable[..., Any], record: Any, *others: Any) -> Any:
+    """function(dims, array, *arrays of the others) on every array of a record, as a record of its kind. Fields that are
+    None stay None, records inside of it are entered. Raises TypeError for a field that nobody declared."""
+
+    def one(field):
+        x, *more = (getattr(each, field.name) for each in (record, *others))
+        if x is None:
+            return None
+        if "dims" in field.metadata:
+            return function(field.metadata["dims"], x, *more)
+        if not dataclasses.is_dataclass(x):
+            raise TypeError(f"{type(record).__name__}.{field.name} declares no dimensions: see gspo.types.array")
+        return map_arrays(function, x, *more)
+
+    return record.replace(**{field.name: one(field) for field in dataclasses.fields(record)})
+
+
+def row_axis(dims: str) -> int:
+    """Where the rows lie in an array of these dimensions. Raises ValueError where it has none."""
+    return dims.index("B")
 
 
 def completion_mask(lengths_B: chex.Array, width: int) -> chex.Array:
@@ -53,13 +83,42 @@ class Rollout:
     decode_steps         int32   scalar: tokens that the decode loop drew per row, the length of the longest completion
     """
 
-    tokens_BT: chex.Array
-    prompt_lengths_B: chex.Array
-    completion_lengths_B: chex.Array
-    logp_BC: chex.Array
-    routes_LBTX: chex.Array | None
-    truncated_B: chex.Array
-    decode_steps: chex.Array
+    tokens_BT: chex.Array = array("BT")
+    prompt_lengths_B: chex.Array = array("B")
+    completion_lengths_B: chex.Array = array("B")
+    logp_BC: chex.Array = array("BC")
+    routes_LBTX: chex.Array | None = array("LBTX")
+    truncated_B: chex.Array = array("B")
+    decode_steps: chex.Array = array()
+
+
+@flax.struct.dataclass
+class LossInputs:
+    """The arrays that an objective reads, for B rows of C completion tokens. Floats of any kind, float32 as a rule.
+    Where the mask is False they may hold anything, inf and NaN included. None: not given.
+
+    logp_BC          log-probs of the completion tokens under the policy: what the gradient goes to. None in a batch,
+                     until the learner has scored it; likewise entropy_BC and router_logp_LBCX
+    old_logp_BC      the same under the policy that produced the rollout, fixed over all updates of the rollout
+    advantages_BC    one value per token (constant along a row for every method without a critic)
+    mask_BC          bool, completion tokens that count
+    ref_logp_BC      log-probs under the reference policy, for a KL term
+    entropy_BC       of the policy's distribution at each position, in nats
+    sampler_logp_BC  log-probs under the distribution that was sampled, where old_logp_BC was computed by the learner
+    router_logp_LBCX, old_router_logp_LBCX
+                     log-probs of the experts that the old policy chose, under the routers now and then, at the columns
+                     that predict a token (RSPO)
+    """
+
+    logp_BC: chex.Array | None = array("BC")
+    old_logp_BC: chex.Array = array("BC")
+    advantages_BC: chex.Array = array("BC")
+    mask_BC: chex.Array = array("BC")
+    ref_logp_BC: chex.Array | None = array("BC", default=None)
+    entropy_BC: chex.Array | None = array("BC", default=None)
+    sampler_logp_BC: chex.Array | None = array("BC", default=None)
+    router_logp_LBCX: chex.Array | None = array("LBCX", default=None)
+    old_router_logp_LBCX: chex.Array | None = array("LBCX", default=None)
 
 
 @flax.struct.dataclass
@@ -67,31 +126,24 @@ class Batch:
     """What one update of the policy needs, for B rows.
 
     tokens_BT, prompt_lengths_B, completion_lengths_B: the frames, as in `Rollout`
-    loss_mask_BC  bool     completion tokens that count in the loss
-    advantages_BC float32  one value per token (constant along a row for every method without a critic)
-    old_logp_BC   float32  log-probs of the policy that produced the rollout; fixed for all updates of the rollout
-    ref_logp_BC   float32  log-probs of the reference policy; None without a KL term
-    sampler_logp_BC float32 log-probs of the distribution that was sampled, where old_logp_BC was recomputed by the
-    learner
-    routes_LBTX   int      experts that the rollout policy chose: what drift is measured against, and what a replaying
-    step runs old_router_logp_LBCX float32 log-probs that its routers gave to those experts, at the columns that predict
-    a token (RSPO) old_router_logits_LBTE float32 logits of its routers, where the drift of routers is to be measured as
-    a KL old_values_BC, returns_BC float32 the critic's values before the updates, and what it should have said (PPO)
+    inputs                       what the objective reads, but for what the learner is to compute from the frames
+    old_routes_LBTX        int   experts that the policy of the rollout chose: what drift is measured against, and whose
+                                 log-probs RSPO compares
+    replayed_routes_LBTX   int   experts that run in the update in place of the routers' choices; None: these run
+    old_router_logits_LBTE float32 logits of the rollout policy's routers, where the drift of routers is to be measured
+                                 as a KL
+    old_values_BC, returns_BC float32 the critic's values before the updates, and what it should have said (PPO)
     """
 
-    tokens_BT: chex.Array
-    prompt_lengths_B: chex.Array
-    completion_lengths_B: chex.Array
-    loss_mask_BC: chex.Array
-    advantages_BC: chex.Array
-    old_logp_BC: chex.Array
-    ref_logp_BC: chex.Array | None = None
-    sampler_logp_BC: chex.Array | None = None
-    routes_LBTX: chex.Array | None = None
-    old_router_logp_LBCX: chex.Array | None = None
-    old_router_logits_LBTE: chex.Array | None = None
-    old_values_BC: chex.Array | None = None
-    returns_BC: chex.Array | None = None
+    tokens_BT: chex.Array = array("BT")
+    prompt_lengths_B: chex.Array = array("B")
+    completion_lengths_B: chex.Array = array("B")
+    inputs: LossInputs
+    old_routes_LBTX: chex.Array | None = array("LBTX", default=None)
+    replayed_routes_LBTX: chex.Array | None = array("LBTX", default=None)
+    old_router_logits_LBTE: chex.Array | None = array("LBTE", default=None)
+    old_values_BC: chex.Array | None = array("BC", default=None)
+    returns_BC: chex.Array | None = array("BC", default=None)
 
 
 @flax.struct.dataclass

@@ -21,18 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from gspo import objectives
-from gspo.learning.learner import make_scorer, make_train_step
+from gspo.learning.learner import make_train_step
 from gspo.learning.microbatch import minibatch
 from gspo.learning.optim import make_optimizer
 from gspo.learning.sampler import make_sampler
-from gspo.masked import Mean
+from gspo.learning.scores import make_scorer
+from gspo.masked import Mean, masked_mean
 from gspo.model.distribution import Sampling
 from gspo.model.experts import BACKENDS
 from gspo.model.moe import MoE
 from gspo.model.routing import route_dtype
 from gspo.model.transformer import ModelSpec, Transformer
 from gspo.objectives import advantages
-from gspo.types import Batch, TrainState, completion_mask
+from gspo.types import Batch, LossInputs, TrainState, completion_mask
 
 TOY = ModelSpec(
     vocab_size=13, num_layers=4, d_model=64, num_heads=4, num_kv_heads=2, head_width=16, num_experts=8, experts_per_token=2,
@@ -75,12 +76,15 @@ def toy_batch(rows: int = 128, prompt: int = 13, width: int = 16, routes: bool =
         tokens_BT=jnp.asarray(rng.integers(0, TOY.vocab_size, (rows, prompt + width)), jnp.int32),
         prompt_lengths_B=jnp.full((rows,), prompt, jnp.int32),
         completion_lengths_B=lengths_B,
-        loss_mask_BC=mask_BC,
-        advantages_BC=jnp.asarray(np.where(mask_BC, rng.normal(size=(rows, 1)), 0), jnp.float32),
-        old_logp_BC=jnp.asarray(-rng.exponential(0.5, (rows, width)), jnp.float32),
-        ref_logp_BC=jnp.asarray(-rng.exponential(0.5, (rows, width)), jnp.float32),
-        routes_LBTX=jnp.asarray(rng.integers(0, TOY.num_experts, shape), jnp.int8) if routes else None,
-        old_router_logp_LBCX=jnp.full((TOY.num_layers, rows, width, TOY.experts_per_token), -2.0, jnp.float32),
+        inputs=LossInputs(
+            logp_BC=None,
+            mask_BC=mask_BC,
+            advantages_BC=jnp.asarray(np.where(mask_BC, rng.normal(size=(rows, 1)), 0), jnp.float32),
+            old_logp_BC=jnp.asarray(-rng.exponential(0.5, (rows, width)), jnp.float32),
+            ref_logp_BC=jnp.asarray(-rng.exponential(0.5, (rows, width)), jnp.float32),
+            old_router_logp_LBCX=jnp.full((TOY.num_layers, rows, width, TOY.experts_per_token), -2.0, jnp.float32),
+        ),
+        old_routes_LBTX=jnp.asarray(rng.integers(0, TOY.num_experts, shape), jnp.int8) if routes else None,
     )
 
 
@@ -94,35 +98,32 @@ def bench_objectives(repeats: int) -> None:
     model, batch = Transformer(TOY), toy_batch()
     optimizer = make_optimizer(learning_rate=1e-4)
 
-    def free(logp_BC, old_logp_BC, advantages_BC, mask_BC, **_):
-        return Mean(jnp.sum(logp_BC), jnp.float32(logp_BC.size)), {}
+    class Free:
+        needs = ()
+        aggregate = staticmethod(masked_mean)
 
-    step = make_train_step(model, optimizer, free)
+        def __call__(self, inputs):
+            return Mean(jnp.sum(inputs.logp_BC), jnp.float32(inputs.logp_BC.size)), {}
+
+    train_step = make_train_step(model, optimizer, Free())
     holder = [fresh_state(model, optimizer)]
 
     def train():
-        holder[0], _ = step(holder[0], batch)
+        holder[0], _ = train_step(holder[0], batch)
         return holder[0].step
 
     def loss_alone(name):
         objective = objectives.preset(name)
-        router_logp_LBCX = batch.old_router_logp_LBCX + 0.1
+        inputs = batch.inputs.replace(router_logp_LBCX=batch.inputs.old_router_logp_LBCX + 0.1)
 
         def both(logp_BC):
             def total(logp_BC):
-                return objective(
-                    logp_BC, batch.old_logp_BC, batch.advantages_BC, batch.loss_mask_BC, ref_logp_BC=batch.ref_logp_BC,
-                    entropy_BC=-logp_BC, router_logp_LBCX=router_logp_LBCX, old_router_logp_LBCX=batch.old_router_logp_LBCX,
-                )[0].total  # fmt: skip
+                return objective(inputs.replace(logp_BC=logp_BC, entropy_BC=-logp_BC))[0].total
 
-            grad = jax.grad(total)(logp_BC)
-            return grad, objective(
-                logp_BC, batch.old_logp_BC, batch.advantages_BC, batch.loss_mask_BC, router_logp_LBCX=router_logp_LBCX,
-                old_router_logp_LBCX=batch.old_router_logp_LBCX,
-            )  # fmt: skip
+            return jax.grad(total)(logp_BC), objective(inputs.replace(logp_BC=logp_BC, ref_logp_BC=None))
 
         jitted = jax.jit(both)
-        logp_BC = batch.old_logp_BC + 0.01
+        logp_BC = inputs.old_logp_BC + 0.01
         return lambda: jitted(logp_BC)
 
     seconds = interleaved({"train step": train} | {name: loss_alone(name) for name in objectives.OBJECTIVES}, repeats)
@@ -156,7 +157,7 @@ def rl_step(spec: ModelSpec, *, prompts: int, group: int, prompt: int, width: in
     eos, pad = spec.vocab_size - 2, spec.vocab_size - 1
     sampler = make_sampler(model, num_generations=group, max_completion_length=width, eos_ids=(), pad_id=pad)
     scorer = make_scorer(model, completion_width=width, sampling=Sampling(), chunk=128)
-    step = make_train_step(model, optimizer, objectives.preset("gspo"), replay=replay)
+    train_step = make_train_step(model, optimizer, objectives.preset("gspo"))
     rng = np.random.default_rng(0)
     prompt_QP = jnp.asarray(rng.integers(0, eos, (prompts, prompt)), jnp.int32)
     lengths_Q = jnp.full((prompts,), prompt, jnp.int32)
@@ -179,11 +180,12 @@ def rl_step(spec: ModelSpec, *, prompts: int, group: int, prompt: int, width: in
         advantages_B = advantages.group_relative(jnp.asarray(rewards_B, jnp.float32), group)
         mask_BC = completion_mask(rollout.completion_lengths_B, width)
         batch = Batch(
-            rollout.tokens_BT, rollout.prompt_lengths_B, rollout.completion_lengths_B, mask_BC,
-            jnp.broadcast_to(advantages_B[:, None], mask_BC.shape), scores.logp_BC, routes_LBTX=rollout.routes_LBTX,
+            rollout.tokens_BT, rollout.prompt_lengths_B, rollout.completion_lengths_B,
+            LossInputs(None, scores.logp_BC, jnp.broadcast_to(advantages_B[:, None], mask_BC.shape), mask_BC),
+            old_routes_LBTX=rollout.routes_LBTX, replayed_routes_LBTX=rollout.routes_LBTX if replay else None,
         )  # fmt: skip
         for j in range(updates):
-            state[0], _ = step(state[0], minibatch(batch, j, updates))
+            state[0], _ = train_step(state[0], minibatch(batch, j, updates))
         clock("update", start, state[0])
         return state[0].step
 

@@ -5,21 +5,22 @@ completions."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
 from gspo.learning.learner import jit_update
-from gspo.learning.microbatch import accumulated_gradient, deal, num_parts, undeal
-from gspo.masked import masked_mean
+from gspo.learning.microbatch import accumulated_gradient, merge_rows, num_parts, split_rows
+from gspo.masked import Mean, Metrics, masked_mean, over_updates
 from gspo.model.transformer import ModelSpec, Transformer
 from gspo.objectives.advantages import clipped_value_loss
 from gspo.parallel.sharding import ONE_DEVICE, Layout
-from gspo.types import Batch, Params, TrainState
+from gspo.types import Batch, Params, TrainState, array
 
 
 class Critic(nn.Module):
@@ -47,8 +48,9 @@ class Critic(nn.Module):
         ]
 
 
-class Values(NamedTuple):
-    values_BC: chex.Array
+@flax.struct.dataclass
+class Values:
+    values_BC: chex.Array = array("BC")
 
 
 def completion_values(
@@ -65,8 +67,8 @@ def make_value_fn(critic: Critic, *, completion_width: int, micro_batch_size: in
 
     def values(params, tokens_BT, prompt_lengths_B):
         parts = num_parts(tokens_BT.shape[0], micro_batch_size)
-        rows = (deal(tokens_BT, parts), deal(prompt_lengths_B, parts))
-        return undeal(
+        rows = (split_rows(tokens_BT, parts), split_rows(prompt_lengths_B, parts))
+        return merge_rows(
             jax.lax.map(lambda row: completion_values(critic, params, *row, completion_width).values_BC, rows)
         )
 
@@ -80,35 +82,34 @@ def make_critic_step(
     cliprange_value: float,
     micro_batch_size: int = 0,
     state_shardings: TrainState | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, chex.Array]]]:
-    """Returns jitted `step(state, batch) -> (state, metrics)` on batch.returns_BC and batch.old_values_BC; the state is
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns jitted `critic_step(state, batch) -> (state, metrics)` on batch.returns_BC and batch.old_values_BC; the state is
     donated.
 
     The loss is the clipped value loss, a mean over tokens (PPO; verl's `cliprange_value`). state_shardings: as in
     `make_train_step`."""
 
     def loss_of_part(params, part: Batch):
-        scores = completion_values(critic, params, part.tokens_BT, part.prompt_lengths_B, part.loss_mask_BC.shape[1])
+        scores = completion_values(critic, params, part.tokens_BT, part.prompt_lengths_B, part.inputs.mask_BC.shape[1])
         loss_BC = clipped_value_loss(scores.values_BC, part.old_values_BC, part.returns_BC, cliprange=cliprange_value)
-        loss = masked_mean(loss_BC, part.loss_mask_BC)
+        loss = masked_mean(loss_BC, part.inputs.mask_BC)
         return loss.total, (loss.count, scores)
 
-    def step(state: TrainState, batch: Batch):
+    def critic_step(state: TrainState, batch: Batch):
         shardings = None if state_shardings is None else state_shardings.params
         grads, scores = accumulated_gradient(loss_of_part, state.params, batch, micro_batch_size, shardings)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        error_BC = batch.returns_BC - scores.values_BC
-        mean, mean_square = (
-            masked_mean(x, batch.loss_mask_BC).value for x in (batch.returns_BC, jnp.square(batch.returns_BC))
-        )
+        mask_BC, error_BC = batch.inputs.mask_BC, batch.returns_BC - scores.values_BC
+        squared = masked_mean(jnp.square(error_BC), mask_BC)
+        mean, mean_square = (masked_mean(x, mask_BC).value for x in (batch.returns_BC, jnp.square(batch.returns_BC)))
         variance = jnp.maximum(mean_square - mean**2, 1e-8)
         metrics = {
-            "critic/loss": masked_mean(jnp.square(error_BC), batch.loss_mask_BC).value / 2,
-            "critic/value_mean": masked_mean(scores.values_BC, batch.loss_mask_BC).value,
-            "critic/explained_variance": 1 - masked_mean(jnp.square(error_BC), batch.loss_mask_BC).value / variance,
-            "critic/grad_norm": optax.global_norm(grads),
+            "critic/loss": Mean(squared.total / 2, squared.count),
+            "critic/value_mean": masked_mean(scores.values_BC, mask_BC),
+            "critic/explained_variance": over_updates(1 - squared.value / variance),
+            "critic/grad_norm": over_updates(optax.global_norm(grads)),
         }
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
-    return jit_update(step, state_shardings)
+    return jit_update(jax.named_scope("update")(critic_step), state_shardings)

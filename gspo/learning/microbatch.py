@@ -5,13 +5,13 @@ A loss is a sum and a count. The gradient of the sum is accumulated over micro-b
 once."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from gspo.types import Batch, Params
+from gspo.types import Batch, Params, map_arrays, row_axis
 
 
 def num_parts(rows: int, micro_batch_size: int) -> int:
@@ -21,37 +21,31 @@ def num_parts(rows: int, micro_batch_size: int) -> int:
     return rows // (micro_batch_size or rows)
 
 
-def deal(x: chex.Array, parts: int, axis: int = 0) -> chex.Array:
-    """Rows -> [parts, rows / parts, ...], dealt like cards: part i holds rows i, i + parts, ... so a sharded row axis
-    stays put."""
+def split_rows(x: chex.Array, parts: int, axis: int = 0) -> chex.Array:
+    """Rows -> [parts, rows / parts, ...]. Part i holds rows i, i + parts, ... so that a sharded row axis stays put."""
     shape = x.shape[:axis] + (x.shape[axis] // parts, parts) + x.shape[axis + 1 :]
     return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
 
 
-def undeal(x: chex.Array, axis: int = 0) -> chex.Array:
-    """Inverse of `deal`."""
+def merge_rows(x: chex.Array, axis: int = 0) -> chex.Array:
+    """Inverse of `split_rows`."""
     x = jnp.moveaxis(x, 0, axis + 1)
     return x.reshape(x.shape[:axis] + (-1,) + x.shape[axis + 2 :])
 
 
-def row_axis(name: str) -> int:
-    """Rows lie on axis 0, in what has layers (a name with the suffix _LB...) on axis 1."""
-    return int("_LB" in name)
+def split_record(record: Any, parts: int) -> Any:
+    """`split_rows` on every array of a record."""
+    return map_arrays(lambda dims, x: split_rows(x, parts, row_axis(dims)), record)
 
 
-def undeal_fields(parts: NamedTuple) -> NamedTuple:
-    """`undeal` on every array of a named tuple, which may hold None."""
-    return type(parts)(*(None if x is None else undeal(x, row_axis(name)) for name, x in parts._asdict().items()))
-
-
-def map_rows(fn: Callable[[chex.Array, int], chex.Array], batch: Batch) -> Batch:
-    """fn(array, row axis) on every array of a batch."""
-    return Batch(**{name: None if x is None else fn(x, row_axis(name)) for name, x in vars(batch).items()})
+def merge_record(record: Any) -> Any:
+    """Inverse of `split_record`."""
+    return map_arrays(lambda dims, x: merge_rows(x, row_axis(dims)), record)
 
 
 def minibatch(batch: Batch, index: int, count: int) -> Batch:
     """The index-th of `count` equal, contiguous parts of a rollout batch."""
-    return map_rows(lambda x, axis: jnp.split(x, count, axis)[index], batch)
+    return map_arrays(lambda dims, x: jnp.split(x, count, row_axis(dims))[index], batch)
 
 
 def accumulated_gradient(
@@ -84,7 +78,6 @@ def accumulated_gradient(
         zeros = (placed(jax.tree.map(jnp.zeros_like, params)), jnp.float32(0))
         # Two parts without a loop: XLA holds the sum that a loop carries twice, 0.9 GiB of 16 for a 30B model on 64
         # chips.
-        dealt = map_rows(lambda x, axis: deal(x, parts, axis), batch)
-        (grads, count), aux = jax.lax.scan(body, zeros, dealt, unroll=parts <= 2)
-        aux = undeal_fields(aux)
+        (grads, count), aux = jax.lax.scan(body, zeros, split_record(batch, parts), unroll=parts <= 2)
+        aux = merge_record(aux)
     return jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads), aux

@@ -15,12 +15,12 @@ from gspo.model.attention import KVCache
 from gspo.model.distribution import Sampling, log_prob, shape_logits
 from gspo.model.routing import route_dtype
 from gspo.model.transformer import Transformer
-from gspo.types import Params, Rollout
+from gspo.types import Params, Rollout, array
 
 FLOAT32 = ("router", "scale")  # names of parameters that are used in float32 whatever the compute dtype
 
 
-def as_used(params: Params, dtype: jnp.dtype) -> Params:
+def in_compute_dtype(params: Params, dtype: jnp.dtype) -> Params:
     """Parameters in the dtype of the matmuls that read them: the numbers of the sampler stay the same, bit by bit, and
     the decode loop reads half the bytes for each token."""
 
@@ -35,13 +35,13 @@ class DecodeState:
     """Carry of the decode loop. `step` tokens of each row are written; column P + step - 1 was not yet fed to the
     model."""
 
-    step: chex.Array  # int32 scalar
-    tokens_BC: chex.Array  # int32
-    logp_BC: chex.Array  # float32
-    lengths_B: chex.Array  # int32, tokens written, the end token included
-    ended_B: chex.Array  # bool
+    step: chex.Array = array()  # int32 scalar
+    tokens_BC: chex.Array = array("BC")  # int32
+    logp_BC: chex.Array = array("BC")  # float32
+    lengths_B: chex.Array = array("B")  # int32, tokens written, the end token included
+    ended_B: chex.Array = array("B")  # bool
     cache: KVCache
-    routes_LBTX: chex.Array | None
+    routes_LBTX: chex.Array | None = array("LBTX")
 
 
 def append(
@@ -145,4 +145,4 @@ def make_sampler(
             decode_steps=state.step,
         ))  # fmt: skip
 
-    return jax.jit(sample)
+    return jax.jit(jax.named_scope("rollout")(sample))

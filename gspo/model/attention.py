@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from gspo.model.columns import cut_columns, join_columns
 from gspo.parallel.sharding import ONE_DEVICE, Layout
+from gspo.types import array
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives a mean and not NaN
 
@@ -57,8 +58,8 @@ def apply_rope(x_BTNH: chex.Array, cos_BTh: chex.Array, sin_BTh: chex.Array) -> 
 class KVCache:
     """Keys and values of all layers: k_LBSKH, v_LBSKH. Column s belongs to column s of the frame."""
 
-    k_LBSKH: chex.Array
-    v_LBSKH: chex.Array
+    k_LBSKH: chex.Array = array("LBSKH")
+    v_LBSKH: chex.Array = array("LBSKH")
 
     @staticmethod
     def zeros(layers: int, rows: int, width: int, kv_heads: int, head_width: int, dtype) -> "KVCache":

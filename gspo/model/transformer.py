@@ -144,7 +144,8 @@ class Block(nn.Module):
             s.attention_chunk, self.layout, name="attention",
         )  # fmt: skip
         normed_BTD = RMSNorm(s.rms_eps, name="attention_norm")(x_BTD)
-        mixed_BTD, cache = attention(normed_BTD, rope, visible_BTS, cache, layer, start)
+        with jax.named_scope("attention"):
+            mixed_BTD, cache = attention(normed_BTD, rope, visible_BTS, cache, layer, start)
         x_BTD = rows(x_BTD + mixed_BTD)
         h_BTD = RMSNorm(s.rms_eps, name="mlp_norm")(x_BTD)
         if not s.num_experts:
@@ -153,7 +154,8 @@ class Block(nn.Module):
             s.num_experts, s.experts_per_token, s.d_expert, s.norm_topk_prob, s.moe_backend, s.compute_dtype, self.layout,
             self.router_noise, self.router_swap, name="moe",
         )  # fmt: skip
-        y_BTD, free_BTX, logits_BTE = moe(h_BTD, given_BTX)
+        with jax.named_scope("moe"):
+            y_BTD, free_BTX, logits_BTE = moe(h_BTD, given_BTX)
         return (rows(x_BTD + y_BTD), cache), (free_BTX.astype(route_dtype(s.num_experts)), logits_BTE)
 
 
@@ -220,9 +222,10 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: chex.Array) -> chex.Array:
         """[..., D] -> float32 [..., V]."""
-        kernel_DV = self.layout.gathered(self.head_kernel(), "embed", "vocab")
-        logits = jnp.matmul(hidden, kernel_DV, preferred_element_type=jnp.float32)
-        return self.layout.constrain(logits, "rows", *(None,) * (logits.ndim - 2), "vocab")
+        with jax.named_scope("head"):
+            kernel_DV = self.layout.gathered(self.head_kernel(), "embed", "vocab")
+            logits = jnp.matmul(hidden, kernel_DV, preferred_element_type=jnp.float32)
+            return self.layout.constrain(logits, "rows", *(None,) * (logits.ndim - 2), "vocab")
 
     def head_kernel(self) -> chex.Array:
         """[D, V] in the compute dtype, cut as ("embed", "vocab")."""

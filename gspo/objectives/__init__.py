@@ -1,10 +1,21 @@
 """The papers, one small function each, and the door to them: `preset` and `make_objective`.
 
 objective = preset("gspo", epsilon=3e-3, epsilon_high=4e-3)   # outside jit: strings become functions
+loss, metrics = objective(LossInputs(logp_BC, old_logp_BC, advantages_BC, mask_BC))
 """
 
-from gspo.objectives.compose import Objective, make_objective, preset
+from gspo.objectives.compose import Loss, Objective, make_objective, negative_log_likelihood, preset
 from gspo.objectives.presets import OBJECTIVES, settings, warnings_of
-from gspo.objectives.surrogates import SURROGATES
+from gspo.types import LossInputs
 
-__all__ = ["OBJECTIVES", "SURROGATES", "Objective", "make_objective", "preset", "settings", "warnings_of"]
+__all__ = [
+    "OBJECTIVES",
+    "Loss",
+    "LossInputs",
+    "Objective",
+    "make_objective",
+    "negative_log_likelihood",
+    "preset",
+    "settings",
+    "warnings_of",
+]

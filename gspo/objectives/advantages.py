@@ -24,7 +24,7 @@ def _groups(rewards_B: chex.Array, num_generations: int) -> chex.Array:
         )
     if rewards_B.shape[0] % num_generations:
         raise UserError(f"num_generations: {rewards_B.shape[0]} rewards do not divide into groups of {num_generations}")
-    return masked.wide(rewards_B).reshape(-1, num_generations)
+    return masked.at_least_float32(rewards_B).reshape(-1, num_generations)
 
 
 def group_relative(rewards_B: chex.Array, num_generations: int) -> chex.Array:
@@ -72,7 +72,7 @@ def global_whitening(rewards_B: chex.Array, num_generations: int) -> chex.Array:
     No group at all: any num_generations will do. REINFORCE++ (2501.03262).
     """
     chex.assert_rank(rewards_B, 1)
-    return _whiten(masked.wide(rewards_B))
+    return _whiten(masked.at_least_float32(rewards_B))
 
 
 def group_baseline_whitening(rewards_B: chex.Array, num_generations: int) -> chex.Array:
@@ -116,7 +116,7 @@ def zero_variance(rewards_B: chex.Array, num_generations: int) -> chex.Array:
 def weighted_by_sign(advantages: chex.Array, positive: float, negative: float) -> chex.Array:
     """positive · Â where Â > 0, negative · Â elsewhere. Weights ≥ 0, so that no clip condition changes. positive < 1
     slows the loss of entropy ("The Surprising Effectiveness of Negative Reinforcement", 2506.01347)."""
-    return jnp.where(advantages > 0, positive, negative) * masked.wide(advantages)
+    return jnp.where(advantages > 0, positive, negative) * masked.at_least_float32(advantages)
 
 
 # ---------------------------------------------------------------------------- with a critic (PPO)
@@ -132,7 +132,11 @@ def token_rewards(rewards_B: chex.Array, penalty_BC: chex.Array, mask_BC: chex.A
     chex.assert_equal_shape_prefix([rewards_B, mask_BC], 1)
     after_BC = jnp.cumsum(mask_BC[:, ::-1], axis=1)[:, ::-1]  # tokens from here on, this one included
     last_BC = mask_BC & (after_BC == 1)
-    return jnp.where(mask_BC, jnp.where(last_BC, masked.wide(rewards_B)[:, None], 0) - masked.wide(penalty_BC), 0)
+    return jnp.where(
+        mask_BC,
+        jnp.where(last_BC, masked.at_least_float32(rewards_B)[:, None], 0) - masked.at_least_float32(penalty_BC),
+        0,
+    )
 
 
 def gae(
@@ -146,8 +150,8 @@ def gae(
     chex.assert_rank([rewards_BC, values_BC, mask_BC], 2)
     chex.assert_equal_shape([rewards_BC, values_BC, mask_BC])
     chex.assert_type(mask_BC, bool)
-    rewards_BC = jnp.where(mask_BC, masked.wide(rewards_BC), 0)
-    values_BC = jnp.where(mask_BC, masked.wide(values_BC), 0)
+    rewards_BC = jnp.where(mask_BC, masked.at_least_float32(rewards_BC), 0)
+    values_BC = jnp.where(mask_BC, masked.at_least_float32(values_BC), 0)
 
     def step(carry, column):
         next_advantage_B, next_value_B = carry
@@ -171,6 +175,10 @@ def clipped_value_loss(
     code (openai/baselines, ppo2); ε between 0.2 and 0.5, in units of the return.
     """
     chex.assert_equal_shape([values_BC, old_values_BC, returns_BC])
-    values_BC, old_values_BC, returns_BC = masked.wide(values_BC), masked.wide(old_values_BC), masked.wide(returns_BC)
-    held_BC = jnp.clip(values_BC, old_values_BC - cliprange, old_values_BC + cliprange)
-    return jnp.maximum(jnp.square(values_BC - returns_BC), jnp.square(held_BC - returns_BC)) / 2
+    values_BC, old_values_BC, returns_BC = (
+        masked.at_least_float32(values_BC),
+        masked.at_least_float32(old_values_BC),
+        masked.at_least_float32(returns_BC),
+    )
+    clipped_BC = jnp.clip(values_BC, old_values_BC - cliprange, old_values_BC + cliprange)
+    return jnp.maximum(jnp.square(values_BC - returns_BC), jnp.square(clipped_BC - returns_BC)) / 2

@@ -27,7 +27,7 @@ def token_mean(x_BC: chex.Array, mask_BC: chex.Array) -> Mean:
 
 def seq_mean_token_sum(x_BC: chex.Array, mask_BC: chex.Array) -> Mean:
     """1/B Σ_i Σ_t x_it. With x constant along a row, |y_i| times its sequence-level loss: LUSPO (2602.05261)."""
-    return masked.masked_mean(masked.masked_sum(masked.wide(x_BC), mask_BC, axis=1), _rows(mask_BC))
+    return masked.masked_mean(masked.masked_sum(masked.at_least_float32(x_BC), mask_BC, axis=1), _rows(mask_BC))
 
 
 def seq_mean_token_sum_norm(x_BC: chex.Array, mask_BC: chex.Array, *, length: int | None = None) -> Mean:

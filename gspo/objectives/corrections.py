@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from gspo import masked
 from gspo.objectives.ratios import log_ratio_sequence, log_ratio_sequence_sum, log_ratio_token, ratio
+from gspo.types import LossInputs
 
 
 def truncate(rho_BC: chex.Array, low: float, high: float) -> chex.Array:
@@ -45,36 +46,22 @@ SAMPLER_IS = {
 }
 
 
-def sampler_weight(
-    old_logp_BC: chex.Array,
-    sampler_logp_BC: chex.Array,
-    mask_BC: chex.Array,
-    *,
-    log_ratio,
-    bound,
-    low: float,
-    high: float,
-) -> chex.Array:
+def sampler_weight(inputs: LossInputs, *, log_ratio, bound, low: float, high: float) -> chex.Array:
     """bound( ρ ),   log ρ = log π_old − log μ at the level of `log_ratio`                    [B, C] or [B, 1]
 
     log_ratio: one of `gspo.objectives.ratios`; bound: `truncate`, `mask` or `reject`.
     """
-    return jax.lax.stop_gradient(bound(ratio(log_ratio(old_logp_BC, sampler_logp_BC, mask_BC)), low, high))
+    log_rho_BC = log_ratio(inputs.old_logp_BC, inputs.sampler_logp_BC, inputs.mask_BC)
+    return jax.lax.stop_gradient(bound(ratio(log_rho_BC), low, high))
 
 
-def off_policy_mask(
-    logp_BC: chex.Array,
-    sampled_logp_BC: chex.Array,
-    advantages_BC: chex.Array,
-    mask_BC: chex.Array,
-    *,
-    threshold: float,
-) -> chex.Array:
+def off_policy_mask(inputs: LossInputs, *, threshold: float) -> chex.Array:
     """0 where Â_it < 0 and 1/|y_i| Σ_t log( π_sampled / π_θ ) > δ;  else 1                   [B, C]
 
     Failures that the current policy would hardly produce any more teach it little and push it far. OPSM, DeepSeek-V3.2
-    (2512.02556) §3.1; sampled_logp_BC: the sampler's where known, else the old policy's.
+    (2512.02556) §3.1; π_sampled: the sampler's where known, else the old policy's.
     """
-    drift_B1 = -log_ratio_sequence(logp_BC, sampled_logp_BC, mask_BC)
-    dropped_BC = (advantages_BC < 0) & (drift_B1 > threshold)
-    return jax.lax.stop_gradient(jnp.where(dropped_BC, 0, masked.wide(jnp.ones_like(mask_BC))))
+    sampled_logp_BC = inputs.old_logp_BC if inputs.sampler_logp_BC is None else inputs.sampler_logp_BC
+    drift_B1 = -log_ratio_sequence(inputs.logp_BC, sampled_logp_BC, inputs.mask_BC)
+    dropped_BC = (inputs.advantages_BC < 0) & (drift_B1 > threshold)
+    return jax.lax.stop_gradient(jnp.where(dropped_BC, 0, masked.at_least_float32(jnp.ones_like(inputs.mask_BC))))

@@ -1,4 +1,6 @@
-"""What an objective reports about itself. Everything is computed on the whole arrays it is given, outside the gradient.
+"""What an objective reports about itself. Everything is computed on the whole arrays it is given, outside the gradient,
+and says how it adds up over the updates of a rollout (`gspo.masked`): shares, means and extremes exactly; quantiles,
+variances and effective sample sizes are those of an update, and a rollout has their mean.
 
 Clip shares. A token is clipped where its surrogate says so (`Surrogate.low_BC`, `high_BC`); a sequence is clipped where
 at least one of its tokens is. With a ratio per sequence all tokens of a sequence are clipped together.
@@ -24,17 +26,16 @@ import chex
 import jax.numpy as jnp
 
 from gspo import masked
+from gspo.masked import Max, Metrics, Min, masked_mean, over_updates
 from gspo.objectives.ratios import ratio
-
-Metrics = dict[str, chex.Array]
-
-
-def _mean(x, mask):
-    return masked.masked_mean(x, mask).value
 
 
 def _variance(x, mask):
-    return _mean(jnp.square(x - _mean(x, mask)), mask)
+    return masked_mean(jnp.square(x - masked_mean(x, mask).value), mask).value
+
+
+def _largest(x, mask):
+    return Max(jnp.max(x, initial=-jnp.inf, where=mask))
 
 
 def clip_shares(low_BC: chex.Array, high_BC: chex.Array, mask_BC: chex.Array, *, per_sequence: bool) -> Metrics:
@@ -44,8 +45,8 @@ def clip_shares(low_BC: chex.Array, high_BC: chex.Array, mask_BC: chex.Array, *,
     rows_B = jnp.any(mask_BC, axis=1)
     shares = {}
     for side, cut_BC in (("_low", low_BC), ("_high", high_BC), ("", low_BC | high_BC)):
-        shares[f"tokens{side}"] = _mean(cut_BC, mask_BC)
-        shares[f"sequences{side}"] = _mean(jnp.any(cut_BC & mask_BC, axis=1), rows_B)
+        shares[f"tokens{side}"] = masked_mean(cut_BC, mask_BC)
+        shares[f"sequences{side}"] = masked_mean(jnp.any(cut_BC & mask_BC, axis=1), rows_B)
     unit = "sequences" if per_sequence else "tokens"
     shares |= {"low_mean": shares[f"{unit}_low"], "high_mean": shares[f"{unit}_high"], "region_mean": shares[unit]}
     return {f"clip_ratio/{name}": share for name, share in shares.items()}
@@ -55,36 +56,36 @@ def ratio_summary(log_ratio_BC: chex.Array, mask_BC: chex.Array) -> Metrics:
     """Minimum, mean, maximum, 99th percentile and effective sample size of the ratios. [B, 1]: one ratio per row."""
     if log_ratio_BC.shape[1] != mask_BC.shape[1]:
         mask_BC = jnp.any(mask_BC, axis=1, keepdims=True)
-    w_BC = ratio(log_ratio_BC)
-    mean, mean_square = _mean(w_BC, mask_BC), _mean(jnp.square(w_BC), mask_BC)
-    summary = {
-        "ratio/min": jnp.min(w_BC, initial=jnp.inf, where=mask_BC),
+    w_BC, seen = ratio(log_ratio_BC), jnp.any(mask_BC)
+    mean, mean_square = masked_mean(w_BC, mask_BC), masked_mean(jnp.square(w_BC), mask_BC).value
+    return {
+        "ratio/min": Min(jnp.min(w_BC, initial=jnp.inf, where=mask_BC)),
         "ratio/mean": mean,
-        "ratio/max": jnp.max(w_BC, initial=0, where=mask_BC),
-        "ratio/p99": jnp.nanquantile(jnp.where(mask_BC, w_BC, jnp.nan), 0.99),
-        "ess": jnp.square(mean) / jnp.where(mean_square > 0, mean_square, 1),
+        "ratio/max": _largest(w_BC, mask_BC),
+        "ratio/p99": over_updates(jnp.nanquantile(jnp.where(mask_BC, w_BC, jnp.nan), 0.99), seen),
+        "ess": over_updates(jnp.square(mean.value) / jnp.where(mean_square > 0, mean_square, 1), seen),
     }
-    return {name: jnp.where(jnp.any(mask_BC), value, 0) for name, value in summary.items()}
 
 
 def drift(token_log_ratio_BC: chex.Array, mask_BC: chex.Array) -> Metrics:
     """How far the policy is from the one that produced the rollout, whatever the level of the objective."""
+    rows_B, seen = jnp.any(mask_BC, axis=1), jnp.any(mask_BC)
     sequence_log_ratio_B = masked.row_means(token_log_ratio_BC, mask_BC)
     return {
-        "log_ratio/abs_max": jnp.max(jnp.abs(token_log_ratio_BC), initial=0, where=mask_BC),
-        "log_ratio/token_var": _variance(token_log_ratio_BC, mask_BC),
-        "log_ratio/sequence_var": _variance(sequence_log_ratio_B, jnp.any(mask_BC, axis=1)),
-        "approx_kl/k1": _mean(-token_log_ratio_BC, mask_BC),
-        "approx_kl/k3": _mean(ratio(token_log_ratio_BC) - 1 - token_log_ratio_BC, mask_BC),
+        "log_ratio/abs_max": _largest(jnp.abs(token_log_ratio_BC), mask_BC),
+        "log_ratio/token_var": over_updates(_variance(token_log_ratio_BC, mask_BC), seen),
+        "log_ratio/sequence_var": over_updates(_variance(sequence_log_ratio_B, rows_B), seen),
+        "approx_kl/k1": masked_mean(-token_log_ratio_BC, mask_BC),
+        "approx_kl/k3": masked_mean(ratio(token_log_ratio_BC) - 1 - token_log_ratio_BC, mask_BC),
     }
 
 
 def advantage_moments(advantages_BC: chex.Array, mask_BC: chex.Array) -> Metrics:
     """Mean, standard deviation and extremes of the advantages, over tokens."""
     return {
-        "advantage/mean": _mean(advantages_BC, mask_BC),
-        "advantage/std": jnp.sqrt(_variance(advantages_BC, mask_BC)),
-        "advantage/abs_max": jnp.max(jnp.abs(advantages_BC), initial=0, where=mask_BC),
+        "advantage/mean": masked_mean(advantages_BC, mask_BC),
+        "advantage/std": over_updates(jnp.sqrt(_variance(advantages_BC, mask_BC)), jnp.any(mask_BC)),
+        "advantage/abs_max": _largest(jnp.abs(advantages_BC), mask_BC),
     }
 
 
@@ -100,9 +101,9 @@ def sampler_gap(
     log_rho_BC = jnp.where(mask_BC, old_logp_BC - sampler_logp_BC, 0)
     weight_BC = jnp.broadcast_to(weight_BC, mask_BC.shape)
     return {
-        "sampler/k1": _mean(-log_rho_BC, mask_BC),
-        "sampler/k3": _mean(ratio(log_rho_BC) - 1 - log_rho_BC, mask_BC),
-        "sampler/abs_max": jnp.max(jnp.abs(log_rho_BC), initial=0, where=mask_BC),
-        "sampler/weight_mean": _mean(weight_BC, mask_BC),
-        "sampler/kept": _mean(weight_BC != 0, mask_BC),
+        "sampler/k1": masked_mean(-log_rho_BC, mask_BC),
+        "sampler/k3": masked_mean(ratio(log_rho_BC) - 1 - log_rho_BC, mask_BC),
+        "sampler/abs_max": _largest(jnp.abs(log_rho_BC), mask_BC),
+        "sampler/weight_mean": masked_mean(weight_BC, mask_BC),
+        "sampler/kept": masked_mean(weight_BC != 0, mask_BC),
     }

@@ -20,18 +20,21 @@ corrects it:
 `differentiable` with k3 is the unbiased estimate of DeepSeek-V3.2 (2512.02556) §3.1. All functions map [B, C] to [B,
 C]."""
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
 
 from gspo import masked
 from gspo.objectives.ratios import log_ratio_token, ratio
+from gspo.types import LossInputs
 
 
 def _log_ref_ratio(logp_BC, ref_logp_BC):
     chex.assert_rank([logp_BC, ref_logp_BC], 2)
     chex.assert_equal_shape([logp_BC, ref_logp_BC])
-    return masked.wide(ref_logp_BC) - masked.wide(logp_BC)
+    return masked.at_least_float32(ref_logp_BC) - masked.at_least_float32(logp_BC)
 
 
 def k1(logp_BC: chex.Array, ref_logp_BC: chex.Array) -> chex.Array:
@@ -73,3 +76,14 @@ def differentiable_ratio(logp_BC: chex.Array, old_logp_BC: chex.Array, mask_BC: 
 
 
 KL_WEIGHTS = {"none": unweighted, "stopped": stopped_ratio, "differentiable": differentiable_ratio}
+
+
+def kl_penalty(inputs: LossInputs, *, estimator: Callable, weight: Callable) -> chex.Array:
+    """w · k_n per token, to be added to the loss: a distance from the reference policy                     [B, C]"""
+    weight_BC = weight(inputs.logp_BC, inputs.old_logp_BC, inputs.mask_BC)
+    return weight_BC * estimator(inputs.logp_BC, inputs.ref_logp_BC)
+
+
+def certainty(inputs: LossInputs) -> chex.Array:
+    """−H(π_θ(·|x, y_<t)) per token, to be added to the loss: the entropy bonus as a penalty                [B, C]"""
+    return -inputs.entropy_BC

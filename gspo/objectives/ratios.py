@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gspo import masked
+from gspo.types import LossInputs
 
 MAX_LOG_RATIO = 20.0
 
@@ -33,7 +34,7 @@ def log_ratio_token(logp_BC: chex.Array, old_logp_BC: chex.Array, mask_BC: chex.
     chex.assert_rank([logp_BC, old_logp_BC, mask_BC], 2)
     chex.assert_equal_shape([logp_BC, old_logp_BC, mask_BC])
     chex.assert_type(mask_BC, bool)
-    return jnp.where(mask_BC, masked.wide(logp_BC) - masked.wide(old_logp_BC), 0)
+    return jnp.where(mask_BC, masked.at_least_float32(logp_BC) - masked.at_least_float32(old_logp_BC), 0)
 
 
 def log_ratio_sequence(logp_BC: chex.Array, old_logp_BC: chex.Array, mask_BC: chex.Array) -> chex.Array:
@@ -52,7 +53,7 @@ def log_ratio_sequence_token(logp_BC: chex.Array, old_logp_BC: chex.Array, mask_
     (2507.18071) §4.3, eq. 14. With equal advantages along a row it is GSPO in value, gradient and clip condition.
     """
     log_s_B1 = log_ratio_sequence(logp_BC, old_logp_BC, mask_BC)
-    logp_BC = jnp.where(mask_BC, masked.wide(logp_BC), 0)
+    logp_BC = jnp.where(mask_BC, masked.at_least_float32(logp_BC), 0)
     return jax.lax.stop_gradient(log_s_B1) + (logp_BC - jax.lax.stop_gradient(logp_BC))
 
 
@@ -73,18 +74,21 @@ LOG_RATIOS = {
 }
 
 
-def router_shift(
-    router_logp_LBCX: chex.Array, old_router_logp_LBCX: chex.Array, mask_BC: chex.Array, *, floor: float
-) -> chex.Array:
+def router_shift(inputs: LossInputs, *, floor: float) -> chex.Array:
     """log γ_it = max( −1/(L X) Σ_l Σ_k |log p_θ(e_k) − log p_old(e_k)| , log floor ),  no gradient     [B, C]
 
     How far the routers moved away under a token, over the experts e_1..e_X that the old policy chose for it: γ = 1 for
     routers that did not move, never below `floor`. It multiplies the token's importance ratio before the clip.
-    RSPO (2510.23027), router-shift ratio. router_logp_LBCX: log-probabilities that the routers of the current policy
-    give to the experts chosen by the old one; old_router_logp_LBCX: what the old routers gave them.
+    RSPO (2510.23027), router-shift ratio. Reads router_logp_LBCX, log-probabilities that the routers of the current
+    policy give to the experts chosen by the old one, and old_router_logp_LBCX, what the old routers gave them.
     """
+    router_logp_LBCX, old_router_logp_LBCX, mask_BC = (
+        inputs.router_logp_LBCX,
+        inputs.old_router_logp_LBCX,
+        inputs.mask_BC,
+    )
     chex.assert_shape(router_logp_LBCX, (None, *mask_BC.shape, None))
     chex.assert_equal_shape([router_logp_LBCX, old_router_logp_LBCX])
-    moved_LBCX = jnp.abs(masked.wide(router_logp_LBCX) - masked.wide(old_router_logp_LBCX))
+    moved_LBCX = jnp.abs(masked.at_least_float32(router_logp_LBCX) - masked.at_least_float32(old_router_logp_LBCX))
     log_gamma_BC = jnp.maximum(-jnp.mean(moved_LBCX, axis=(0, 3)), jnp.log(floor))
     return jax.lax.stop_gradient(jnp.where(mask_BC, log_gamma_BC, 0))

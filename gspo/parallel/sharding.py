@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gspo.types import UserError
+from gspo.types import UserError, map_arrays
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 DISPATCHES = ("all_gather", "all_to_all")  # how tokens come to experts on other devices; see gspo.model.dispatch
@@ -177,32 +177,24 @@ class Layout:
         embed = self.table["embed"]
         if not (self.several and embed):
             return self.constrain(jnp.take(table_VD, tokens_BT, axis=0), "rows", None, None)
-        apart = tuple(axis for axis in self.table["rows"] if axis not in embed)
-        tokens_BT = jax.lax.with_sharding_constraint(tokens_BT, NamedSharding(self.mesh, PartitionSpec(apart)))
-        by_width = NamedSharding(self.mesh, PartitionSpec(apart, None, embed))
+        rows_only = tuple(axis for axis in self.table["rows"] if axis not in embed)
+        tokens_BT = jax.lax.with_sharding_constraint(tokens_BT, NamedSharding(self.mesh, PartitionSpec(rows_only)))
+        by_width = NamedSharding(self.mesh, PartitionSpec(rows_only, None, embed))
         x_BTD = jax.lax.with_sharding_constraint(jnp.take(table_VD, tokens_BT, axis=0), by_width)
         return self.constrain(x_BTD, "rows", None, None)
 
-    def of_field(self, name: str) -> NamedSharding:
-        """Sharding of an array by the dimensions in its name (`gspo.types`): rows (B, Q) and key/value heads (K) are
-        cut, the rest is whole, "routes_LBTX" as (None, rows, None, None) say. A name without dimensions is a
-        scalar's."""
-        dims = name.rpartition("_")[2]
-        return self.sharding(*(_OF_DIMENSION.get(letter) for letter in dims if dims.isupper()))
+    def of_dims(self, dims: str) -> NamedSharding:
+        """Sharding of an array with these dimensions, letters of the key in `gspo.types`: rows (B, Q) and key/value
+        heads (K) are cut, the rest is whole, "LBTX" as (None, rows, None, None) say. "": a scalar."""
+        return self.sharding(*(_OF_DIMENSION.get(letter) for letter in dims))
 
     def map_fields(self, function: Callable[[Any, NamedSharding], Any], record: Any) -> Any:
-        """function(array, sharding) on every array of a record (a flax struct of arrays, None, and records), each with
-        the sharding that its name gives it (`of_field`)."""
-
-        def one(name, x):
-            if x is None:
-                return None
-            return function(x, self.of_field(name)) if hasattr(x, "shape") else self.map_fields(function, x)
-
-        return type(record)(**{name: one(name, x) for name, x in vars(record).items()})
+        """function(array, sharding) on every array of a record, each with the sharding of the dimensions that its field
+        declares (`gspo.types.array`)."""
+        return map_arrays(lambda dims, x: function(x, self.of_dims(dims)), record)
 
     def constrain_fields(self, record: Any) -> Any:
-        """A record, inside jit, laid out by the names of its fields."""
+        """A record, inside jit, laid out by the dimensions of its fields."""
         return self.map_fields(jax.lax.with_sharding_constraint, record) if self.several else record
 
 

@@ -11,18 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from gspo.learning.learner import (
-    Scores,
-    make_ref_sync,
-    make_scorer,
-    make_train_step,
-    negative_log_likelihood,
-    score_completions,
-)
+from gspo.learning.learner import UpdatePlan, make_ref_sync, make_train_step
+from gspo.learning.scores import Scores, make_scorer, router_logp, score_completions
+from gspo.masked import values
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer
-from gspo.objectives.compose import preset
-from gspo.types import Batch, TrainState
+from gspo.objectives import negative_log_likelihood, preset
+from gspo.types import Batch, LossInputs, TrainState
 from tests import model_oracle as oracle
 from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
@@ -85,10 +80,14 @@ def make_batch(prompt_width=P, width=C, order=range(B), recorded=True):
         tokens_BT=frame([rows[i] for i in order], prompt_width, width, seed=prompt_width + order[0]),
         prompt_lengths_B=PROMPT_LENGTHS[order].astype(np.int32),
         completion_lengths_B=LENGTHS[order].astype(np.int32),
-        loss_mask_BC=mask_BC,
-        advantages_BC=np.where(mask_BC, ADVANTAGES[order][:, None], 0),
-        old_logp_BC=old_BC,
-        routes_LBTX=routes,
+        inputs=LossInputs(
+            logp_BC=None,
+            old_logp_BC=old_BC,
+            advantages_BC=np.where(mask_BC, ADVANTAGES[order][:, None], 0),
+            mask_BC=mask_BC,
+        ),
+        old_routes_LBTX=routes,
+        replayed_routes_LBTX=routes,
         old_router_logits_LBTE=old_router,
     )
 
@@ -97,9 +96,18 @@ OPTIMIZER = optax.chain(oracle.record_gradients(), optax.sgd(0.3))
 TRACES = {"gspo": 0}
 
 
-def gspo(*arrays, **others):
-    TRACES["gspo"] += 1
-    return preset("gspo", epsilon=EPSILON, epsilon_high=EPSILON_HIGH)(*arrays, **others)
+class CountedGspo:
+    """GSPO, and how often it was traced."""
+
+    objective = preset("gspo", epsilon=EPSILON, epsilon_high=EPSILON_HIGH)
+    needs, aggregate = objective.needs, staticmethod(objective.aggregate)
+
+    def __call__(self, inputs):
+        TRACES["gspo"] += 1
+        return self.objective(inputs)
+
+
+gspo = CountedGspo()
 
 
 @functools.cache
@@ -108,10 +116,7 @@ def step_of(spec, objective, micro_batch_size=2, chunk=4):
         Transformer(spec),
         OPTIMIZER,
         objective,
-        sampling=WARM,
-        micro_batch_size=micro_batch_size,
-        chunk=chunk,
-        replay=True,
+        UpdatePlan(sampling=WARM, micro_batch_size=micro_batch_size, chunk=chunk),
     )
 
 
@@ -123,7 +128,7 @@ def scorer_of(micro_batch_size):
         sampling=WARM,
         chunk=128,
         micro_batch_size=micro_batch_size,
-        keep=Scores._fields,
+        keep=tuple(Scores.__dataclass_fields__),
     )
 
 
@@ -135,7 +140,7 @@ def fresh_state(spec):
 def gradients(spec, objective, batch, **keywords):
     """(gradient tree, metrics) of one step."""
     state, metrics = step_of(spec, objective, **keywords)(fresh_state(spec), batch)
-    return jax.tree.map(np.asarray, state.opt_state[0]), jax.device_get(metrics)
+    return jax.tree.map(np.asarray, state.opt_state[0]), values(jax.device_get(metrics))
 
 
 def assert_same_gradients(one, other, rtol=1e-4, atol=1e-6):
@@ -182,23 +187,26 @@ def test_scores_equal_the_float64_model_in_any_chunks(spec, sampling, chunk):
 
 @pytest.mark.parametrize("micro_batch_size", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_scorer_in_micro_batches_returns_the_rows_in_their_order(micro_batch_size):
-    # Catches rows, or routes, that come back in the order in which they were dealt; router log-probs of other columns
+    # Catches rows, or routes, that come back in the order in which they were split; router log-probs of other columns
     # than those that predict a token, of free choices instead of the given experts, or renormalised over these.
     params = oracle.build(MOE)[1]
     routes = np.random.default_rng(9).integers(0, 5, (2, B, T, 2)).astype(np.int8)
-    rows = frame(rows_of()), PROMPT_LENGTHS.astype(np.int32), routes
+    rows = frame(rows_of()), PROMPT_LENGTHS.astype(np.int32)
     whole, parts = (scorer_of(size)(params, *rows) for size in (0, micro_batch_size))
     assert parts.router_kl_LBT is None and whole.margin_LBT.shape == (2, B, T)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6), parts, whole)
-    assert parts.routes_LBTX.shape == (2, B, T, 2) and parts.router_logp_LBCX.shape == (2, B, C, 2)
+    assert parts.free_routes_LBTX.shape == (2, B, T, 2) and parts.router_logp_LBCX.shape == (2, B, C, 2)
+    given_LBCX = router_logp(whole.router_logits_LBTE, routes, C)
+    own_LBCX = router_logp(whole.router_logits_LBTE, whole.free_routes_LBTX, C)
+    np.testing.assert_allclose(whole.router_logp_LBCX, own_LBCX, rtol=1e-6)
     exact = oracle.float64(params)
     for b, (prompt, completion) in enumerate(rows_of()):
         _, free_LTX, router_LTE = oracle.decoder(exact, MOE, [*prompt, *completion])
-        np.testing.assert_array_equal(whole.routes_LBTX[:, b, P - len(prompt) : P + len(completion)], free_LTX)
+        np.testing.assert_array_equal(whole.free_routes_LBTX[:, b, P - len(prompt) : P + len(completion)], free_LTX)
         for l, t, x in np.ndindex(2, len(completion), 2):
             prob_E = oracle.softmax(router_LTE[l, len(prompt) + t - 1])
             expected = np.log(prob_E[routes[l, b, P + t - 1, x]])
-            assert whole.router_logp_LBCX[l, b, t, x] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+            assert given_LBCX[l, b, t, x] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 # ---------------------------------------------------------------- the gradient
@@ -248,7 +256,7 @@ def test_loss_and_gradient_of_a_step_equal_the_float64_loss_of_the_float64_model
     ids=lambda x: ",".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else None,
 )  # fmt: skip
 def test_micro_batches_and_chunks_do_not_change_gradient_and_metrics(spec, objective, keywords):
-    # Catches a mean of means (rows have 6, 1, 3 and 4 tokens), metrics of the last part only, routes dealt differently
+    # Catches a mean of means (rows have 6, 1, 3 and 4 tokens), metrics of the last part only, routes split differently
     # from tokens.
     batch = make_batch()
     base = dataclasses.replace(spec, moe_backend="blocked", remat=False)
@@ -264,12 +272,12 @@ def test_router_losses_add_the_same_gradient_in_any_micro_batches():
     # Catches a balance loss over the micro-batch, and one that an aggregation over tokens weighs by the tokens of a
     # part.
     objective = preset("grpo", loss_agg_mode="token-mean")
-    keywords = {"sampling": WARM, "router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
+    plan = UpdatePlan(sampling=WARM, router_aux_loss_coef=0.5, router_z_loss_coef=0.1)
     batch, found = make_batch(), {}
     for size in (0, 1):
-        step = make_train_step(Transformer(MOE), OPTIMIZER, objective, micro_batch_size=size, **keywords)
+        step = make_train_step(Transformer(MOE), OPTIMIZER, objective, dataclasses.replace(plan, micro_batch_size=size))
         found[size] = step(fresh_state(MOE), batch)[0].opt_state[0]
-    plain = make_train_step(Transformer(MOE), OPTIMIZER, objective, sampling=WARM)(fresh_state(MOE), batch)[
+    plain = make_train_step(Transformer(MOE), OPTIMIZER, objective, UpdatePlan(sampling=WARM))(fresh_state(MOE), batch)[
         0
     ].opt_state[0]
     assert_same_gradients(found[1], found[0])
@@ -280,7 +288,7 @@ def test_router_losses_add_the_same_gradient_in_any_micro_batches():
 def replayed(spec, objective, batch, keywords):
     state = fresh_state(dataclasses.replace(spec, moe_backend="blocked", remat=False))
     state, metrics = step_of(spec, objective, **keywords)(state, batch)
-    return state.opt_state[0], jax.device_get(metrics)
+    return state.opt_state[0], values(jax.device_get(metrics))
 
 
 @pytest.mark.parametrize(
@@ -316,9 +324,9 @@ def test_other_routes_give_another_loss_and_are_not_what_drift_is_measured_on():
     # Catches an update that ignores the replay, and the drift metric computed on replayed routes, where it is 0 by
     # construction.
     batch = make_batch()
-    routes = np.where(batch.routes_LBTX >= 0, (batch.routes_LBTX + 1) % 5, -1).astype(np.int8)
+    routes = np.where(batch.old_routes_LBTX >= 0, (batch.old_routes_LBTX + 1) % 5, -1).astype(np.int8)
     _, metrics = gradients(*GSPO_MOE, batch)
-    _, other = gradients(*GSPO_MOE, batch.replace(routes_LBTX=routes))
+    _, other = gradients(*GSPO_MOE, batch.replace(old_routes_LBTX=routes, replayed_routes_LBTX=routes))
     assert abs(other["loss"] - metrics["loss"]) > 1e-3
     exact = oracle.float64(oracle.build(MOE)[1])
     free = np.zeros_like(routes)
@@ -333,9 +341,9 @@ def test_other_routes_give_another_loss_and_are_not_what_drift_is_measured_on():
             p, q = [oracle.softmax(old) for old in old_z], [oracle.softmax(new) for new in z[:, t]]
             kl.append([sum(p[l][e] * np.log(p[l][e] / q[l][e]) for e in range(5)) for l in range(2)])
             margin.append([np.sort(z[l, t])[-2] - np.sort(z[l, t])[-3] for l in range(2)])
-    for name, values in (("kl", kl), ("margin", margin)):
-        np.testing.assert_allclose(other[f"routing/{name}_by_layer"], np.mean(values, axis=0), rtol=1e-4)
-        assert other[f"routing/{name}"] == pytest.approx(np.mean(values), rel=1e-4)
+    for name, expected in (("kl", kl), ("margin", margin)):
+        np.testing.assert_allclose(other[f"routing/{name}_by_layer"], np.mean(expected, axis=0), rtol=1e-4)
+        assert other[f"routing/{name}"] == pytest.approx(np.mean(expected), rel=1e-4)
     share, tokens = oracle.count_changes(routes, free, real_BT)
     assert share > 0.3
     assert other["routing/experts_changed"] == pytest.approx(share, rel=1e-5)
@@ -356,23 +364,17 @@ def test_entropy_is_averaged_over_completion_tokens():
 # ---------------------------------------------------------------- several updates per rollout
 
 
-def test_a_replaying_step_refuses_a_batch_without_routes():
-    # Catches a run that is called "with replay" and routes freely all the way.
-    with pytest.raises(ValueError, match="nothing to replay"):
-        step_of(*GSPO_MOE)(fresh_state(MOE), make_batch().replace(routes_LBTX=None))
-
-
 def test_the_ratio_is_one_before_the_first_update_and_moves_after_it():
     # Catches stale or missing old log-probs: a ratio that is off at once, or one that is 1 for ever and clips nothing.
     batch, state = make_batch(), fresh_state(MOE)
-    scores = scorer_of(0)(state.params, batch.tokens_BT, batch.prompt_lengths_B, batch.routes_LBTX)
-    batch = batch.replace(old_logp_BC=scores.logp_BC)
+    scores = scorer_of(0)(state.params, batch.tokens_BT, batch.prompt_lengths_B)
+    batch = batch.replace(inputs=batch.inputs.replace(old_logp_BC=scores.logp_BC))
     step = step_of(*GSPO_MOE)
     gaps, clipped = [], []
     for _ in range(3):
         state, metrics = step(state, batch)
-        gaps.append(float(metrics["log_ratio/abs_max"]))
-        clipped.append(float(metrics["clip_ratio/sequences"]))
+        gaps.append(float(metrics["log_ratio/abs_max"].value))
+        clipped.append(float(metrics["clip_ratio/sequences"].value))
     assert gaps[0] < 2e-5 and clipped[0] == 0
     assert min(gaps[1:]) > 1e-2 and max(clipped[1:]) > 0
     assert int(state.step) == 3
@@ -395,7 +397,7 @@ def test_supervised_updates_raise_the_likelihood_of_the_demonstrations():
     losses = []
     for _ in range(40):
         state, metrics = step(state, batch)
-        losses.append(float(metrics["loss"]))
+        losses.append(float(metrics["loss"].value))
     exact = oracle.float64(oracle.build(DENSE)[1])
     logps = np.concatenate([oracle.score(exact, DENSE, *row, temperature=0.8)[0] for row in rows_of()])
     assert losses[0] == pytest.approx(-logps.mean(), rel=1e-5)
@@ -408,13 +410,14 @@ def test_the_entropy_bonus_adapts_to_its_target_and_pulls_with_its_coefficient()
     model, params = oracle.build(DENSE)
     exact, rows = oracle.float64(params), rows_of()
     target = np.concatenate([oracle.score(exact, DENSE, *row)[1] for row in rows]).mean()
-    step = make_train_step(model, OPTIMIZER, preset("grpo"), chunk=4, entropy_target=target - 0.05, entropy_step=0.25)
+    plan = UpdatePlan(chunk=4, entropy_target=target - 0.05, entropy_step=0.25)
+    step = make_train_step(model, OPTIMIZER, preset("grpo"), plan)
     sharp = params | {"embedding": 3 * params["embedding"]}  # the head is tied to it: less entropy than the target
     found = {}
     for start, coef, expected in ((params, 0.0, 0.0), (params, 0.1, 0.0), (params, 0.5, 0.25), (sharp, 0.5, 0.75)):
         state = fresh_state(DENSE).replace(params=jax.tree.map(jnp.copy, start), entropy_coef=jnp.float32(coef))
-        state, metrics = step(state, make_batch().replace(routes_LBTX=None))
-        assert metrics["entropy_coef"] == state.entropy_coef == expected
+        state, metrics = step(state, make_batch().replace(old_routes_LBTX=None, replayed_routes_LBTX=None))
+        assert metrics["entropy_coef"].value == state.entropy_coef == expected
         found.setdefault(coef, state.opt_state[0])
 
     def mean_entropy(params):
@@ -441,7 +444,7 @@ def wide_case(vocab, width, chunk):
     """A step over a large vocabulary and long completions, lowered for abstract arguments."""
     spec = dataclasses.replace(DENSE, vocab_size=vocab, d_model=8, num_layers=1, d_ff=8)
     model = Transformer(spec)
-    step = make_train_step(model, optax.adam(1e-3), negative_log_likelihood, chunk=chunk)
+    step = make_train_step(model, optax.adam(1e-3), negative_log_likelihood, UpdatePlan(chunk=chunk))
     params = oracle.build(spec)[1]
     state = TrainState(jnp.int32(0), params, optax.adam(1e-3).init(params))
     arrays = jnp.zeros((B, width))
@@ -449,9 +452,7 @@ def wide_case(vocab, width, chunk):
         jnp.zeros((B, P + width), jnp.int32),
         jnp.full(B, P),
         jnp.full(B, width),
-        arrays == 0,
-        arrays,
-        old_logp_BC=arrays,
+        LossInputs(logp_BC=None, old_logp_BC=arrays, advantages_BC=arrays, mask_BC=arrays == 0),
     )
     return step.lower(state, batch)
 

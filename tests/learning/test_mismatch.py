@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspo.learning.learner import make_scorer
 from gspo.learning.mismatch import make_rounding
 from gspo.learning.sampler import make_sampler
+from gspo.learning.scores import make_scorer
 from gspo.model.distribution import Sampling
 from gspo.model.routing import changed, swap_experts
 from gspo.model.transformer import ModelSpec, Transformer
@@ -85,9 +85,9 @@ def test_replaying_the_samplers_routes_brings_the_learner_closer_to_it(params, i
     rollout = rollout_of(learner.clone(**injected), params)
     scorer = make_scorer(learner, completion_width=C, sampling=Sampling(), chunk=C)
     free = scorer(params, rollout.tokens_BT, rollout.prompt_lengths_B)
-    replayed = scorer(params, rollout.tokens_BT, rollout.prompt_lengths_B, rollout.routes_LBTX, replay=True)
+    replayed = scorer(params, rollout.tokens_BT, rollout.prompt_lengths_B, rollout.routes_LBTX)
     recorded_BT = np.asarray((rollout.routes_LBTX >= 0).all(axis=(0, 3)))
-    first_layer = np.asarray(changed(rollout.routes_LBTX, free.routes_LBTX))[0][recorded_BT].mean()
+    first_layer = np.asarray(changed(rollout.routes_LBTX, free.free_routes_LBTX))[0][recorded_BT].mean()
     assert first_layer > 0.05
     if "router_swap" in injected:
         assert first_layer == pytest.approx(

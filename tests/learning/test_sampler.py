@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspo.learning.learner import score_completions
 from gspo.learning.sampler import make_sampler
+from gspo.learning.scores import score_completions
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer
 from tests import model_oracle as oracle
@@ -90,7 +90,7 @@ def test_log_probs_equal_those_of_the_learner(case):
             fed_BT = (np.arange(T) >= (P - rollout.prompt_lengths_B)[:, None]) & (
                 np.arange(T) < (P + rollout.completion_lengths_B - 1)[:, None]
             )
-            expected = np.where(fed_BT[None, :, :, None], scores.routes_LBTX, -1)
+            expected = np.where(fed_BT[None, :, :, None], scores.free_routes_LBTX, -1)
             np.testing.assert_array_equal(rollout.routes_LBTX, expected)
             assert rollout.routes_LBTX.dtype == np.int8
         else:
@@ -105,12 +105,12 @@ def test_replaying_the_routes_of_a_sampler_with_another_router_restores_its_log_
     other = Transformer(MOE, router_swap=1.0)
     sample = make_sampler(other, num_generations=G, max_completion_length=C, eos_ids=(1,), pad_id=0)
     rollout = jax.tree.map(np.asarray, sample(params, *prompt_frames(), jax.random.key(0)))
-    score = jax.jit(functools.partial(score_completions, model, completion_width=C, replay=True))
+    score = jax.jit(functools.partial(score_completions, model, completion_width=C))
     routes = {"free": np.full_like(rollout.routes_LBTX, -1), "R3": rollout.routes_LBTX}
     mask_BC = np.arange(C) < rollout.completion_lengths_B[:, None]
     gap = {}
     for name, routes_LBTX in routes.items():
-        scores = score(params, rollout.tokens_BT, rollout.prompt_lengths_B, routes_LBTX=routes_LBTX)
+        scores = score(params, rollout.tokens_BT, rollout.prompt_lengths_B, replayed_routes_LBTX=routes_LBTX)
         gap[name] = np.abs(np.asarray(scores.logp_BC) - rollout.logp_BC)[mask_BC].max()
     assert gap["R3"] < 1e-5 and gap["free"] > 0.05
 
@@ -124,7 +124,7 @@ def test_bfloat16_log_probs_stay_within_the_tolerance_of_the_first_minibatch(spe
     model, params = oracle.build(spec)
     rollout = roll(spec, Sampling(), (1,), 0)
     scores = score_completions(
-        model, params, rollout.tokens_BT, rollout.prompt_lengths_B, C, routes_LBTX=rollout.routes_LBTX, replay=True
+        model, params, rollout.tokens_BT, rollout.prompt_lengths_B, C, replayed_routes_LBTX=rollout.routes_LBTX
     )
     mask_BC = np.arange(C) < rollout.completion_lengths_B[:, None]
     gap = np.abs(np.asarray(scores.logp_BC) - rollout.logp_BC)[mask_BC]

@@ -2,6 +2,7 @@
 extremes."""
 
 import functools
+import inspect
 import itertools
 import math
 
@@ -14,9 +15,11 @@ import oracles
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gspo.objectives import compose as objectives
-from gspo.objectives import diagnostics, ratios
-from gspo.types import UserError
+from gspo import masked, objectives
+from gspo.objectives import diagnostics, ratios, surrogates
+from gspo.objectives.aggregations import AGGREGATIONS
+from gspo.objectives.kl import KL_LOSSES, KL_WEIGHTS
+from gspo.types import LossInputs, UserError
 
 # Everything with a ratio of its own; each has its oracle under the same name.
 VARIANTS = {name: {"preset": name} for name in objectives.OBJECTIVES} | {
@@ -35,7 +38,9 @@ def few(names, *quick):
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
+@functools.cache
 def objective_of(name, **overrides):
+    """One object for the same settings, so that jit does not trace it again."""
     fields = VARIANTS[name] | overrides
     return objectives.make_objective(**objectives.settings(fields.pop("preset"), **fields))
 
@@ -43,14 +48,14 @@ def objective_of(name, **overrides):
 @functools.partial(jit, static_argnums=0)
 def loss_and_gradient(objective, logp_BC, old_logp_BC, advantages_BC, mask_BC, extras):
     def loss(logp_BC):
-        return objective(logp_BC, old_logp_BC, advantages_BC, mask_BC, **extras)[0].value
+        return objective(LossInputs(logp_BC, old_logp_BC, advantages_BC, mask_BC, **extras))[0].value
 
     return jax.value_and_grad(loss)(logp_BC)
 
 
 @functools.partial(jit, static_argnums=0)
 def metrics_of(objective, *arrays, **extras):
-    return objective(*arrays, **extras)[1]
+    return {name: metric.value for name, metric in objective(LossInputs(*arrays, **extras))[1].items()}
 
 
 def arrays(rows=4, width=6, seed=0, spread=0.3, constant_advantages=True):
@@ -328,23 +333,26 @@ def test_the_router_shift_scales_ratios_down_to_its_floor_and_has_no_gradient():
     mask = np.ones((1, 3), bool)
     old = np.log(np.full((2, 1, 3, 2), 0.5))
     moved = old + np.array([0.0, 0.1, 5.0])[None, None, :, None]
-    np.testing.assert_allclose(
-        np.exp(ratios.router_shift(moved, old, mask, floor=0.8))[0], [1, math.exp(-0.1), 0.8], rtol=1e-6
-    )
-    gradient = jax.grad(lambda router: ratios.router_shift(router, old, mask, floor=0.8).sum())(moved)
+
+    def shift(router):
+        inputs = LossInputs(None, None, None, mask, router_logp_LBCX=router, old_router_logp_LBCX=old)
+        return ratios.router_shift(inputs, floor=0.8)
+
+    np.testing.assert_allclose(np.exp(shift(moved))[0], [1, math.exp(-0.1), 0.8], rtol=1e-6)
+    gradient = jax.grad(lambda router: shift(router).sum())(moved)
     assert not np.any(gradient)
 
 
 # ---------------------------------------------------------------------------- aggregation
 
-MODES = list(objectives.AGGREGATIONS)
+MODES = list(AGGREGATIONS)
 
 
 def summed(objective, logp, old, advantages, mask):
     """(Mean, gradient of its total): what a step adds up over micro-batches."""
 
     def total(logp):
-        loss, _ = objective(logp, old, advantages, mask)
+        loss, _ = objective(LossInputs(logp, old, advantages, mask))
         return loss.total, loss
 
     gradient, loss = jax.grad(total, has_aux=True)(logp)
@@ -353,7 +361,7 @@ def summed(objective, logp, old, advantages, mask):
 
 @functools.partial(jit, static_argnums=0)
 def aggregated(mode, x, mask):
-    aggregate = objectives.AGGREGATIONS[mode]
+    aggregate = AGGREGATIONS[mode]
     return aggregate(x, mask), jax.grad(lambda x: aggregate(x, mask).total)(x)
 
 
@@ -410,7 +418,9 @@ def test_eight_devices_give_the_result_of_one():
     @jit
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec())
     def by_hand(*local):
-        return jax.lax.psum({mode: objective_of("gspo", loss_agg_mode=mode)(*local)[0] for mode in MODES[:3]}, "data")
+        return jax.lax.psum(
+            {mode: objective_of("gspo", loss_agg_mode=mode)(LossInputs(*local))[0] for mode in MODES[:3]}, "data"
+        )
 
     for mode, (loss, gradient) in one.items():
         assert len(eight[mode][1].sharding.device_set) == 8
@@ -444,7 +454,7 @@ def test_padding_and_the_order_of_rows_do_not_matter(level):
 def test_the_four_aggregations_differ_as_their_names_say():
     x = np.array([[1.0, 2.0, 3.0, np.nan], [10.0, np.nan, np.nan, np.nan], [np.inf] * 4])
     mask = np.isfinite(x)
-    values = {mode: float(f(x, mask).value) for mode, f in objectives.AGGREGATIONS.items()}
+    values = {mode: float(f(x, mask).value) for mode, f in AGGREGATIONS.items()}
     assert values == {
         "seq-mean-token-mean": (2 + 10) / 2,
         "token-mean": 16 / 4,
@@ -480,7 +490,7 @@ def expected_penalty(logits, sampled_from, estimator, weight):
     probability."""
     logp, old, ref = (jax.nn.log_softmax(z)[None] for z in (logits, sampled_from, REF_LOGITS))
     mask = np.ones((1, 5), bool)
-    k = objectives.KL_WEIGHTS[weight](logp, old, mask) * objectives.KL_LOSSES[estimator](logp, ref)
+    k = KL_WEIGHTS[weight](logp, old, mask) * KL_LOSSES[estimator](logp, ref)
     return jnp.sum(jax.lax.stop_gradient(jnp.exp(old)) * k)
 
 
@@ -527,12 +537,12 @@ def test_kl_and_entropy_enter_the_loss_with_their_coefficients(mode):
     extras = {"ref_logp_BC": ref, "entropy_BC": entropy}
     loss, _ = loss_and_gradient(objective, logp, old, advantages, mask, extras)
     metrics = metrics_of(objective, logp, old, advantages, mask, **extras)
-    extra = objectives.AGGREGATIONS[mode](0.3 * (ref - logp) ** 2 / 2 - 0.05 * entropy, mask)
+    extra = AGGREGATIONS[mode](0.3 * (ref - logp) ** 2 / 2 - 0.05 * entropy, mask)
     np.testing.assert_allclose(loss, plain + extra.value, rtol=1e-5)
     np.testing.assert_allclose(metrics["entropy"], entropy[mask].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["loss/policy"], plain, rtol=1e-5)
     with pytest.raises(ValueError, match="ref_logp_BC, entropy_BC"):
-        objective(logp, old, advantages, mask)
+        objective(LossInputs(logp, old, advantages, mask))
 
 
 # Catches π_θ in the place of π_old in ρ, a band on the wrong level, and gradients through a weight.
@@ -642,8 +652,8 @@ def test_clip_shares_say_what_they_count():
 def test_clips_under_the_mask_are_not_counted():
     cut, mask = np.ones((2, 3), bool), np.array([[True, False, False], [False] * 3])
     shares = diagnostics.clip_shares(cut & ~mask, cut, mask, per_sequence=False)
-    assert shares["clip_ratio/sequences_low"] == shares["clip_ratio/tokens_low"] == 0
-    assert shares["clip_ratio/sequences_high"] == shares["clip_ratio/tokens_high"] == 1
+    assert shares["clip_ratio/sequences_low"].value == shares["clip_ratio/tokens_low"].value == 0
+    assert shares["clip_ratio/sequences_high"].value == shares["clip_ratio/tokens_high"].value == 1
 
 
 # Catches ratios of padding in the extremes, the variance of the wrong unit, a weighted mean of sequences by length.
@@ -667,6 +677,29 @@ def test_ratio_metrics_equal_a_brute_force_count():
             np.testing.assert_allclose(metrics[key], value, rtol=1e-3, err_msg=key)
 
 
+# Catches a mean of means, and an extreme that is averaged or takes the 0 of an empty part: the parts hold 13 tokens in 3
+# rows, 7 in 3, 1 in 1 and none at all.
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_metrics_of_unequal_minibatches_add_up_to_those_of_the_whole(name):
+    logp, old, advantages, _ = arrays(rows=8, width=6)
+    mask = np.arange(6) < np.array([6, 6, 1, 3, 2, 2, 1, 0])[:, None]
+    extras = {"sampler_logp_BC": old + 0.1 * np.random.default_rng(3).normal(size=old.shape), "entropy_BC": -old}
+    whole = LossInputs(logp, old, advantages, mask, **extras)
+    objective, parts = objective_of(name), []
+    for rows in (slice(0, 3), slice(3, 6), slice(6, 7), slice(7, 8)):
+        parts.append(objective(jax.tree.map(lambda x, rows=rows: x[rows], whole))[1])
+    found, expected = masked.values(masked.added(parts)), masked.values(objective(whole)[1])
+    of_an_update = {"ratio/p99", "ess", "log_ratio/token_var", "log_ratio/sequence_var", "advantage/std"}
+    means_of_means = {key: np.mean([part[key].value for part in parts]) for key in expected}
+    assert found.keys() == expected.keys() and len(found) > 25
+    for key in found.keys() - of_an_update:
+        np.testing.assert_allclose(found[key], expected[key], rtol=1e-5, atol=1e-6, err_msg=key)
+    for key in of_an_update:  # declared as means over updates, here over the three that have a token
+        np.testing.assert_allclose(found[key], np.mean([part[key].value for part in parts[:3]]), rtol=1e-5)
+    for key in ("clip_ratio/tokens", "entropy", "ratio/min", "ratio/mean", "sampler/k1"):
+        assert abs(means_of_means[key] - expected[key]) > 1e-3, key  # what this test looks for can be seen
+
+
 # Catches metrics that reach into the gradient, or that cost a trace of their own for each batch.
 def test_metrics_carry_no_gradient_and_a_step_is_traced_once():
     traces = []
@@ -674,7 +707,11 @@ def test_metrics_carry_no_gradient_and_a_step_is_traced_once():
     @functools.partial(jit, static_argnums=0)
     def step(objective, *batch):
         traces.append(1)
-        return jax.grad(lambda logp: sum(objective(logp, *batch[1:])[1].values()))(batch[0])
+
+        def total(logp):
+            return sum(metric.value for metric in objective(LossInputs(logp, *batch[1:]))[1].values())
+
+        return jax.grad(total)(batch[0])
 
     for seed in range(3):
         assert not np.any(step(objective_of("gspo"), *arrays(seed=seed)))
@@ -736,14 +773,33 @@ def test_clip_ranges_default_by_level_and_give_way_to_overrides():
     assert clip_range(None, surrogate="cispo") == (1.0, 4.0) and clip_range("gmpo") == (0.4, 0.4)
 
 
-# Catches objectives that jit would retrace for, and settings that change when they are read back from a saved config.
+def parts_of(objective):
+    """The functions of an objective and their constants, which compare by value."""
+    plain = lambda f: (f.func, f.keywords) if isinstance(f, functools.partial) else f  # noqa: E731
+    return {
+        name: [tuple(map(plain, x)) if isinstance(x, tuple) else plain(x) for x in value]
+        if isinstance(value, tuple)
+        else plain(value)
+        for name, value in vars(objective).items()
+    }
+
+
+# Catches settings that change when they are read back from a saved config, and an override that reaches no function.
 @pytest.mark.parametrize("name", VARIANTS)
-def test_settings_are_idempotent_and_objectives_compare_by_value(name):
+def test_settings_are_idempotent_and_make_the_same_objective(name):
     fields = dict(VARIANTS[name])
     s = objectives.settings(fields.pop("preset"), **fields)
     assert objectives.settings(None, **s) == s
-    assert objectives.make_objective(**s) == objective_of(name) and hash(objective_of(name)) == hash(objective_of(name))
-    assert objective_of(name, beta=0.1) != objective_of(name)
+    assert parts_of(objectives.make_objective(**s)) == parts_of(objective_of(name))
+    assert parts_of(objective_of(name, beta=0.1)) != parts_of(objective_of(name))
+
+
+# Catches a constant that the table forgets (the surrogate would not run) or names in vain, and a surrogate without an
+# entry.
+def test_the_table_of_constants_lists_what_each_surrogate_takes():
+    assert surrogates.CONSTANTS.keys() == surrogates.SURROGATES.keys()
+    for name, function in surrogates.SURROGATES.items():
+        assert set(surrogates.CONSTANTS[name]) == set(inspect.getfullargspec(function).kwonlyargs), name
 
 
 # Catches silence where a run is set up to show nothing, and noise where it is set up well.

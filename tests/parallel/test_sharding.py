@@ -10,13 +10,14 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from gspo.learning.learner import make_train_step
+from gspo.learning.learner import UpdatePlan, make_train_step
 from gspo.learning.sampler import make_sampler
+from gspo.masked import values
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import ModelSpec, Transformer
-from gspo.objectives.compose import preset
+from gspo.objectives import preset
 from gspo.parallel.sharding import MESH_AXES, RULES, Layout, make_mesh, partition_spec, tree_shardings
-from gspo.types import Batch, TrainState, UserError
+from gspo.types import Batch, LossInputs, TrainState, UserError
 from tests import model_oracle as oracle
 from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
@@ -134,15 +135,18 @@ def test_rules_that_do_not_exist_or_leave_devices_idle_are_one_line_errors():
 
 
 @needs_eight
-def test_the_name_of_an_array_says_how_it_lies():
+def test_the_dimensions_of_an_array_say_how_it_lies():
     # Catches routes cut along their layers, and a scalar taken for a row.
     layout = Layout(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
     rows = ("data", "fsdp", "expert")
-    for name, spec in {
-        "tokens_BT": (rows, None), "routes_LBTX": (None, rows, None, None), "prompt_QP": (rows, None), "decode_steps": (),
-        "k_LBSKH": (None, rows, None, "tensor", None), "old_router_logits_LBTE": (None, rows, None, None), "step": (),
+    for dims, spec in {
+        "BT": (rows, None), "LBTX": (None, rows, None, None), "QP": (rows, None), "": (),
+        "LBSKH": (None, rows, None, "tensor", None), "LBTE": (None, rows, None, None),
     }.items():  # fmt: skip
-        assert layout.of_field(name).spec == PartitionSpec(*spec), name
+        assert layout.of_dims(dims).spec == PartitionSpec(*spec), dims
+    batch = layout.map_fields(lambda x, sharding: sharding.spec, batch_of(MOE, recorded=True))
+    assert batch.old_routes_LBTX == PartitionSpec(None, rows, None, None) and batch.returns_BC is None
+    assert batch.inputs.mask_BC == batch.tokens_BT == PartitionSpec(rows, None)
 
 
 # ---------------------------------------------------------------- eight devices against one
@@ -161,18 +165,20 @@ def batch_of(spec, recorded):
         tokens_BT=rng.integers(0, 16, (B, T)).astype(np.int32),
         prompt_lengths_B=rng.integers(1, P + 1, B).astype(np.int32),
         completion_lengths_B=lengths,
-        loss_mask_BC=mask_BC,
-        advantages_BC=np.where(mask_BC, rng.standard_normal((B, 1)), 0).astype(np.float32),
-        old_logp_BC=rng.normal(-2.8, 0.3, (B, C)).astype(np.float32),
-        routes_LBTX=routes,
+        inputs=LossInputs(
+            logp_BC=None,
+            mask_BC=mask_BC,
+            advantages_BC=np.where(mask_BC, rng.standard_normal((B, 1)), 0).astype(np.float32),
+            old_logp_BC=rng.normal(-2.8, 0.3, (B, C)).astype(np.float32),
+        ),
+        old_routes_LBTX=routes,
+        replayed_routes_LBTX=routes,
     )
 
 
 def place(layout, batch):
     """Rows over the devices: axis 0, in routes axis 1."""
-    return Batch(
-        **{name: None if x is None else jax.device_put(x, layout.of_field(name)) for name, x in vars(batch).items()}
-    )
+    return layout.map_fields(jax.device_put, batch)
 
 
 def shardings_of(spec, layout):
@@ -196,8 +202,8 @@ def updates_of(spec, layout, micro_batch_size=0):
     """{replay: (gradients, metrics)} and the state after the steps, on this layout."""
     shardings = shardings_of(spec, layout)
     step = make_train_step(
-        Transformer(spec, layout=layout), OPTIMIZER, preset("gspo", epsilon=0.3, epsilon_high=0.3), replay=bool(spec.num_experts),
-        state_shardings=shardings, micro_batch_size=micro_batch_size,
+        Transformer(spec, layout=layout), OPTIMIZER, preset("gspo", epsilon=0.3, epsilon_high=0.3),
+        UpdatePlan(micro_batch_size=micro_batch_size), state_shardings=shardings,
     )  # fmt: skip
     params, found = oracle.build(spec)[1], {}
     for recorded in (False, True) if spec.num_experts else (False,):
@@ -205,7 +211,7 @@ def updates_of(spec, layout, micro_batch_size=0):
         zeros = jax.tree.map(jnp.zeros_like, params)
         state = jax.device_put(TrainState(jnp.int32(0), own, (zeros, *OPTIMIZER.init({})[1:])), shardings)
         state, metrics = step(state, place(layout, batch_of(spec, recorded)))
-        found[recorded] = jax.device_get((state.opt_state[0], metrics))
+        found[recorded] = jax.device_get(state.opt_state[0]), values(jax.device_get(metrics))
     return found, state
 
 

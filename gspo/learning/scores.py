@@ -1,0 +1,125 @@
+"""What a policy makes of given completions: token log-probs, entropies, and what its routers say."""
+
+from collections.abc import Callable
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from gspo.learning.microbatch import merge_record, num_parts, split_record
+from gspo.model.distribution import Sampling
+from gspo.model.head import token_scores
+from gspo.model.routing import router_margin
+from gspo.model.transformer import Transformer
+from gspo.types import Params, array
+
+
+@flax.struct.dataclass
+class Scores:
+    """Completion log-probs and entropies (nats), float32 [B, C]. For MoE models also, None where not asked for:
+
+    free_routes_LBTX    the routers' free choices, also where others were replayed
+    margin_LBT          distance in logits from the last chosen expert to the next
+    router_logits_LBTE  the routers' logits, float32
+    router_logp_LBCX    log-probs the routers give to the experts that ran, where a token is predicted
+    router_kl_LBT       KL from the old routers' softmax to theirs: left to who knows the old ones
+    """
+
+    logp_BC: chex.Array = array("BC")
+    entropy_BC: chex.Array | None = array("BC", default=None)
+    free_routes_LBTX: chex.Array | None = array("LBTX", default=None)
+    margin_LBT: chex.Array | None = array("LBT", default=None)
+    router_logp_LBCX: chex.Array | None = array("LBCX", default=None)
+    router_logits_LBTE: chex.Array | None = array("LBTE", default=None)
+    router_kl_LBT: chex.Array | None = array("LBT", default=None)
+
+
+@flax.struct.dataclass
+class Frames:
+    """What is scored: the frames (see `gspo.types`), and experts that run in place of the routers' choices."""
+
+    tokens_BT: chex.Array = array("BT")
+    prompt_lengths_B: chex.Array = array("B")
+    replayed_routes_LBTX: chex.Array | None = array("LBTX", default=None)
+
+
+def score_completions(
+    model: Transformer,
+    params: Params,
+    tokens_BT: chex.Array,
+    prompt_lengths_B: chex.Array,
+    completion_width: int,
+    *,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    chunk: int = 128,
+    replayed_routes_LBTX: chex.Array | None = None,
+) -> Scores:
+    """Log-prob of every completion column under `params`, shaped as the sampler shapes it. Values past a row's end are
+    junk: mask them.
+
+    replayed_routes_LBTX: experts that run in place of the routers' choices. Token logits exist for `chunk` columns at a
+    time, forward and backward (remat), so no [B, T, V] array is ever made. What a caller does not use of the routers is
+    never computed under jit.
+    """
+    T = tokens_BT.shape[1]
+    P = T - completion_width
+    out = model.apply({"params": params}, tokens_BT, P - prompt_lengths_B, replayed_routes_LBTX)
+    hidden_BCD = out.hidden_BTD[:, P - 1 : T - 1]  # column t predicts column t + 1
+    target_BC = tokens_BT[:, P:]
+
+    kernel_DV = model.apply({"params": params}, method="head_kernel")
+    with jax.named_scope("head"):
+        logp_BC, entropy_BC = token_scores(
+            hidden_BCD, target_BC, kernel_DV, sampling=sampling, chunk=chunk, layout=model.layout
+        )
+    scores = Scores(logp_BC, entropy_BC)
+    if out.routes_LBTX is None:
+        return scores
+    ran_LBTX = out.routes_LBTX if replayed_routes_LBTX is None else replayed_routes_LBTX
+    return scores.replace(
+        free_routes_LBTX=out.routes_LBTX,
+        margin_LBT=router_margin(out.router_logits_LBTE, model.spec.experts_per_token),
+        router_logp_LBCX=router_logp(out.router_logits_LBTE, ran_LBTX, completion_width),
+        router_logits_LBTE=out.router_logits_LBTE,
+    )
+
+
+def router_logp(logits_LBTE: chex.Array, routes_LBTX: chex.Array, completion_width: int) -> chex.Array:
+    """[L, B, C, X] log-probs that routers give to these experts, at the columns that predict a completion token. Junk
+    where a route is -1, not recorded: a column that is masked."""
+    T = logits_LBTE.shape[2]
+    predicting = slice(T - completion_width - 1, T - 1)
+    logp_LBCE = jax.nn.log_softmax(logits_LBTE[:, :, predicting], axis=-1)
+    experts_LBCX = jnp.maximum(routes_LBTX[:, :, predicting].astype(jnp.int32), 0)
+    return jnp.take_along_axis(logp_LBCE, experts_LBCX, axis=-1)
+
+
+def make_scorer(
+    model: Transformer,
+    *,
+    completion_width: int,
+    sampling: Sampling,
+    chunk: int,
+    micro_batch_size: int = 0,
+    keep: tuple[str, ...] = ("logp_BC", "entropy_BC", "free_routes_LBTX"),
+) -> Callable[..., Scores]:
+    """Returns jitted `scorer(params, tokens_BT, prompt_lengths_B, replayed_routes_LBTX=None) -> Scores`: old or
+    reference log-probs, computed in micro-batches of rows. Fields of `Scores` that are not in `keep` come back as None.
+    """
+    dropped = {name: None for name in Scores.__dataclass_fields__ if name not in keep}
+
+    def scorer(params, tokens_BT, prompt_lengths_B, replayed_routes_LBTX=None) -> Scores:
+        def one(rows: Frames) -> Scores:
+            scores = score_completions(
+                model, params, rows.tokens_BT, rows.prompt_lengths_B, completion_width, sampling=sampling, chunk=chunk,
+                replayed_routes_LBTX=rows.replayed_routes_LBTX,
+            )  # fmt: skip
+            return scores.replace(**dropped)
+
+        rows = Frames(tokens_BT, prompt_lengths_B, replayed_routes_LBTX)
+        parts = num_parts(tokens_BT.shape[0], micro_batch_size)
+        with jax.named_scope("logprob"):
+            return one(rows) if parts == 1 else merge_record(jax.lax.map(one, split_record(rows, parts)))
+
+    return jax.jit(scorer)
