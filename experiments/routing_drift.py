@@ -115,7 +115,7 @@ def variance_by_length(config: ConfigDict, rollouts: int) -> dict[str, list[floa
         for j, part in enumerate(run.steps.minibatches(experience.batch)):
             if j == config.updates_per_rollout - 1:
                 now = run.steps.scorer(state.params, part.tokens_BT, part.prompt_lengths_B)
-                gap_BC = np.where(part.loss_mask_BC, now.logp_BC - part.old_logp_BC, np.nan)
+                gap_BC = np.where(part.inputs.mask_BC, now.logp_BC - part.inputs.old_logp_BC, np.nan)
                 token_parts.append(gap_BC)
             state, _ = run.steps.train_step(state, part)
     gaps_BC = np.concatenate(token_parts)

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from gspo import objectives, plans
+from gspo.learning.learner import UpdatePlan
 from gspo.model.distribution import Sampling
 
 
@@ -72,7 +73,7 @@ def _common(config: ConfigDict, *, total_steps: int, eval_at_a_time: int) -> dic
         "mesh": mesh_plan(config),
         "model": plans.ModelPlan(config.model.to_dict()),
         "optimizer": plans.OptimizerPlan(config.optimizer.to_dict(), total_steps),
-        "update": plans.UpdatePlan(
+        "update": UpdatePlan(
             micro_batch_size=config.micro_batch_size,
             chunk=config.logp_chunk,
             entropy_target=config.get("entropy_target"),

@@ -20,7 +20,6 @@ from gspo.data import batches
 from gspo.data.rewards import REWARDS, overlong_penalty
 from gspo.data.tokenizer import Tokenizer
 from gspo.generate import Generator, Judged, judge, rows_of, sample_line, spread
-from gspo.learning.microbatch import row_axis
 from gspo.learning.mismatch import make_rounding
 from gspo.masked import masked_mean
 from gspo.model.routing import by_layer, changed, recorded
@@ -28,7 +27,7 @@ from gspo.objectives import advantages
 from gspo.parallel import distributed
 from gspo.run.progress import Timer
 from gspo.steps import Steps
-from gspo.types import Batch, Params, Rollout, TrainState, UserError, completion_mask
+from gspo.types import Batch, LossInputs, Params, Rollout, TrainState, UserError, completion_mask, map_arrays, row_axis
 
 
 class Experience(NamedTuple):
@@ -114,52 +113,54 @@ class Collector:
     def _taken(self, rollouts: list[Rollout], rows: jax.Array) -> Rollout:
         """Rows of several rollouts, numbered through, as one."""
 
-        def take(name: str):
-            arrays, axis = [getattr(rollout, name) for rollout in rollouts], row_axis(name)
-            return None if arrays[0] is None else jnp.take(jnp.concatenate(arrays, axis), rows, axis)
+        def take(dims: str, *arrays: jax.Array):
+            if not dims:  # decode_steps
+                return jnp.max(jnp.stack(arrays))
+            axis = row_axis(dims)
+            return jnp.take(jnp.concatenate(arrays, axis), rows, axis)
 
-        fields = {name: take(name) for name in vars(rollouts[0]) if name != "decode_steps"}
-        steps = jnp.max(jnp.stack([rollout.decode_steps for rollout in rollouts]))
-        return self.steps.layout.constrain_fields(Rollout(**fields, decode_steps=steps))
+        return self.steps.layout.constrain_fields(map_arrays(take, *rollouts))
 
     def _batch_of(self, rollout: Rollout) -> Batch:
         mask_BC = completion_mask(rollout.completion_lengths_B, self.width)
-        return self.steps.layout.constrain_fields(Batch(
+        zeros_BC = jnp.zeros(mask_BC.shape, jnp.float32)
+        batch = Batch(
             tokens_BT=rollout.tokens_BT,
             prompt_lengths_B=rollout.prompt_lengths_B,
             completion_lengths_B=rollout.completion_lengths_B,
-            loss_mask_BC=mask_BC,
-            advantages_BC=jnp.zeros(mask_BC.shape, jnp.float32),
-            old_logp_BC=rollout.logp_BC,
-            routes_LBTX=rollout.routes_LBTX,
-        ))  # fmt: skip
+            inputs=LossInputs(logp_BC=None, old_logp_BC=rollout.logp_BC, advantages_BC=zeros_BC, mask_BC=mask_BC),
+            old_routes_LBTX=rollout.routes_LBTX,
+            replayed_routes_LBTX=rollout.routes_LBTX if self.plan.replay == "R3" else None,
+        )
+        return self.steps.layout.constrain_fields(batch)
 
     def score(self, state: TrainState, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
         """The rollout as the learner sees it, advantages still missing: old log-probs, reference log-probs, routes. And
         how far the sampler's routes are from the learner's, where both are known.
         """
         plan, scorer, batch = self.plan, self.steps.scorer, self._as_batch(rollout)
-        mode, measured = plan.replay, {}
+        inputs, mode, measured = batch.inputs, plan.replay, {}
         rows = (rollout.tokens_BT, rollout.prompt_lengths_B)
         router_logp = "old_router_logp_LBCX" in self.steps.objective.needs
         if plan.old_logps == "learner" or mode == "R2" or plan.router_kl or router_logp:
             # Under R3 the policy in training runs the sampler's experts, so the old policy does too. Else it routes
             # freely, and what it chose is what drift is measured against and, under R2, what is replayed.
-            old = scorer(state.params, *rows, *((rollout.routes_LBTX, True) if mode == "R3" else ()))
-            batch = batch.replace(
-                routes_LBTX=rollout.routes_LBTX if mode == "R3" else old.routes_LBTX,
-                old_router_logp_LBCX=old.router_logp_LBCX,
-                old_router_logits_LBTE=old.router_logits_LBTE,
-            )
+            old = scorer(state.params, *rows, rollout.routes_LBTX if mode == "R3" else None)
+            if mode != "R3":
+                batch = batch.replace(old_routes_LBTX=old.free_routes_LBTX)
+            if mode == "R2":
+                batch = batch.replace(replayed_routes_LBTX=old.free_routes_LBTX)
+            batch = batch.replace(old_router_logits_LBTE=old.router_logits_LBTE)
+            inputs = inputs.replace(old_router_logp_LBCX=old.router_logp_LBCX)
             if plan.old_logps == "learner":
-                batch = batch.replace(old_logp_BC=old.logp_BC, sampler_logp_BC=rollout.logp_BC)
+                inputs = inputs.replace(old_logp_BC=old.logp_BC, sampler_logp_BC=rollout.logp_BC)
             if rollout.routes_LBTX is not None:
-                changed_L = distributed.fetch(_changed_by_layer(rollout.routes_LBTX, old.routes_LBTX))
+                changed_L = distributed.fetch(_changed_by_layer(rollout.routes_LBTX, old.free_routes_LBTX))
                 measured["routing/sampler_experts_changed"] = float(np.mean(changed_L))
                 measured["routing/sampler_experts_changed_by_layer"] = changed_L.tolist()
         if state.ref_params is not None:
-            batch = batch.replace(ref_logp_BC=scorer(state.ref_params, *rows).logp_BC)
-        return batch, measured
+            inputs = inputs.replace(ref_logp_BC=scorer(state.ref_params, *rows).logp_BC)
+        return batch.replace(inputs=inputs), measured
 
     def shape(self, draw: Judged) -> np.ndarray:
         """Raw rewards plus DAPO's soft penalty on the last tokens of the frame, [B] float32."""
@@ -178,10 +179,10 @@ class Collector:
         return self._compare(batch, shaped_B, truncated_B, values_BC)
 
     def _compared(self, batch: Batch, shaped_B, truncated_B, values_BC) -> Batch:
-        plan, mask_BC = self.plan, batch.loss_mask_BC
+        plan, inputs, mask_BC = self.plan, batch.inputs, batch.inputs.mask_BC
         penalty_BC = jnp.zeros(mask_BC.shape, jnp.float32)
         if plan.reward_kl_coef:
-            penalty_BC = plan.reward_kl_coef * jnp.where(mask_BC, batch.old_logp_BC - batch.ref_logp_BC, 0.0)
+            penalty_BC = plan.reward_kl_coef * jnp.where(mask_BC, inputs.old_logp_BC - inputs.ref_logp_BC, 0.0)
         if values_BC is None:
             scores_B = shaped_B - jnp.sum(penalty_BC, axis=1)
             advantages_BC = self.advantage_fn(scores_B, self.rollout.num_generations)[:, None]
@@ -195,8 +196,8 @@ class Collector:
         advantages_BC = advantages.weighted_by_sign(advantages_BC, plan.advantage_weight_pos, plan.advantage_weight_neg)
         if plan.mask_truncated_completions:
             mask_BC = mask_BC & ~truncated_B[:, None]
-        batch = batch.replace(loss_mask_BC=mask_BC, advantages_BC=jnp.where(mask_BC, advantages_BC, 0.0))
-        return self.steps.layout.constrain_fields(batch)
+        inputs = inputs.replace(mask_BC=mask_BC, advantages_BC=jnp.where(mask_BC, advantages_BC, 0.0))
+        return self.steps.layout.constrain_fields(batch.replace(inputs=inputs))
 
     def metrics(self, draws: list[Judged]) -> dict[str, float]:
         """Of all that was drawn, kept or not. Lengths in tokens; rewards raw, but for reward/shaped_mean."""

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from gspo.learning.learner import UpdatePlan
 from gspo.learning.mismatch import ROUNDINGS
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import ModelSpec
@@ -171,27 +172,6 @@ class OptimizerPlan:
 
 
 @dataclasses.dataclass(frozen=True)
-class UpdatePlan:
-    """One optimizer update: rows at a time, columns at a time, and what is added to the objective."""
-
-    micro_batch_size: int
-    chunk: int
-    entropy_target: float | None
-    entropy_step: float
-    router_aux_loss_coef: float
-    router_z_loss_coef: float
-
-    def __post_init__(self):
-        need(self.chunk > 0, "logp_chunk", self.chunk, "must be positive")
-
-    def check_rows(self, rows: int, what: str) -> None:
-        """Raises UserError unless `rows`, those of one update, come out even."""
-        size = self.micro_batch_size
-        if size < 0 or (size and rows % size):
-            raise UserError(f"micro_batch_size={size}: must divide the {rows} rows of {what} (0: all at once)")
-
-
-@dataclasses.dataclass(frozen=True)
 class ReferencePlan:
     """When and how far the reference policy follows: never where sync_steps is 0."""
 
@@ -333,7 +313,3 @@ class RLPlan(RunPlan):
     def needs_reference(self) -> bool:
         """Whether anything reads a reference policy."""
         return bool(self.objective["beta"]) or self.experience.reward_kl_coef > 0
-
-    @property
-    def replays(self) -> bool:
-        return self.experience.replay != "disabled"

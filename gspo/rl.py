@@ -20,8 +20,10 @@ from gspo.collect import Collector
 from gspo.data.tokenizer import make_tokenizer
 from gspo.evaluate import Writer, make_evaluator
 from gspo.generate import prompt_source
+from gspo.learning.drift import DISTANCES
 from gspo.learning.learner import make_ref_sync
 from gspo.learning.state import copy_tree
+from gspo.masked import Metrics, added, values
 from gspo.model.distribution import Sampling
 from gspo.objectives import warnings_of
 from gspo.parallel import distributed
@@ -104,7 +106,7 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
     return line
 
 
-def update(steps: Steps, state: TrainState, batch: Batch) -> tuple[TrainState, list[dict[str, Any]]]:
+def update(steps: Steps, state: TrainState, batch: Batch) -> tuple[TrainState, list[Metrics]]:
     """N optimizer updates, one for each minibatch of the rollout, all against the old policy that is in the batch.
     Returns the new state and the metrics of each update.
     """
@@ -204,18 +206,18 @@ def _describe_updates(plan: plans.RLPlan) -> str:
 # ---------------------------------------------------------------------------- what is watched, what is written
 
 
-def guard(plan: plans.RLPlan, index: int, steps: list[dict], checkpointer: Checkpointer) -> None:
+def guard(plan: plans.RLPlan, index: int, steps: list[Metrics], checkpointer: Checkpointer) -> None:
     """Stops the run where going on would waste it: NaN, or an old policy that is not the one that sampled. Before the
     first update of a rollout, ratio and 1 may differ by rounding only.
     """
     for j, metrics in enumerate(steps):
-        if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
+        if not (np.isfinite(metrics["loss"].value) and np.isfinite(metrics["grad_norm"].value)):
             raise UserError(
                 f"rollout {index}, update {j}: loss or gradient is not finite{checkpointer.last_good()}; lower "
                 "optimizer.learning_rate"
             )
     tolerance = plan.check_tolerance or TOLERANCE[plan.model.fields["dtype"]]
-    gap = float(steps[0]["log_ratio/abs_max"])
+    gap = float(steps[0]["log_ratio/abs_max"].value)
     if gap > tolerance:
         raise UserError(
             f"rollout {index}: before the first update sampler and learner differ by {gap:.2e} in a token's "
@@ -226,24 +228,13 @@ def guard(plan: plans.RLPlan, index: int, steps: list[dict], checkpointer: Check
         )
 
 
-def update_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
-    """One value per metric from the N updates of a rollout: the mean, but the extreme where the name says so.
-
-    Routing drift is a distance from the policy that sampled: after one update (`..._per_update`, from the second
-    minibatch) and after N - 1 (the last minibatch).
-    """
-    line = {}
-    for name in steps[0]:
-        if name.endswith("_by_layer"):
-            line[name] = np.asarray(steps[-1][name]).tolist()
-            continue
-        values = np.array([float(metrics[name]) for metrics in steps])
-        reduce = {"max": np.max, "min": np.min}.get(name.rsplit("/")[-1].rsplit("_")[-1], np.mean)
-        line[name] = float(reduce(values))
-        if name.startswith("routing/") and name.endswith("_changed"):
-            line[name] = float(values[-1])
-            if len(values) > 1:
-                line[f"{name}_per_update"] = float(values[1])
-    line["grad_norm/max"] = float(max(metrics["grad_norm"] for metrics in steps))
-    line["log_ratio/first_abs_max"] = float(steps[0]["log_ratio/abs_max"])
+def update_metrics(steps: list[Metrics]) -> dict[str, Any]:
+    """One value per metric from the N updates of a rollout, added up as each of them says (`gspo.masked`); distances
+    from the policy that sampled after one update as well; and two that belong to the rollout alone."""
+    line = values(added(steps))
+    if len(steps) > 1:
+        after_one = values({name: metric for name, metric in steps[1].items() if name in DISTANCES})
+        line |= {f"{name}_per_update": value for name, value in after_one.items()}
+    line["grad_norm/max"] = max(float(metrics["grad_norm"].value) for metrics in steps)
+    line["log_ratio/first_abs_max"] = float(steps[0]["log_ratio/abs_max"].value)
     return line

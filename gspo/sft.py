@@ -12,15 +12,17 @@ from gspo.data.batches import DemonstrationSource
 from gspo.data.tokenizer import make_tokenizer
 from gspo.evaluate import make_evaluator
 from gspo.generate import make_task
-from gspo.learning.learner import make_train_step, negative_log_likelihood
+from gspo.learning.learner import make_train_step
 from gspo.learning.state import shardings_of, state_on_mesh
+from gspo.masked import values
+from gspo.objectives import negative_log_likelihood
 from gspo.parallel import distributed
 from gspo.parallel.sharding import Layout
 from gspo.resume import open_run
 from gspo.run.cli import StopSignal
 from gspo.run.progress import Progress, Timer, is_due
 from gspo.steps import check_rows, describe, initial_state, make_layout, make_model, optimizer_of
-from gspo.types import Batch, UserError, completion_mask
+from gspo.types import Batch, LossInputs, UserError, completion_mask
 
 STOP_EVERY = 5  # updates between looks at whether any process was asked to stop: they all must take part
 
@@ -37,14 +39,8 @@ def train(
     model = make_model(plan.model, tokenizer, layout)
     optimizer, learning_rate = optimizer_of(plan.optimizer)
     start = state_on_mesh(layout, model, optimizer)
-    train_step = make_train_step(
-        model,
-        optimizer,
-        negative_log_likelihood,
-        micro_batch_size=micro,
-        chunk=plan.update.chunk,
-        state_shardings=shardings_of(layout, start.abstract),
-    )
+    shardings = shardings_of(layout, start.abstract)
+    train_step = make_train_step(model, optimizer, negative_log_likelihood, plan.update, state_shardings=shardings)
     evaluate = make_evaluator(plan, model, tokenizer)
 
     # ------------------------------------------------------------------ state
@@ -89,7 +85,7 @@ def train(
             with timer("update"):
                 batch = make_batch(layout, source, index * plan.batch_size, plan.batch_size)
                 state, metrics = train_step(state, batch)
-                metrics = jax.device_get(metrics)
+                metrics = values(jax.device_get(metrics))
             if not np.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 raise UserError(
                     f"update {index}: loss or gradient is not finite{checkpointer.last_good()}; lower "
@@ -121,5 +117,6 @@ def make_batch(layout: Layout, source: DemonstrationSource, cursor: int, count: 
     demos = source.batch(cursor, count, local_B)
     mask_BC = np.asarray(completion_mask(demos.completion_lengths_B, source.completion_width))
     zeros_BC = np.zeros(mask_BC.shape, np.float32)
-    arrays = (demos.tokens_BT, demos.prompt_lengths_B, demos.completion_lengths_B, mask_BC, zeros_BC, zeros_BC)
-    return Batch(*distributed.put_rows(rows, local_B, count, *arrays))
+    arrays = (demos.tokens_BT, demos.prompt_lengths_B, demos.completion_lengths_B, mask_BC, zeros_BC)
+    *frames, mask_BC, zeros_BC = distributed.put_rows(rows, local_B, count, *arrays)
+    return Batch(*frames, LossInputs(logp_BC=None, old_logp_BC=zeros_BC, advantages_BC=zeros_BC, mask_BC=mask_BC))

@@ -15,10 +15,11 @@ import optax
 from gspo import plans
 from gspo.data.tokenizer import Tokenizer
 from gspo.learning.critic import Critic, make_critic_step, make_value_fn
-from gspo.learning.learner import make_scorer, make_train_step
+from gspo.learning.learner import make_train_step
 from gspo.learning.microbatch import minibatch
 from gspo.learning.optim import make_optimizer, make_schedule
-from gspo.learning.sampler import as_used, make_sampler
+from gspo.learning.sampler import in_compute_dtype, make_sampler
+from gspo.learning.scores import make_scorer
 from gspo.learning.state import Start, add_critic, shardings_of, state_on_mesh
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer
@@ -81,7 +82,7 @@ def make_rollout_params(plan: plans.MeshPlan, model: Transformer) -> Callable[[P
     if dtype == jnp.float32 and target.rules == layout.rules:
         return lambda params: params
     shardings = tree_shardings(target, jax.eval_shape(model.init_params, jax.random.key(0)))
-    return jax.jit(lambda params: as_used(params, dtype), out_shardings=shardings)
+    return jax.jit(lambda params: in_compute_dtype(params, dtype), out_shardings=shardings)
 
 
 def check_rows(layout: Layout, **counts: int) -> None:
@@ -161,7 +162,6 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         )
 
     # ------------------------------------------------------------------ steps
-    shared = {"sampling": plan.rollout.sampling, "chunk": plan.update.chunk}
     sampled = model.clone(
         layout=make_rollout_layout(plan.mesh, layout),
         router_noise=plan.rollout.router_noise,
@@ -171,14 +171,9 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         model,
         optimizer,
         objective,
-        micro_batch_size=micro,
-        replay=plan.replays,
-        entropy_target=plan.update.entropy_target,
-        entropy_step=plan.update.entropy_step,
-        router_aux_loss_coef=plan.update.router_aux_loss_coef,
-        router_z_loss_coef=plan.update.router_z_loss_coef,
+        plan.update,
+        sampling=plan.rollout.sampling,
         state_shardings=shardings_of(layout, start.abstract),
-        **shared,
     )
 
     def minibatches(batch: Batch) -> tuple[Batch, ...]:
@@ -196,7 +191,8 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
             completion_width=plan.data.max_completion_length,
             keep=_kept_scores(plan, objective),
             micro_batch_size=rows_at_a_time,
-            **shared,
+            sampling=plan.rollout.sampling,
+            chunk=plan.update.chunk,
         ),
         minibatches=jax.jit(minibatches),
         train_step=train_step,
@@ -215,7 +211,7 @@ def objective_of(plan: plans.RLPlan) -> Objective:
 
 def _kept_scores(plan: plans.RLPlan, objective: Objective) -> tuple[str, ...]:
     """What of the old policy's scores a rollout is remembered by."""
-    kept = ("logp_BC", "routes_LBTX")
+    kept = ("logp_BC", "free_routes_LBTX")
     kept += ("router_logits_LBTE",) if plan.experience.router_kl else ()
     return kept + (("router_logp_LBCX",) if "old_router_logp_LBCX" in objective.needs else ())
 

@@ -11,7 +11,7 @@ from gspo import build
 from gspo.collect import Collector
 from gspo.data.tokenizer import make_tokenizer
 from gspo.generate import prompt_source
-from gspo.learning.learner import Scores
+from gspo.learning.scores import Scores
 from gspo.run.progress import Timer
 from gspo.steps import make_layout
 from gspo.types import TrainState
@@ -155,7 +155,7 @@ def test_the_penalty_on_long_completions_counts_tokens(tmp_path):
     texts = ["=====", "é" * 3, "é" * 4, "=" * 10]  # 6, 7, 9 and, cut off, 10 tokens
     experience = collect(config, Pen(config, [texts], truncated=texts[3:]))
     shaped = np.array([0, -1 / 4, -3 / 4, -1]) * 0.5
-    np.testing.assert_allclose(experience.batch.advantages_BC[:, 0], shaped - shaped.mean(), atol=1e-6)
+    np.testing.assert_allclose(experience.batch.inputs.advantages_BC[:, 0], shaped - shaped.mean(), atol=1e-6)
     assert (
         experience.metrics["reward/shaped_mean"] == pytest.approx(shaped.mean())
         and experience.metrics["reward/mean"] == 0
@@ -178,7 +178,7 @@ def test_a_penalty_on_the_distance_to_the_reference_is_summed_over_the_completio
     )
     rewards = [-0.1 * sum(-row - (-2.0) for _ in range(len(text) + 1)) for row, text in enumerate(texts, 1)]
     want = np.array(rewards) - np.mean(rewards)
-    np.testing.assert_allclose(experience.batch.advantages_BC[:, 0], want, atol=1e-6)
+    np.testing.assert_allclose(experience.batch.inputs.advantages_BC[:, 0], want, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------- comparison
@@ -191,8 +191,8 @@ def test_advantages_compare_with_the_group_and_are_zero_outside_of_the_completio
     rewards = np.array([[1, 0, 0, 0], [1, 0, 0, 1]], float)
     want_B = ((rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, ddof=1, keepdims=True) + 1e-6)).reshape(-1)
     want_BC = np.where(np.arange(6) < 2, want_B[:, None], 0)  # each is one character and the end token
-    np.testing.assert_allclose(experience.batch.advantages_BC, want_BC, atol=1e-5)
-    np.testing.assert_array_equal(experience.batch.loss_mask_BC, np.arange(6) < np.full((8, 1), 2))
+    np.testing.assert_allclose(experience.batch.inputs.advantages_BC, want_BC, atol=1e-5)
+    np.testing.assert_array_equal(experience.batch.inputs.mask_BC, np.arange(6) < np.full((8, 1), 2))
 
 
 def test_rows_that_were_cut_off_leave_the_loss_where_the_config_says_so(tmp_path):
@@ -202,9 +202,11 @@ def test_rows_that_were_cut_off_leave_the_loss_where_the_config_says_so(tmp_path
         collect(c, Pen(c, texts, truncated=("=" * 6,))).batch
         for c in (rl_config(tmp_path, num_prompts=1, mask_truncated_completions=flag) for flag in (False, True))
     )
-    assert kept.loss_mask_BC[0].all() and not masked.loss_mask_BC[0].any() and not masked.advantages_BC[0].any()
-    np.testing.assert_array_equal(masked.loss_mask_BC[1:], kept.loss_mask_BC[1:])
-    np.testing.assert_array_equal(masked.advantages_BC[1:], kept.advantages_BC[1:])
+    assert (
+        kept.inputs.mask_BC[0].all() and not masked.inputs.mask_BC[0].any() and not masked.inputs.advantages_BC[0].any()
+    )
+    np.testing.assert_array_equal(masked.inputs.mask_BC[1:], kept.inputs.mask_BC[1:])
+    np.testing.assert_array_equal(masked.inputs.advantages_BC[1:], kept.inputs.advantages_BC[1:])
 
 
 def test_weights_by_sign_scale_the_advantages(tmp_path):
@@ -213,7 +215,9 @@ def test_weights_by_sign_scale_the_advantages(tmp_path):
         rl_config(tmp_path, num_prompts=1, advantage_weight_pos=positive, advantage_weight_neg=negative)
         for positive, negative in ((1.0, 1.0), (0.5, 2.0))
     ]
-    plain, weighted = (np.asarray(collect(config, Pen(config, [MIXED])).batch.advantages_BC) for config in configs)
+    plain, weighted = (
+        np.asarray(collect(config, Pen(config, [MIXED])).batch.inputs.advantages_BC) for config in configs
+    )
     np.testing.assert_allclose(weighted, np.where(plain > 0, 0.5, 2.0) * plain, rtol=1e-6)
 
 
@@ -239,18 +243,20 @@ def test_old_log_probs_and_routes_are_those_that_the_config_names(tmp_path, whos
     pen, calls = Pen(config, [MIXED]), []
     of_sampler, of_learner = jnp.zeros((1, 4, 10, 2), jnp.int8), jnp.ones((1, 4, 10, 2), jnp.int8)
 
-    def scorer(params, tokens_BT, lengths_B, routes_LBTX=None, replay=False):
-        calls.append((params, replay, routes_LBTX))
+    def scorer(params, tokens_BT, lengths_B, replayed_routes_LBTX=None):
+        calls.append((params, replayed_routes_LBTX))
         return Scores(jnp.full((4, 6), -7.0), None, of_learner)
 
     batch = collect(config, lambda *args: pen(*args).replace(routes_LBTX=of_sampler), scorer=scorer).batch
     assert len(calls) == (whose == "learner" or mode == "R2")
-    assert all(params == "params" and replay == (mode == "R3") for params, replay, _ in calls)
-    assert bool((batch.old_logp_BC == -7).all()) == (whose == "learner")
-    assert (batch.sampler_logp_BC is not None) == (whose == "learner")
+    assert all(params == "params" and (routes is not None) == (mode == "R3") for params, routes in calls)
+    assert bool((batch.inputs.old_logp_BC == -7).all()) == (whose == "learner")
+    assert (batch.inputs.sampler_logp_BC is not None) == (whose == "learner")
     replayed = {"R2": of_learner, "R3": of_sampler}.get(mode)
+    assert (batch.replayed_routes_LBTX is None) == (mode == "disabled")
     if replayed is not None:
-        np.testing.assert_array_equal(batch.routes_LBTX, replayed)
+        np.testing.assert_array_equal(batch.old_routes_LBTX, replayed)
+        np.testing.assert_array_equal(batch.replayed_routes_LBTX, replayed)
         assert (
             all(routes is None for *_, routes in calls)
             if mode == "R2"

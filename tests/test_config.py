@@ -12,8 +12,8 @@ from ml_collections import ConfigDict, config_flags
 
 from configs import base
 from gspo import build, rl, sft
-from gspo.learning.learner import score_completions
 from gspo.learning.optim import make_optimizer
+from gspo.learning.scores import score_completions
 from gspo.run.cli import leaf_fields
 from gspo.steps import objective_of
 from tests.tiny_runs import ROOT, kept_compiles, parts_of, rl_config, sft_config, stateful_config  # noqa: F401 - a fixture

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from gspo import build, rl, steps
+from gspo.masked import Last, Max, Mean, Min, over_updates, values
 from gspo.model.distribution import Sampling
 from gspo.run.writers import read_jsonl
 from gspo.steps import initial_state
@@ -82,7 +83,9 @@ def copy(plain, tmp_path):
 def updates(monkeypatch):
     """The metrics of every update of the runs in a test, one list per rollout."""
     seen, reduce = [], rl.update_metrics
-    monkeypatch.setattr(rl, "update_metrics", lambda steps: (seen.append(steps), reduce(steps))[1])
+    monkeypatch.setattr(
+        rl, "update_metrics", lambda steps: (seen.append([values(step) for step in steps]), reduce(steps))[1]
+    )
     return seen
 
 
@@ -198,11 +201,9 @@ def test_all_minibatches_of_a_rollout_share_its_old_log_probs_and_move_away_from
     for rollout in range(2):
         wholes, parts = zip(*cuts[4 * rollout : 4 * rollout + 4], strict=True)
         assert len({id(whole) for whole in wholes}) == 1
-        for name in ("old_logp_BC", "tokens_BT"):
-            np.testing.assert_array_equal(
-                np.concatenate([getattr(part, name) for part in parts]), getattr(wholes[0], name)
-            )
-        np.testing.assert_array_equal(wholes[0].old_logp_BC, drawn[rollout].logp_BC)
+        for read in (lambda batch: batch.inputs.old_logp_BC, lambda batch: batch.tokens_BT):
+            np.testing.assert_array_equal(np.concatenate([read(part) for part in parts]), read(wholes[0]))
+        np.testing.assert_array_equal(wholes[0].inputs.old_logp_BC, drawn[rollout].logp_BC)
         gaps = [float(step["log_ratio/abs_max"]) for step in updates[rollout]]
         assert gaps[0] < 1e-5 and min(gaps[1:]) > 1e-3
         assert updates[rollout][0]["clip_ratio/tokens"] == 0
@@ -212,37 +213,23 @@ def test_all_minibatches_of_a_rollout_share_its_old_log_probs_and_move_away_from
 
 
 def test_the_metrics_of_a_rollout_sum_up_its_updates(updates):
-    # Catches a mean of maxima, a minimum that is averaged, drift per update taken from the first minibatch (always 0).
-    steps = [
-        {
-            "loss": 1.0,
-            "grad_norm": 2.0,
-            "ratio/max": 1.1,
-            "ratio/min": 0.9,
-            "log_ratio/abs_max": 0.0,
-            "routing/experts_changed": 0.0,
-        },
-        {
-            "loss": 2.0,
-            "grad_norm": 5.0,
-            "ratio/max": 1.4,
-            "ratio/min": 0.8,
-            "log_ratio/abs_max": 0.3,
-            "routing/experts_changed": 0.2,
-        },
-        {
-            "loss": 6.0,
-            "grad_norm": 2.0,
-            "ratio/max": 1.2,
-            "ratio/min": 0.7,
-            "log_ratio/abs_max": 0.1,
-            "routing/experts_changed": 0.5,
-        },
-    ]
-    assert rl.update_metrics(steps) == {
-        "loss": 3.0, "grad_norm": 3.0, "grad_norm/max": 5.0, "ratio/max": 1.4, "ratio/min": 0.7, "log_ratio/abs_max": 0.3,
+    # Catches a mean of means (the updates hold 1, 2 and 5 rows), a mean of maxima, a minimum that is averaged, drift per
+    # update taken from the first minibatch (always 0).
+    def step(rows, loss, norm, largest, smallest, gap, changed):
+        return {
+            "loss": Mean(np.float32(rows * loss), np.float32(rows)), "grad_norm": over_updates(norm),
+            "ratio/max": Max(largest), "ratio/min": Min(smallest), "log_ratio/abs_max": Max(gap),
+            "routing/experts_changed": Last(changed), "routing/experts_changed_by_layer": Last(np.array([changed, 0.0])),
+        }  # fmt: skip
+
+    steps = [step(1, 1.0, 2.0, 1.1, 0.9, 0.0, 0.0), step(2, 2.0, 5.0, 1.4, 0.8, 0.3, 0.2)]
+    steps.append(step(5, 6.0, 2.0, 1.2, 0.7, 0.1, 0.5))
+    line = rl.update_metrics(jax.device_get(steps))
+    assert line.pop("routing/experts_changed_by_layer") == [0.5, 0.0]
+    assert line == pytest.approx({
+        "loss": 35 / 8, "grad_norm": 3.0, "grad_norm/max": 5.0, "ratio/max": 1.4, "ratio/min": 0.7, "log_ratio/abs_max": 0.3,
         "log_ratio/first_abs_max": 0.0, "routing/experts_changed": 0.5, "routing/experts_changed_per_update": 0.2,
-    }  # fmt: skip
+    }, rel=1e-6)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- the check of the old policy
@@ -507,8 +494,9 @@ def test_NaN_stops_the_run_and_the_last_good_checkpoint_is_kept(folder, tmp_path
     class Poisoned(rl.Collector):
         def __call__(self, state, cursor, *args):
             experience = super().__call__(state, cursor, *args)
-            advantages_BC = experience.batch.advantages_BC * (jnp.nan if cursor else 1.0)
-            return experience._replace(batch=experience.batch.replace(advantages_BC=advantages_BC))
+            batch = experience.batch
+            advantages_BC = batch.inputs.advantages_BC * (jnp.nan if cursor else 1.0)
+            return experience._replace(batch=batch.replace(inputs=batch.inputs.replace(advantages_BC=advantages_BC)))
 
     monkeypatch.setattr(rl, "Collector", Poisoned)
     if not seen:

@@ -23,16 +23,15 @@ from gspo.model.distribution import Sampling
 from gspo.model.routing import balance_loss, router_kl, z_loss
 from gspo.model.transformer import Transformer
 from gspo.objectives import Loss
-from gspo.types import Batch, LossInputs, Params, TrainState
+from gspo.types import Batch, LossInputs, Params, TrainState, UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class UpdatePlan:
     """How an update is made, whatever its objective.
 
-    sampling: how the sampler shapes the distribution whose log-probs are taken. micro_batch_size: rows per forward and
-    backward pass (0: all). The gradient does not depend on it: sums are accumulated, and divided once by the summed
-    count. chunk: columns whose token logits exist at a time.
+    micro_batch_size: rows per forward and backward pass (0: all). The gradient does not depend on it: sums are
+    accumulated, and divided once by the summed count. chunk: columns whose token logits exist at a time.
 
     entropy_target (nats per token): with state.entropy_coef, an adaptive entropy bonus. The coefficient rises by
     entropy_step after an update that saw less entropy than the target and falls, not below 0, after one that saw more.
@@ -42,13 +41,22 @@ class UpdatePlan:
     means over rows.
     """
 
-    sampling: Sampling = Sampling()  # noqa: RUF009 - frozen
     micro_batch_size: int = 0
     chunk: int = 128
     entropy_target: float | None = None
     entropy_step: float = 0.0
     router_aux_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
+
+    def __post_init__(self):
+        if self.chunk <= 0:
+            raise UserError(f"logp_chunk={self.chunk}: must be positive")
+
+    def check_rows(self, rows: int, what: str) -> None:
+        """Raises UserError unless `rows`, those of one update, come out even."""
+        size = self.micro_batch_size
+        if size < 0 or (size and rows % size):
+            raise UserError(f"micro_batch_size={size}: must divide the {rows} rows of {what} (0: all at once)")
 
     @property
     def router_losses(self) -> bool:
@@ -57,13 +65,15 @@ class UpdatePlan:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Update:
-    """The parts of an update: what is trained, by which optimizer, towards what, and how. shardings: a TrainState of
-    them, where the new state lies; None on one device."""
+    """The parts of an update: what is trained, by which optimizer, towards what, and how. sampling: how the sampler
+    shapes the distribution whose log-probs are taken. shardings: a TrainState of them, where the new state lies; None on
+    one device."""
 
     model: Transformer
     optimizer: optax.GradientTransformation
     objective: Loss
     plan: UpdatePlan
+    sampling: Sampling
     shardings: TrainState | None = None
 
 
@@ -73,6 +83,7 @@ def make_train_step(
     objective: Loss,
     plan: UpdatePlan = UpdatePlan(),
     *,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     state_shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns jitted `train_step(state, batch) -> (state, metrics)`; the given state is donated.
@@ -83,7 +94,7 @@ def make_train_step(
     state_shardings: a TrainState of shardings, where the new state lies. Without it the partitioner may move arrays
     (norm scales onto the fsdp axis, say), and every function that is called with the state is compiled a second time.
     None on one device."""
-    update = Update(model, optimizer, objective, plan, state_shardings)
+    update = Update(model, optimizer, objective, plan, sampling, state_shardings)
     return jit_update(partial(train_step, update), state_shardings)
 
 
@@ -123,7 +134,7 @@ def loss_of_part(
         part.tokens_BT,
         part.prompt_lengths_B,
         part.inputs.mask_BC.shape[1],
-        sampling=plan.sampling,
+        sampling=update.sampling,
         chunk=plan.chunk,
         replayed_routes_LBTX=part.replayed_routes_LBTX,
     )

@@ -29,7 +29,7 @@ from gspo.parallel.sharding import Layout, make_mesh, tree_shardings, with_shard
 from gspo.plans import RLPlan
 from gspo.report import hlo
 from gspo.steps import Steps, make_rollout_layout, make_steps
-from gspo.types import Batch, UserError
+from gspo.types import Batch, LossInputs, UserError
 
 GIB = 2**30
 HBM_GIB = {"v5e": 15.75, "v5p": 95, "v6e": 31.25}  # of one chip, as much as the runtime leaves to programs
@@ -141,7 +141,7 @@ def lowerables(plan: RLPlan, layout: Layout) -> list[Lowerable]:
             "rollout", steps.sampler, (params, *prompts, key), 1, C - 1, ragged_rows(steps, rollout_layout), beside
         )
     )
-    batch = _batch_of(layout, rollout, C)
+    batch = _batch_of(layout, rollout, C, plan.experience.replay != "disabled")
     if plan.experience.old_logps == "learner" or plan.experience.replay == "R2":
         arguments = (
             state.params,
@@ -159,21 +159,17 @@ def lowerables(plan: RLPlan, layout: Layout) -> list[Lowerable]:
     return found
 
 
-def _batch_of(layout: Layout, rollout: Any, C: int) -> Batch:
+def _batch_of(layout: Layout, rollout: Any, C: int, replay: bool) -> Batch:
     """The batch that the updates share, as `gspo.collect` fills it without critic, reference or measures of routers."""
     B = rollout.tokens_BT.shape[0]
-    fields = {
-        "advantages_BC": "float32",
-        "old_logp_BC": "float32",
-        "loss_mask_BC": "bool",
-        "sampler_logp_BC": "float32",
-    }
-    new = {name: jax.ShapeDtypeStruct((B, C), dtype) for name, dtype in fields.items()}
-    same = {
-        name: getattr(rollout, name)
-        for name in ("tokens_BT", "prompt_lengths_B", "completion_lengths_B", "routes_LBTX")
-    }
-    return layout.map_fields(with_shardings, Batch(**same, **new))
+    float_BC = jax.ShapeDtypeStruct((B, C), "float32")
+    inputs = LossInputs(
+        logp_BC=None, old_logp_BC=float_BC, advantages_BC=float_BC, mask_BC=jax.ShapeDtypeStruct((B, C), "bool"),
+        sampler_logp_BC=float_BC,
+    )  # fmt: skip
+    frames = {name: getattr(rollout, name) for name in ("tokens_BT", "prompt_lengths_B", "completion_lengths_B")}
+    routes = {"old_routes_LBTX": rollout.routes_LBTX, "replayed_routes_LBTX": rollout.routes_LBTX if replay else None}
+    return layout.map_fields(with_shardings, Batch(**frames, **routes, inputs=inputs))
 
 
 def ragged_rows(steps: Steps, layout: Layout) -> float:

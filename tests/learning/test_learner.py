@@ -116,7 +116,8 @@ def step_of(spec, objective, micro_batch_size=2, chunk=4):
         Transformer(spec),
         OPTIMIZER,
         objective,
-        UpdatePlan(sampling=WARM, micro_batch_size=micro_batch_size, chunk=chunk),
+        UpdatePlan(micro_batch_size=micro_batch_size, chunk=chunk),
+        sampling=WARM,
     )
 
 
@@ -272,12 +273,14 @@ def test_router_losses_add_the_same_gradient_in_any_micro_batches():
     # Catches a balance loss over the micro-batch, and one that an aggregation over tokens weighs by the tokens of a
     # part.
     objective = preset("grpo", loss_agg_mode="token-mean")
-    plan = UpdatePlan(sampling=WARM, router_aux_loss_coef=0.5, router_z_loss_coef=0.1)
+    plan = UpdatePlan(router_aux_loss_coef=0.5, router_z_loss_coef=0.1)
     batch, found = make_batch(), {}
     for size in (0, 1):
-        step = make_train_step(Transformer(MOE), OPTIMIZER, objective, dataclasses.replace(plan, micro_batch_size=size))
+        step = make_train_step(
+            Transformer(MOE), OPTIMIZER, objective, dataclasses.replace(plan, micro_batch_size=size), sampling=WARM
+        )
         found[size] = step(fresh_state(MOE), batch)[0].opt_state[0]
-    plain = make_train_step(Transformer(MOE), OPTIMIZER, objective, UpdatePlan(sampling=WARM))(fresh_state(MOE), batch)[
+    plain = make_train_step(Transformer(MOE), OPTIMIZER, objective, sampling=WARM)(fresh_state(MOE), batch)[
         0
     ].opt_state[0]
     assert_same_gradients(found[1], found[0])
