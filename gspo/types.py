@@ -77,7 +77,7 @@ class Rollout:
     completion_lengths_B int32   tokens sampled, the end-of-sequence token included
     logp_BC              float32 log-probability of each sampled token under the distribution it was drawn from; 0 after
                          the end
-    routes_LBTX          int     experts chosen by each layer for each token; -1 where nothing was recorded. None for
+    routes_LBTX          int     experts that ran in each layer for each token; -1 where nothing was recorded. None for
                          dense models
     truncated_B          bool    the row was cut off at C tokens without an end-of-sequence token
     decode_steps         int32   scalar: tokens that the decode loop drew per row, the length of the longest completion

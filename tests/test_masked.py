@@ -31,6 +31,36 @@ def test_means_of_parts_add_up_to_the_mean_of_the_whole():
     np.testing.assert_allclose(parts.value, 7 / 3, rtol=1e-6)
 
 
+# Catches an extreme that takes the 0 of an empty part, a part that is added twice, and a value without a token counted
+# in a mean over updates.
+def test_metrics_add_up_as_they_declare():
+    def update(x, seen, rows):
+        x = jnp.asarray(x, jnp.float32)
+        return {
+            "max": masked.Max(jnp.max(x, initial=-jnp.inf, where=seen)),
+            "min": masked.Min(jnp.min(x, initial=jnp.inf, where=seen)),
+            "mean": masked.masked_mean(x, jnp.full(x.shape, seen)),
+            "norm": masked.over_updates(jnp.nan if not seen else x.sum(), jnp.asarray(seen)),
+            "last": masked.Last(jnp.asarray(rows)),
+        }
+
+    parts = [
+        update([-3.0, -1.0, -2.0], True, [1.0, 2.0]),
+        update([5.0], False, [3.0, 4.0]),
+        update([-8.0], True, [5.0, 6.0]),
+    ]
+    line = masked.values(masked.added(jax.device_get(parts)))
+    assert line == {"max": -1, "min": -8, "mean": -14 / 4, "norm": -7, "last": [5, 6]}
+    empty = masked.values(parts[1])
+    assert [empty[name] for name in ("max", "min", "mean", "norm")] == [0] * 4
+
+
+# Catches sums of float32 in an order that shows: 1 is lost beside 2^24.
+def test_updates_are_added_in_float64():
+    parts = [{"x": masked.Mean(np.float32(total), np.float32(1))} for total in (2**24, 1, 1)]
+    assert masked.values(masked.added(parts)) == {"x": (2**24 + 2) / 3}
+
+
 def test_a_mean_of_nothing_is_zero():  # catches 0/0
     assert masked.masked_mean(X, np.zeros_like(MASK)).value == 0
 

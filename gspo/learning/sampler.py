@@ -102,7 +102,7 @@ def make_sampler(
         if spec.num_experts:
             shape = (spec.num_layers, B, T, spec.experts_per_token)
             routes_LBTX = jnp.full(shape, -1, route_dtype(spec.num_experts))
-            routes_LBTX = routes_LBTX.at[:, :, :P].set(jnp.repeat(out.routes_LBTX, G, axis=1))
+            routes_LBTX = routes_LBTX.at[:, :, :P].set(jnp.repeat(out.free_routes_LBTX, G, axis=1))
         first_B = jnp.repeat(first_Q, G)
         state = on_mesh(DecodeState(
             step=jnp.int32(0),
@@ -124,7 +124,7 @@ def make_sampler(
             out = forward(params, key, state.step, last_B1, first_B, cache=state.cache, start=column)
             routes_LBTX = state.routes_LBTX
             if routes_LBTX is not None:
-                routes_LBTX = jax.lax.dynamic_update_slice(routes_LBTX, out.routes_LBTX, (0, 0, column, 0))
+                routes_LBTX = jax.lax.dynamic_update_slice(routes_LBTX, out.free_routes_LBTX, (0, 0, column, 0))
             state = state.replace(cache=out.cache, routes_LBTX=routes_LBTX)
             return on_mesh(append(state, *draw(params, key, out.hidden_BTD[:, 0], state.step), eos_ids, pad_id))
 

@@ -74,11 +74,11 @@ def score_completions(
             hidden_BCD, target_BC, kernel_DV, sampling=sampling, chunk=chunk, layout=model.layout
         )
     scores = Scores(logp_BC, entropy_BC)
-    if out.routes_LBTX is None:
+    if out.free_routes_LBTX is None:
         return scores
-    ran_LBTX = out.routes_LBTX if replayed_routes_LBTX is None else replayed_routes_LBTX
+    ran_LBTX = out.free_routes_LBTX if replayed_routes_LBTX is None else replayed_routes_LBTX
     return scores.replace(
-        free_routes_LBTX=out.routes_LBTX,
+        free_routes_LBTX=out.free_routes_LBTX,
         margin_LBT=router_margin(out.router_logits_LBTE, model.spec.experts_per_token),
         router_logp_LBCX=router_logp(out.router_logits_LBTE, ran_LBTX, completion_width),
         router_logits_LBTE=out.router_logits_LBTE,

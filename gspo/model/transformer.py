@@ -95,12 +95,12 @@ class ModelSpec:
 
 class Output(NamedTuple):
     """hidden_BTD after the final norm; the cache, where one was given; and for MoE models the experts that each layer's
-    router would choose freely (routes_LBTX, also under replay) with its float32 logits (router_logits_LBTE).
+    router would choose freely (free_routes_LBTX, also under replay) with its float32 logits (router_logits_LBTE).
     """
 
     hidden_BTD: chex.Array
     cache: KVCache | None
-    routes_LBTX: chex.Array | None
+    free_routes_LBTX: chex.Array | None
     router_logits_LBTE: chex.Array | None
 
 

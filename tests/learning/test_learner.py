@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from gspo.learning.learner import UpdatePlan, make_ref_sync, make_train_step
+from gspo.learning.sampler import make_sampler
 from gspo.learning.scores import Scores, make_scorer, router_logp, score_completions
 from gspo.masked import values
 from gspo.model.distribution import Sampling
@@ -438,6 +439,35 @@ def test_the_reference_follows_the_policy_by_the_mixup_share():
     # Catches shares that are swapped: a reference that jumps to the policy takes the KL term away.
     mixed = make_ref_sync(0.6)({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([11.0, -8.0])})
     np.testing.assert_allclose(mixed["w"], [5.0, -2.0], rtol=1e-6)
+
+
+@functools.cache
+def names_in(phase):
+    """Words of the names under which the operations of a phase were traced. The bodies of its loops have names of their
+    own, which XLA joins to that of the phase."""
+    state, batch = fresh_state(MOE), make_batch()
+    if phase == "update":
+        program = step_of(MOE, gspo).lower(state, batch)
+    elif phase == "logprob":
+        program = scorer_of(2).lower(state.params, batch.tokens_BT, batch.prompt_lengths_B)
+    else:
+        sample = make_sampler(Transformer(MOE), num_generations=2, max_completion_length=C, eos_ids=(1,), pad_id=0)
+        program = sample.lower(state.params, batch.tokens_BT[:2, :P], batch.prompt_lengths_B[:2], jax.random.key(0))
+    names = re.findall(r'loc\("([^"]*)"', program.as_text(debug_info=True))
+    return {word for name in names for word in re.split(r"[/()]+", name) if not name.startswith("/")}
+
+
+@pytest.mark.parametrize(
+    ("phase", "parts"),
+    [
+        ("update", ("attention", "moe", "head", "loss", "optimizer")),
+        ("logprob", ("attention", "moe", "head")),
+        ("rollout", ("attention", "moe", "head")),
+    ],
+)
+def test_each_phase_and_its_parts_carry_their_names_into_a_profile(phase, parts):
+    # Catches a trace in which time cannot be told apart: one jitted function, a thousand unnamed operations.
+    assert {phase, *parts} <= names_in(phase)
 
 
 # ---------------------------------------------------------------- memory

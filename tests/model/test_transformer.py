@@ -48,10 +48,10 @@ def test_logits_and_routes_equal_the_float64_decoder_under_left_padding(spec):
         if spec.num_experts:
             margin = np.diff(-np.sort(-router_LTE, axis=-1)[..., : spec.experts_per_token + 1])
             assert margin.max() < -1e-4, "a tie: choose another seed"
-            np.testing.assert_array_equal(out.routes_LBTX[:, b, first_B[b] :], routes_LTX)
+            np.testing.assert_array_equal(out.free_routes_LBTX[:, b, first_B[b] :], routes_LTX)
             np.testing.assert_allclose(out.router_logits_LBTE[:, b, first_B[b] :], router_LTE, rtol=1e-5, atol=1e-5)
     assert logits_BTV.dtype == jnp.float32
-    assert (out.routes_LBTX is None) == (spec.num_experts == 0)
+    assert (out.free_routes_LBTX is None) == (spec.num_experts == 0)
 
 
 def test_given_routes_run_in_their_own_layer_row_and_column():
@@ -67,7 +67,7 @@ def test_given_routes_run_in_their_own_layer_row_and_column():
     for b, row in enumerate(rows):
         logits_TV, free_LTX, _ = oracle.decoder(exact, MOE, row, given[:, b, first_B[b] :])
         np.testing.assert_allclose(logits_BTV[b, first_B[b] :], logits_TV, rtol=1e-5, atol=1e-5)
-        np.testing.assert_array_equal(out.routes_LBTX[:, b, first_B[b] :], free_LTX)
+        np.testing.assert_array_equal(out.free_routes_LBTX[:, b, first_B[b] :], free_LTX)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_prefill_and_decode_equal_the_full_forward_at_every_position(spec, chunk
             np.testing.assert_allclose(logits[b, real], logits_BTV[b, start : start + size][real], rtol=1e-5, atol=5e-6)
             if spec.num_experts:
                 np.testing.assert_array_equal(
-                    out.routes_LBTX[:, b, real], full.routes_LBTX[:, b, start : start + size][:, real]
+                    out.free_routes_LBTX[:, b, real], full.free_routes_LBTX[:, b, start : start + size][:, real]
                 )
         cache, start = out.cache, start + size
     assert start == WIDTH
@@ -212,15 +212,17 @@ def test_replay_with_unchanged_weights_changes_no_bit(backend, remat):
     run = oracle.forward(spec)
     unrecorded = np.full((2, 3, WIDTH, 2), -1, np.int8)
     out, logits = run(params, tokens_BT, first_B, unrecorded)
-    again, replayed = run(params, tokens_BT, first_B, out.routes_LBTX)
+    again, replayed = run(params, tokens_BT, first_B, out.free_routes_LBTX)
     np.testing.assert_array_equal(replayed, logits)
-    np.testing.assert_array_equal(again.routes_LBTX, out.routes_LBTX)
+    np.testing.assert_array_equal(again.free_routes_LBTX, out.free_routes_LBTX)
     real_BT = np.arange(WIDTH) >= first_B[:, None]
-    half = np.where(real_BT[None, :, :, None], out.routes_LBTX, -1)  # what a sampler records: nothing under the padding
+    half = np.where(
+        real_BT[None, :, :, None], out.free_routes_LBTX, -1
+    )  # what a sampler records: nothing under the padding
     np.testing.assert_array_equal(run(params, tokens_BT, first_B, half)[1], logits)
     free, free_logits = run(params, tokens_BT, first_B)
     np.testing.assert_allclose(free_logits, logits, rtol=1e-6, atol=1e-6)
-    np.testing.assert_array_equal(free.routes_LBTX, out.routes_LBTX)
+    np.testing.assert_array_equal(free.free_routes_LBTX, out.free_routes_LBTX)
 
 
 @SPECS
@@ -230,7 +232,7 @@ def test_bfloat16_compute_is_finite_and_close_while_router_and_logits_stay_float
     _, params = oracle.build(spec)
     exact, exact_logits = oracle.forward(spec)(params, tokens_BT, first_B)
     half = dataclasses.replace(spec, dtype="bfloat16")
-    out, logits = oracle.forward(half)(params, tokens_BT, first_B, exact.routes_LBTX)
+    out, logits = oracle.forward(half)(params, tokens_BT, first_B, exact.free_routes_LBTX)
     assert logits.dtype == jnp.float32 and out.hidden_BTD.dtype == jnp.bfloat16
     assert half.empty_cache(1, 2).k_LBSKH.dtype == jnp.bfloat16
     real_BT = np.arange(WIDTH) >= first_B[:, None]
