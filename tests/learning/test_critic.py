@@ -179,7 +179,7 @@ def test_explained_variance_is_1_for_a_critic_that_is_right_and_below_0_for_one_
     assert stepped(batch_of(opposite))[1]["critic/explained_variance"] < 0
 
 
-@pytest.mark.parametrize("micro_batch_size", [2, 1])
+@pytest.mark.parametrize("micro_batch_size", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_step_does_not_depend_on_micro_batches(micro_batch_size):
     # Catches a mean of means: rows have from 1 to 6 tokens, so that the parts count differently.
     grads, metrics = stepped(batch_of())
