@@ -124,9 +124,11 @@ def test_a_temperature_that_one_side_forgets_shows_in_the_log_probs(factor, side
     # temperature 1 would not see it, and neither would one whose log-probs hardly depend on it.
     of = {"sampler": Sampling(), "learner": Sampling()} | {side: Sampling(temperature=factor)}
     rollout = roll(DENSE, of["sampler"], (1,), 0)
-    score = functools.partial(score_completions, *oracle.build(DENSE), rollout.tokens_BT, rollout.prompt_lengths_B, C)
+    model, params = oracle.build(DENSE)
+    score = jax.jit(functools.partial(score_completions, model, completion_width=C), static_argnames="sampling")
+    frame = (params, rollout.tokens_BT, rollout.prompt_lengths_B)
     mask_BC = np.arange(C) < rollout.completion_lengths_B[:, None]
-    gap = {name: np.abs(score(sampling=s).logp_BC - rollout.logp_BC)[mask_BC].mean() for name, s in of.items()}
+    gap = {name: np.abs(score(*frame, sampling=s).logp_BC - rollout.logp_BC)[mask_BC].mean() for name, s in of.items()}
     assert gap["sampler"] < 1e-5 and gap["learner"] > 0.05
 
 

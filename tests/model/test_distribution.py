@@ -138,7 +138,7 @@ def rounded_otherwise(z, seed):
     return (z * (1 + 1e-6 * np.random.default_rng(seed).standard_normal(z.shape))).astype(np.float32)
 
 
-@pytest.mark.parametrize("vocab", [13, 1000])
+@pytest.mark.parametrize("vocab", [13, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("names", COMBINATIONS, ids=lambda names: "+".join(names) or "plain")
 def test_rounding_moves_no_log_prob_between_sampler_and_learner_by_more_than_rounding(names, vocab):
     # Catches ratios that are taken under the cut distribution: with a token on the edge of a cut, noise in the seventh
@@ -152,7 +152,7 @@ def test_rounding_moves_no_log_prob_between_sampler_and_learner_by_more_than_rou
         np.testing.assert_allclose(scores[0], logps, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("vocab", [13, 1000])
+@pytest.mark.parametrize("vocab", [13, pytest.param(1000, marks=pytest.mark.slow)])
 def test_the_edges_of_the_test_above_flip(vocab):
     # Catches a construction that puts no token on the edge: the test above could then not fail. Under the same noise
     # each combination of cuts keeps another set in some row, and a log-prob under that set moves 50 times further than
