@@ -75,8 +75,8 @@ class Rollout:
     tokens_BT            int32   the frames: prompt and completion
     prompt_lengths_B     int32
     completion_lengths_B int32   tokens sampled, the end-of-sequence token included
-    logp_BC              float32 log-probability of each sampled token under the distribution it was drawn from; 0 after
-                         the end
+    logp_BC              float32 log-probability of each sampled token under softmax(logits / temperature), without the
+                         cuts that shaped the draw (`gspo.model.distribution` says why); 0 after the end
     routes_LBTX          int     experts that ran in each layer for each token; -1 where nothing was recorded. None for
                          dense models
     truncated_B          bool    the row was cut off at C tokens without an end-of-sequence token

@@ -192,11 +192,11 @@ def decoder(params, spec, tokens, given_LTX=None):
 # ---------------------------------------------------------------- what is sampled
 
 
-def distribution(logits, temperature=1.0, top_k_=0, top_p=1.0, min_p=0.0, keep=None):
+def distribution(logits, temperature=1.0, top_k_=0, top_p=1.0, min_p=0.0):
     """One row of logits -> probabilities of the distribution that tokens are drawn from.
 
     top-k, then the smallest set of most likely tokens whose probability reaches top_p, then those with at least min_p
-    times the probability of the likeliest. For logits without ties. keep: a token that is never cut.
+    times the probability of the likeliest. For logits without ties.
     """
     z = np.asarray(logits, np.float64) / temperature
     order = sorted(range(len(z)), key=lambda v: -z[v])
@@ -213,17 +213,15 @@ def distribution(logits, temperature=1.0, top_k_=0, top_p=1.0, min_p=0.0, keep=N
     if min_p:
         p = softmax(z[order])
         order = [token for token, prob in zip(order, p, strict=True) if prob >= min_p * p.max()]
-    if keep is not None and keep not in order:
-        order = [*order, keep]
     prob = np.zeros(len(z))
     prob[order] = softmax(z[order])
     return prob
 
 
-def score(params, spec, prompt, completion, given_LTX=None, **cuts):
-    """(log-prob, entropy) of each completion token, as arrays."""
+def score(params, spec, prompt, completion, given_LTX=None, temperature=1.0):
+    """(log-prob, entropy) of each completion token under softmax(logits / temperature), as arrays."""
     logits, _, _ = decoder(params, spec, [*prompt, *completion], given_LTX)
-    rows = [distribution(logits[len(prompt) + t - 1], keep=token, **cuts) for t, token in enumerate(completion)]
+    rows = [distribution(logits[len(prompt) + t - 1], temperature) for t in range(len(completion))]
     logp = np.array([np.log(row[token]) for row, token in zip(rows, completion, strict=True)])
     entropy = np.array([-sum(q * np.log(q) for q in row if q > 0) for row in rows])
     return logp, entropy

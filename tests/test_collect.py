@@ -15,6 +15,7 @@ from gspo.learning.scores import Scores
 from gspo.run.progress import Timer
 from gspo.steps import make_layout
 from gspo.types import TrainState
+from tests import oracles
 from tests.tiny_runs import rl_config, written
 
 RIGHT, WRONG = "right", "wrong"
@@ -44,12 +45,12 @@ class Pen:
         return jax.tree.map(jnp.asarray, rollout)
 
 
-def collect(config, pen, *, cursor=0, state=None, scorer=None, needs=()):
+def collect(config, pen, *, cursor=0, state=None, scorer=None, value_fn=None, needs=()):
     plan = build.rl_plan(config)
     tokenizer = make_tokenizer(config.tokenizer)
     source = prompt_source(plan.data, "train", tokenizer)
     steps = SimpleNamespace(
-        layout=make_layout(plan.mesh), rollout_params=lambda params: params, sampler=pen, scorer=scorer, value_fn=None,
+        layout=make_layout(plan.mesh), rollout_params=lambda params: params, sampler=pen, scorer=scorer, value_fn=value_fn,
         objective=SimpleNamespace(needs=needs),
     )  # fmt: skip
     collector = Collector(plan, steps, tokenizer, source)
@@ -219,6 +220,29 @@ def test_weights_by_sign_scale_the_advantages(tmp_path):
         np.asarray(collect(config, Pen(config, [MIXED])).batch.inputs.advantages_BC) for config in configs
     )
     np.testing.assert_allclose(weighted, np.where(plain > 0, 0.5, 2.0) * plain, rtol=1e-6)
+
+
+def test_with_a_critic_returns_discount_by_gamma_and_trace_by_lam(tmp_path):
+    # Catches gamma and lam swapped, either of them left at its default, values of other columns or rows, a critic whose
+    # parameters are those of the policy.
+    config = rl_config(
+        tmp_path,
+        num_prompts=1,
+        **{"critic.enable": True, "critic.gamma": 0.9, "critic.lam": 0.5, "rewards": ("exact_match",)},
+    )
+    texts = [RIGHT, "=", "====", "=="]
+    values_BC = np.random.default_rng(0).standard_normal((4, config.max_completion_length)).astype(np.float32)
+    state = TrainState(jnp.int32(0), "policy", None, critic=TrainState(jnp.int32(0), "critic", None))
+    value_fn = lambda params, tokens_BT, prompt_lengths_B: {"critic": jnp.asarray(values_BC)}[params]  # noqa: E731
+    batch = collect(config, Pen(config, [texts]), state=state, value_fn=value_fn).batch
+    mask_BC = np.arange(config.max_completion_length) < np.asarray(batch.completion_lengths_B)[:, None]
+    rewards_BC = np.zeros(mask_BC.shape)
+    rewards_BC[0, batch.completion_lengths_B[0] - 1] = 1.0
+    advantages_BC = oracles.gae(rewards_BC, values_BC, mask_BC, gamma=0.9, lam=0.5)
+    np.testing.assert_allclose(
+        np.where(mask_BC, batch.returns_BC, 0), np.where(mask_BC, advantages_BC + values_BC, 0), atol=1e-5
+    )
+    np.testing.assert_array_equal(batch.old_values_BC, values_BC)
 
 
 def test_several_rewards_are_weighted_and_reported_one_by_one(tmp_path):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gspo.model.attention import KVCache
-from gspo.model.distribution import Sampling, log_prob, shape_logits
+from gspo.model.distribution import Sampling, draw
 from gspo.model.routing import route_dtype
 from gspo.model.transformer import Transformer
 from gspo.types import Params, Rollout, array
@@ -73,7 +73,8 @@ def make_sampler(
 
     prompt_QP: int32, left-padded. Rows 0 .. G-1 of the result belong to prompt 0, and so on. A row ends with any of
     eos_ids (its log-prob counts) or after max_completion_length tokens; the rest of its frame is pad_id, and -1 in
-    routes. Token i of the rollout is drawn with fold_in(key, i). Compiled once per prompt width P. On a mesh
+    routes. Tokens are drawn from the distribution that `sampling` cuts, log-probs are those of the uncut softmax. Token
+    i of the rollout is drawn with fold_in(key, i). Compiled once per prompt width P. On a mesh
     (`model.layout`) rows are cut as the layout says."""
     spec, C, G = model.spec, max_completion_length, num_generations
     injects = model.router_noise > 0 or model.router_swap > 0
@@ -84,11 +85,10 @@ def make_sampler(
         rngs = {"router": jax.random.fold_in(jax.random.fold_in(key, C), step)} if injects else None
         return model.apply({"params": params}, *args, **kwargs, rngs=rngs)
 
-    def draw(params, key, hidden_BD, step):
-        """One token per row and its log-prob under the distribution it came from."""
-        logits_BV = shape_logits(model.apply({"params": params}, hidden_BD, method="logits"), sampling)
-        token_B = jax.random.categorical(jax.random.fold_in(key, step), logits_BV).astype(jnp.int32)
-        return token_B, log_prob(logits_BV, token_B)
+    def next_token(params, key, hidden_BD, step):
+        """One token per row, and its log-prob as the learner takes it: with the temperature, without the cuts."""
+        logits_BV = model.apply({"params": params}, hidden_BD, method="logits")
+        return draw(jax.random.fold_in(key, step), logits_BV, sampling)
 
     def sample(params, prompt_QP, prompt_lengths_Q, key) -> Rollout:
         Q, P = prompt_QP.shape
@@ -114,7 +114,7 @@ def make_sampler(
             routes_LBTX=routes_LBTX,
         ))  # fmt: skip
         state = append(
-            state, *draw(params, key, jnp.repeat(out.hidden_BTD[:, -1], G, axis=0), state.step), eos_ids, pad_id
+            state, *next_token(params, key, jnp.repeat(out.hidden_BTD[:, -1], G, axis=0), state.step), eos_ids, pad_id
         )
 
         # Decode: feed the last token, draw the next.
@@ -126,7 +126,7 @@ def make_sampler(
             if routes_LBTX is not None:
                 routes_LBTX = jax.lax.dynamic_update_slice(routes_LBTX, out.free_routes_LBTX, (0, 0, column, 0))
             state = state.replace(cache=out.cache, routes_LBTX=routes_LBTX)
-            return on_mesh(append(state, *draw(params, key, out.hidden_BTD[:, 0], state.step), eos_ids, pad_id))
+            return on_mesh(append(state, *next_token(params, key, out.hidden_BTD[:, 0], state.step), eos_ids, pad_id))
 
         state = jax.lax.while_loop(lambda s: (s.step < C) & ~jnp.all(s.ended_B), body, state)
 

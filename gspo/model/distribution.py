@@ -1,9 +1,22 @@
-"""The distribution that tokens are drawn from: temperature, top-k, top-p, min-p. One definition for sampler and
-learner.
+"""Two distributions over the next token: the one that is drawn from, and the one under which every token is scored.
 
-A ratio π_θ/π_old is a ratio of probabilities of what was really sampled. A sampler that cuts the tail of the softmax
-while the learner scores the whole softmax gives ratios that are wrong before the first update; so both shape their
-logits here."""
+    scored   p = softmax(logits / temperature)                                 sampler and learner alike
+    drawn    q = p cut by top-k, then top-p, then min-p, and renormalised      the sampler only
+
+A ratio π_θ/π_old is a ratio of p on both sides, and the log-probs that the sampler records are those of p, whatever cuts
+it applied. Why not of q:
+
+- A cut flips by rounding. Sampler and learner compute the same logits in another order; a token that sits on the edge
+  of a cut is kept by one and removed by the other, and every log-prob of that row then moves by the log of its mass: a
+  hundredth of a nat, which stops an honest run at its check and lies outside of GSPO's clip range. Under p the ratio
+  before the first update is 1 up to rounding.
+- To replay the sampler's kept set instead, V bits per token would have to be kept.
+- p is what the gradient should move: under q, a token outside of the kept set gets no gradient at all.
+
+What this costs: the completions come from q, and nothing here corrects for that. Tokens of the tail are never drawn, so
+never judged. The mean of ∇ log p under q is ∇ log(kept mass) and not 0, so that advantages which do not average to 0
+also move mass into the kept set or out of it. Without cuts q = p, and none of this applies. The correction between
+sampler and learner (`sampler_is`) compares p with p: it measures numerics and staleness, not the cuts."""
 
 import dataclasses
 
@@ -13,12 +26,15 @@ import jax.numpy as jnp
 
 from gspo.types import UserError
 
-REMOVED = -1e30  # finite: probability exactly 0 in float32, and no NaN in gradients
+REMOVED = -1e30  # finite, so that differences with it are not NaN; a token with it has probability 0 in float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """temperature > 0 (0 is greedy, for evaluation only); top_k = 0, top_p = 1, min_p = 0 switch the cuts off."""
+    """temperature > 0 (0 is greedy, for evaluation only); top_k = 0, top_p = 1, min_p = 0 switch the cuts off.
+
+    A value out of its range is a UserError that starts with the field's name: whoever took the value from a group of
+    fields puts the group before it."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -33,30 +49,26 @@ class Sampling:
             ("min_p", 0 <= self.min_p < 1, "must be in [0, 1) (0 keeps all tokens)"),
         ):
             if not ok:
-                raise UserError(f"rollout.{field}={getattr(self, field)}: {remedy}")
-
-    @property
-    def cuts(self) -> bool:
-        return bool(self.top_k) or self.top_p < 1 or self.min_p > 0
+                raise UserError(f"{field}={getattr(self, field)}: {remedy}")
 
 
-def shape_logits(logits: chex.Array, sampling: Sampling, keep: chex.Array | None = None) -> chex.Array:
-    """float32 logits [..., V] -> logits of the distribution that is sampled: divided by the temperature, cut tokens at
-    -1e30.
-
-    The cuts are applied in the usual order: top-k, then top-p on what is left, then min-p. keep: [...] int32, one token
-    that is never cut: the learner passes the token that was sampled, since under the updated policy it may fall outside
-    the kept set, and a ratio of 0 would carry no gradient. With unchanged weights it lies inside, and learner and
-    sampler agree."""
+def scored_logits(logits: chex.Array, sampling: Sampling) -> chex.Array:
+    """float32 logits [..., V] -> logits of p: divided by the temperature, uncut. Greedy tokens are scored at temperature
+    1: the limit would give log-prob 0 to every one of them, which says nothing."""
     chex.assert_type(logits, jnp.float32)
-    if sampling.temperature == 0:  # the greedy distribution puts everything on the argmax
-        best = jnp.argmax(logits, axis=-1, keepdims=True)
-        return jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, REMOVED)
-    logits = logits / sampling.temperature
-    if not sampling.cuts:
-        return logits
-    kept = jax.lax.stop_gradient(logits)
+    return logits / (sampling.temperature or 1.0)
+
+
+def drawn_logits(logits: chex.Array, sampling: Sampling) -> chex.Array:
+    """float32 logits [..., V] -> logits of q: those of p, with -1e30 for the tokens that are cut.
+
+    The cuts are applied in the usual order: top-k, then top-p on what is left, then min-p. Tokens that tie on the edge
+    of a cut are all kept. At temperature 0 only the argmax is left, of equals the first."""
+    kept = scored_logits(logits, sampling)
     vocab = logits.shape[-1]
+    if sampling.temperature == 0:
+        best = jnp.argmax(logits, axis=-1, keepdims=True)
+        return jnp.where(jnp.arange(vocab) == best, kept, REMOVED)
     if 0 < sampling.top_k < vocab:
         kept = jnp.where(kept >= jax.lax.top_k(kept, sampling.top_k)[0][..., -1:], kept, REMOVED)
     if sampling.top_p < 1:
@@ -67,20 +79,22 @@ def shape_logits(logits: chex.Array, sampling: Sampling, keep: chex.Array | None
         kept = jnp.where(kept >= smallest, kept, REMOVED)
     if sampling.min_p > 0:
         kept = jnp.where(kept >= jnp.max(kept, axis=-1, keepdims=True) + jnp.log(sampling.min_p), kept, REMOVED)
-    inside = kept > REMOVED / 2
-    if keep is not None:
-        inside |= jnp.arange(vocab) == keep[..., None]
-    return jnp.where(inside, logits, REMOVED)
+    return kept
 
 
-def log_prob(shaped_logits: chex.Array, tokens: chex.Array) -> chex.Array:
-    """[..., V] shaped logits, [...] tokens -> [...] float32 log-probabilities."""
-    chosen = jnp.take_along_axis(shaped_logits, tokens[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(shaped_logits, axis=-1)
+def draw(key: chex.PRNGKey, logits: chex.Array, sampling: Sampling) -> tuple[chex.Array, chex.Array]:
+    """float32 logits [..., V] -> tokens [...] int32 drawn from q, and their log-probs [...] float32 under p."""
+    tokens = jax.random.categorical(key, drawn_logits(logits, sampling)).astype(jnp.int32)
+    return tokens, log_prob(scored_logits(logits, sampling), tokens)
 
 
-def entropy(shaped_logits: chex.Array) -> chex.Array:
-    """[..., V] shaped logits -> [...] entropy in nats: log Z - Σ p z, where a cut token adds nothing."""
-    log_z = jax.nn.logsumexp(shaped_logits, axis=-1)
-    prob = jnp.exp(shaped_logits - log_z[..., None])
-    return log_z - jnp.sum(prob * jnp.where(prob > 0, shaped_logits, 0.0), axis=-1)
+def log_prob(logits: chex.Array, tokens: chex.Array) -> chex.Array:
+    """[..., V] logits, [...] tokens -> [...] float32 log-probabilities under their softmax."""
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def entropy(logits: chex.Array) -> chex.Array:
+    """[..., V] logits -> [...] entropy of their softmax in nats: log Z - Σ p z."""
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return log_z - jnp.sum(jnp.exp(logits - log_z[..., None]) * logits, axis=-1)

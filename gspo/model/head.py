@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from gspo.model.columns import cut_columns, join_columns
-from gspo.model.distribution import Sampling, entropy, log_prob, shape_logits
+from gspo.model.distribution import Sampling, entropy, log_prob, scored_logits
 from gspo.parallel.sharding import ONE_DEVICE, Layout, gather_axes
 
 
@@ -19,8 +19,11 @@ def token_scores(
     chunk: int,
     layout: Layout = ONE_DEVICE,
 ) -> tuple[chex.Array, chex.Array]:
-    """(log-probs, entropies) of the distribution that is sampled, float32 [B, C]; `chunk` columns of logits exist at a
+    """(log-probs, entropies) under softmax(logits / temperature), float32 [B, C]; `chunk` columns of logits exist at a
     time (remat).
+
+    Of `sampling` only the temperature matters: cuts shape what is drawn, never a score (`gspo.model.distribution`). So
+    the entropy too is that of the uncut softmax, and nothing here sorts the vocabulary.
 
     On a mesh each device scores its own rows: the kernel is gathered once, and its gradient summed over the chunks
     before it is scattered. Left to the partitioner, both happen in every chunk. The vocabulary may be cut along
@@ -48,7 +51,7 @@ def _on_rows(hidden_BCD, target_BC, kernel_DV, sampling: Sampling, chunk: int):
     @jax.checkpoint
     def score_chunk(hidden_BcD, target_Bc):
         logits_BcV = jnp.matmul(hidden_BcD, kernel_DV, preferred_element_type=jnp.float32)
-        logits_BcV = shape_logits(logits_BcV, sampling, keep=target_Bc)
+        logits_BcV = scored_logits(logits_BcV, sampling)
         return log_prob(logits_BcV, target_Bc), entropy(logits_BcV)
 
     if chunk >= C:

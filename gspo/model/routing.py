@@ -16,8 +16,9 @@ from gspo.masked import Mean, masked_mean
 
 
 def top_k_experts(logits_ME: chex.Array, k: int) -> chex.Array:
-    """Indices [M, X] int32 of the k largest logits, in falling order; ties go to the lower index."""
-    return jax.lax.top_k(logits_ME, k)[1].astype(jnp.int32)
+    """Indices [M, X] int32 of the k largest logits, in falling order; ties go to the lower index. 0 and -0 tie:
+    `jax.lax.top_k` puts 0 first, and which of the two a sum of zeros is depends on the order of summation."""
+    return jax.lax.top_k(jnp.where(logits_ME == 0, 0.0, logits_ME), k)[1].astype(jnp.int32)
 
 
 def route(

@@ -75,8 +75,8 @@ BOTH = pytest.mark.parametrize("case", [PLAIN, CUT], ids=["moe-pad-is-eos", "den
     ids=["moe", "dense-cuts", "moe-cuts", "dense", "moe-ragged", "moe-top-k", "moe-top-p", "moe-min-p"],
 )
 def test_log_probs_equal_those_of_the_learner(case):
-    # Catches a temperature or a cut that only one of the two applies, positions that differ under padding, a log-prob
-    # of the wrong token: each makes the first ratio differ from 1 before anything was learned.
+    # Catches a temperature that only one of the two applies, cuts that reach a log-prob, positions that differ under
+    # padding, a log-prob of the wrong token: each makes the first ratio differ from 1 before anything was learned.
     spec, sampling, _, _ = case
     model, params = oracle.build(spec)
     score = jax.jit(functools.partial(score_completions, model, completion_width=C, sampling=sampling))
@@ -95,6 +95,41 @@ def test_log_probs_equal_those_of_the_learner(case):
             assert rollout.routes_LBTX.dtype == np.int8
         else:
             assert rollout.routes_LBTX is None
+
+
+@pytest.mark.parametrize(
+    "cuts", [{"top_p": 0.75}, {"temperature": 0.5, "top_k": 3, "top_p": 0.8, "min_p": 0.0625}], ids=["top-p", "all"]
+)
+def test_a_token_on_the_edge_of_a_cut_moves_no_log_prob_between_sampler_and_learner(cuts):
+    # Catches ratios of the cut distribution: the learner's logits differ from the sampler's by rounding, its kept set
+    # by a token, and every log-prob by the log of that token's mass, 0.1 to 0.3 nats here.
+    p = np.full(V, 0.125 / 8)
+    p[[4, 6, 7, 9]] = 0.5, 0.125, 0.125, 0.125  # 0.75 before the last of the three that tie; a quarter of the first
+    params = always(np.log(p / p.sum()))
+    rollout = roll(MOE, Sampling(**cuts), (1,), 0, params=params)
+    assert set(rollout.tokens_BT[:, P:][np.arange(C) < rollout.completion_lengths_B[:, None]]) <= {4, 6, 7, 9}
+    score = jax.jit(
+        functools.partial(score_completions, Transformer(MOE), completion_width=C, sampling=Sampling(**cuts))
+    )
+    mask_BC = np.arange(C) < rollout.completion_lengths_B[:, None]
+    for seed in range(5):
+        noise = 1e-6 * np.random.default_rng(seed).standard_normal(params["head"].shape)
+        scores = score(params | {"head": params["head"] * (1 + noise)}, rollout.tokens_BT, rollout.prompt_lengths_B)
+        np.testing.assert_allclose(np.where(mask_BC, scores.logp_BC, 0), rollout.logp_BC, atol=1e-4)
+
+
+@pytest.mark.parametrize(("side", "factor"), [("sampler", 0.7), ("learner", 1.3)])
+def test_a_temperature_that_one_side_forgets_shows_in_the_log_probs(factor, side):
+    # Catches a temperature that is dropped on its way to the sampler, or to the learner: a test of agreement at
+    # temperature 1 would not see it, and neither would one whose log-probs hardly depend on it.
+    of = {"sampler": Sampling(), "learner": Sampling()} | {side: Sampling(temperature=factor)}
+    rollout = roll(DENSE, of["sampler"], (1,), 0)
+    model, params = oracle.build(DENSE)
+    score = jax.jit(functools.partial(score_completions, model, completion_width=C), static_argnames="sampling")
+    frame = (params, rollout.tokens_BT, rollout.prompt_lengths_B)
+    mask_BC = np.arange(C) < rollout.completion_lengths_B[:, None]
+    gap = {name: np.abs(score(*frame, sampling=s).logp_BC - rollout.logp_BC)[mask_BC].mean() for name, s in of.items()}
+    assert gap["sampler"] < 1e-5 and gap["learner"] > 0.05
 
 
 def test_replaying_the_routes_of_a_sampler_with_another_router_restores_its_log_probs():
@@ -225,7 +260,7 @@ def test_completions_follow_the_distribution_of_the_oracle():
 @pytest.mark.parametrize("spec", [MOE, pytest.param(DENSE, marks=pytest.mark.slow)], ids=["moe", "dense"])
 def test_greedy_decoding_equals_the_argmax_of_a_full_forward_of_each_prompt_alone(spec):
     # Catches a cache of the wrong row or column, prompts of a batch that see each other, a first token taken from the
-    # wrong hidden state.
+    # wrong hidden state, log-probs of 0 where the model's own (at temperature 1) are asked for.
     eos_ids = (1,)
     rollout = roll(spec, Sampling(temperature=0), eos_ids, 0)
     exact = oracle.float64(oracle.build(spec)[1])
@@ -236,11 +271,12 @@ def test_greedy_decoding_equals_the_argmax_of_a_full_forward_of_each_prompt_alon
             assert np.diff(np.sort(logits[-1])[-2:])[0] > 1e-4, "a tie: choose another seed"
             tokens.append(int(np.argmax(logits[-1])))
             assert rollout.tokens_BT[b, P + t] == tokens[-1]
+            logp = np.log(oracle.softmax(logits[-1]).max())
+            assert rollout.logp_BC[b, t] == pytest.approx(logp, abs=2e-5)
         if spec.num_experts:
             last = P + rollout.completion_lengths_B[b] - 1
             np.testing.assert_array_equal(rollout.routes_LBTX[:, b, P - len(PROMPTS[b // G]) : last], routes)
         assert (tokens[-1] in eos_ids) != rollout.truncated_B[b]
-    np.testing.assert_array_equal(rollout.logp_BC, np.zeros((B, C)))
 
 
 # ---------------------------------------------------------------- compilation
