@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspo.learning.scores import score_completions
 from gspo.learning.sampler import make_sampler
+from gspo.learning.scores import score_completions
 from gspo.model.transformer import Transformer
 from tests import model_oracle as oracle
 from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
