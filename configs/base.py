@@ -177,5 +177,6 @@ def rl() -> ConfigDict:
     )
     config.log.update(samples_every=5, router_kl=False)  # rollouts between samples; whether the routers' KL is measured
     config.profile_rollouts = ()  # rollouts of which jax.profiler writes a trace into <workdir>/profile
-    config.check_tolerance = placeholder(float)  # largest |log-ratio| allowed before the first update; None: by dtype
+    # Largest |log-ratio| allowed before the first update, but for one token in a thousand; None: by the dtype.
+    config.check_tolerance = placeholder(float)
     return config

@@ -20,6 +20,7 @@ from gspo.data import batches
 from gspo.data.rewards import REWARDS, overlong_penalty
 from gspo.data.tokenizer import Tokenizer
 from gspo.generate import Generator, Judged, judge, rows_of, sample_line, spread
+from gspo.learning.agreement import Gap, gap_between
 from gspo.learning.mismatch import make_rounding
 from gspo.masked import masked_mean
 from gspo.model.routing import by_layer, changed, recorded
@@ -35,6 +36,7 @@ class Experience(NamedTuple):
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
     next_cursor: int  # prompts consumed so far
+    sampler_gap: Gap | None  # sampler against learner over all rows, where both are known and should agree
 
 
 class Collector:
@@ -55,7 +57,7 @@ class Collector:
         with timer("reward"):
             draw = self.select(draws)
         with timer("old_logps"):
-            batch, measured = self.score(state, draw.rollout)
+            batch, measured, gap = self.score(state, draw.rollout)
             jax.block_until_ready(batch)
         with timer("reward"):
             batch = self.compare(state, batch, self.shape(draw), draw.truncated_B)
@@ -63,7 +65,7 @@ class Collector:
         if self.plan.filter_groups:
             metrics["filter_groups/draws"] = len(draws)
             metrics |= {f"kept_groups/{name}": value for name, value in self.metrics([draw]).items()}
-        return Experience(batch, metrics, self.samples(draw), cursor)
+        return Experience(batch, metrics, self.samples(draw), cursor, gap)
 
     def draws(self, state: TrainState, cursor: int, key: jax.Array, timer: Timer) -> tuple[list[Judged], int]:
         """Rollouts of the next prompts, one, or under dynamic sampling as many as it takes; and the cursor after them."""
@@ -134,12 +136,12 @@ class Collector:
         )
         return self.steps.layout.constrain_fields(batch)
 
-    def score(self, state: TrainState, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
+    def score(self, state: TrainState, rollout: Rollout) -> tuple[Batch, dict[str, float], Gap | None]:
         """The rollout as the learner sees it, advantages still missing: old log-probs, reference log-probs, routes. And
-        how far the sampler's routes are from the learner's, where both are known.
+        how far the sampler's routes and log-probs are from the learner's, where both are known.
         """
         plan, scorer, batch = self.plan, self.steps.scorer, self._as_batch(rollout)
-        inputs, mode, measured = batch.inputs, plan.replay, {}
+        inputs, mode, measured, gap = batch.inputs, plan.replay, {}, None
         rows = (rollout.tokens_BT, rollout.prompt_lengths_B)
         router_logp = "old_router_logp_LBCX" in self.steps.objective.needs
         if plan.old_logps == "learner" or mode == "R2" or plan.router_kl or router_logp:
@@ -154,13 +156,15 @@ class Collector:
             inputs = inputs.replace(old_router_logp_LBCX=old.router_logp_LBCX)
             if plan.old_logps == "learner":
                 inputs = inputs.replace(old_logp_BC=old.logp_BC, sampler_logp_BC=rollout.logp_BC)
+            if not self.rollout.differs:
+                gap = Gap(*map(float, distributed.fetch(gap_between(rollout.logp_BC, old.logp_BC, inputs.mask_BC))))
             if rollout.routes_LBTX is not None:
                 changed_L = distributed.fetch(_changed_by_layer(rollout.routes_LBTX, old.free_routes_LBTX))
                 measured["routing/sampler_experts_changed"] = float(np.mean(changed_L))
                 measured["routing/sampler_experts_changed_by_layer"] = changed_L.tolist()
         if state.ref_params is not None:
             inputs = inputs.replace(ref_logp_BC=scorer(state.ref_params, *rows).logp_BC)
-        return batch.replace(inputs=inputs), measured
+        return batch.replace(inputs=inputs), measured, gap
 
     def shape(self, draw: Judged) -> np.ndarray:
         """Raw rewards plus DAPO's soft penalty on the last tokens of the frame, [B] float32."""

@@ -20,6 +20,7 @@ from gspo.collect import Collector
 from gspo.data.tokenizer import make_tokenizer
 from gspo.evaluate import Writer, make_evaluator
 from gspo.generate import prompt_source
+from gspo.learning.agreement import Gap, complaint
 from gspo.learning.drift import DISTANCES
 from gspo.learning.learner import make_ref_sync
 from gspo.learning.state import copy_tree
@@ -37,7 +38,6 @@ from gspo.types import Batch, TrainState, UserError
 
 ROLLOUT_STREAM = 1  # of the run's random keys
 PHASES = ("rollout", "reward", "old_logps", "update")  # what a rollout costs, evaluation and checkpoints aside
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}  # largest |log-ratio| of a token between two passes of the same weights
 
 
 def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = False, title: str = "RL") -> dict[str, Any]:
@@ -89,7 +89,7 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
             cursor = experience.next_cursor
             with timer("update"):
                 state, done = update(steps, state, experience.batch)
-            guard(plan, index, done, checkpointer)
+            guard(plan, index, done, experience.sampler_gap, checkpointer)
             state = run.follow(state, index)
 
             rate = float(steps.learning_rate(index * plan.updates_per_rollout))
@@ -206,9 +206,12 @@ def _describe_updates(plan: plans.RLPlan) -> str:
 # ---------------------------------------------------------------------------- what is watched, what is written
 
 
-def guard(plan: plans.RLPlan, index: int, steps: list[Metrics], checkpointer: Checkpointer) -> None:
-    """Stops the run where going on would waste it: NaN, or an old policy that is not the one that sampled. Before the
-    first update of a rollout, ratio and 1 may differ by rounding only.
+def guard(
+    plan: plans.RLPlan, index: int, steps: list[Metrics], sampler_gap: Gap | None, checkpointer: Checkpointer
+) -> None:
+    """Stops the run where going on would waste it: NaN, or an old policy that is not the one that sampled. The old
+    log-probs are compared with the policy before the first update, and, where it is free, the sampler's with the
+    learner's over all rows: a learner compared with itself proves nothing. See `gspo.learning.agreement`.
     """
     for j, metrics in enumerate(steps):
         if not (np.isfinite(metrics["loss"].value) and np.isfinite(metrics["grad_norm"].value)):
@@ -216,16 +219,11 @@ def guard(plan: plans.RLPlan, index: int, steps: list[Metrics], checkpointer: Ch
                 f"rollout {index}, update {j}: loss or gradient is not finite{checkpointer.last_good()}; lower "
                 "optimizer.learning_rate"
             )
-    tolerance = plan.check_tolerance or TOLERANCE[plan.model.fields["dtype"]]
-    gap = float(steps[0]["log_ratio/abs_max"].value)
-    if gap > tolerance:
-        raise UserError(
-            f"rollout {index}: before the first update sampler and learner differ by {gap:.2e} in a token's "
-            "log-prob, more than "
-            f"check_tolerance={tolerance:g}; the old log-probs are not those of this policy (stale weights, another "
-            "temperature, a "
-            f"wrong mask){checkpointer.last_good()}"
-        )
+    first = Gap(float(steps[0]["log_ratio/abs_p999"].value), float(steps[0]["approx_kl/k3"].value))
+    for gap in (first, sampler_gap):
+        wrong = gap and complaint(gap, plan.model.fields["dtype"], plan.check_tolerance)
+        if wrong:
+            raise UserError(f"rollout {index}: {wrong}{checkpointer.last_good()}")
 
 
 def update_metrics(steps: list[Metrics]) -> dict[str, Any]:

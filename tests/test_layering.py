@@ -16,7 +16,7 @@ TOWER = [
     "model.columns", "model.attention", "model.routing", "model.experts", "model.dispatch", "model.moe", "model.transformer",
     "model.distribution", "model.head",
     "learning.microbatch", "learning.optim", "learning.mismatch", "learning.sampler", "learning.scores", "learning.drift",
-    "learning.learner", "learning.critic", "learning.state",
+    "learning.learner", "learning.critic", "learning.state", "learning.agreement",
     "data.tokenizer", "data.rewards", "data.tasks", "data.batches",
     "run.writers", "run.progress", "run.profile", "run.checkpoint", "run.workdir", "run.cli",
     "hf.families", "hf.folder",

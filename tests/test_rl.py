@@ -1,6 +1,7 @@
 """The loop: what a rollout's updates share, what stops a run, and that a killed run ends like one never killed."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -263,17 +264,40 @@ def misplaced(sample, *_):
 MAKE_SAMPLER = steps.sampler_of
 
 
+@pytest.mark.parametrize("changes", [
+    {}, {"old_logps": "learner"}, {"model.dtype": "bfloat16"}, {"model.dtype": "bfloat16", "old_logps": "learner"},
+], ids=["sampler", "learner", "bfloat16", "bfloat16, learner"])  # fmt: skip
 @pytest.mark.parametrize(("fault", "stops_at"), [(stale, 1), (warmer, 0), (misplaced, 0)])
-def test_an_old_policy_that_is_not_the_one_that_sampled_stops_the_run(folder, tmp_path, monkeypatch, fault, stops_at):
-    # Catches a check that compares the learner with itself, or that runs before the first update only of the whole run.
+def test_an_old_policy_that_is_not_the_one_that_sampled_stops_the_run(
+    folder, tmp_path, monkeypatch, fault, stops_at, changes
+):
+    # Catches a check that compares the learner with itself, one that runs before the first update only of the whole run,
+    # and a bound for bfloat16 that weights one rollout old stay below.
     replace_sampler(monkeypatch, fault)
     with pytest.raises(
         UserError, match=f"rollout {stops_at}: before the first update sampler and learner differ by .*stale"
     ) as error:
-        rl.train(build.rl_plan(rl_config(folder, **FAST)), tmp_path / "run")
+        rl.train(build.rl_plan(rl_config(folder, **FAST | changes)), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == stops_at
     assert ("the last good checkpoint is step 1" in str(error.value)) == (stops_at == 1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"old_logps": "learner"}], ids=["sampler", "learner"])
+def test_a_tolerance_of_zero_allows_no_rounding(folder, tmp_path, monkeypatch, changes):
+    # Catches 0 taken for "not set".
+    def rounded(sample, *_):
+        def sample_rounded(*args):
+            rollout = sample(*args)
+            return rollout.replace(logp_BC=rollout.logp_BC * (1 + 1e-6))
+
+        return sample_rounded
+
+    replace_sampler(monkeypatch, rounded)
+    plan = build.rl_plan(rl_config(folder, check_tolerance=0.0, **FAST | changes))
+    with pytest.raises(UserError, match=r"rollout 0: .*which is above check_tolerance=0;"):
+        rl.train(plan, tmp_path / "run")
+    rl.train(dataclasses.replace(plan, check_tolerance=None), tmp_path / "run")
 
 
 MICRO = {

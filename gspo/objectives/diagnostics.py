@@ -15,6 +15,7 @@ Ratios. `ratio/*` and `ess` describe the ratios of the level, one per token or o
 at e²⁰. `ess` is (Σ w)² / (n Σ w²) in (0, 1]: the share of the batch that an importance-weighted mean effectively uses.
 
     log_ratio/abs_max        largest |log w_it| of any token: 0 on the first minibatch after a rollout, up to rounding
+    log_ratio/abs_p999       the same but for one token in a thousand
     log_ratio/token_var      variance of log w_it over tokens
     log_ratio/sequence_var   variance of log s_i, the length-normalised log-ratio, over sequences
     approx_kl/k1, k3         KL(π_old ‖ π_θ) per token, estimated by −log w and by w − 1 − log w
@@ -67,12 +68,20 @@ def ratio_summary(log_ratio_BC: chex.Array, mask_BC: chex.Array) -> Metrics:
     }
 
 
+def all_but_few(x_BC: chex.Array, mask_BC: chex.Array, share: float = 1e-3) -> chex.Array:
+    """The least value that at most this share of the tokens exceed, in fewer than 1 / share tokens at most one; 0 without
+    tokens."""
+    value = jnp.nanquantile(jnp.where(mask_BC, x_BC, jnp.nan), 1 - share, method="lower")
+    return jnp.where(jnp.any(mask_BC), value, 0)
+
+
 def drift(token_log_ratio_BC: chex.Array, mask_BC: chex.Array) -> Metrics:
     """How far the policy is from the one that produced the rollout, whatever the level of the objective."""
     rows_B, seen = jnp.any(mask_BC, axis=1), jnp.any(mask_BC)
     sequence_log_ratio_B = masked.row_means(token_log_ratio_BC, mask_BC)
     return {
         "log_ratio/abs_max": _largest(jnp.abs(token_log_ratio_BC), mask_BC),
+        "log_ratio/abs_p999": over_updates(all_but_few(jnp.abs(token_log_ratio_BC), mask_BC), seen),
         "log_ratio/token_var": over_updates(_variance(token_log_ratio_BC, mask_BC), seen),
         "log_ratio/sequence_var": over_updates(_variance(sequence_log_ratio_B, rows_B), seen),
         "approx_kl/k1": masked_mean(-token_log_ratio_BC, mask_BC),

@@ -668,6 +668,7 @@ def test_ratio_metrics_equal_a_brute_force_count():
             "ratio/min": w.min(), "ratio/mean": w.mean(), "ratio/max": w.max(), "ratio/p99": np.quantile(w, 0.99),
             "ess": w.sum() ** 2 / (len(w) * (w**2).sum()),
             "log_ratio/abs_max": np.abs(token).max(), "log_ratio/token_var": token.var(),
+            "log_ratio/abs_p999": np.quantile(np.abs(token), 0.999, method="lower"),
             "log_ratio/sequence_var": sequence.var(),
             "approx_kl/k1": -token.mean(), "approx_kl/k3": (np.exp(token) - 1 - token).mean(),
             "advantage/mean": advantages[mask].mean(), "advantage/std": advantages[mask].std(),
