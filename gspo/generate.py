@@ -12,7 +12,7 @@ import numpy as np
 
 from gspo import plans
 from gspo.data import batches, tasks
-from gspo.data.rewards import Example
+from gspo.data.example import Example
 from gspo.data.tokenizer import Tokenizer
 from gspo.parallel import distributed
 from gspo.parallel.sharding import Layout

@@ -13,7 +13,8 @@ import grain
 import numpy as np
 from absl import logging
 
-from gspo.data.rewards import Example, RewardFunction
+from gspo.data.example import Example
+from gspo.data.rewards import RewardFunction
 from gspo.data.tasks import Task
 from gspo.data.tokenizer import Tokenizer
 from gspo.types import UserError

@@ -8,24 +8,11 @@ A new reward is a function here and a line in `REWARDS`; configs then know it by
 """
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
+from gspo.data.example import Example
 from gspo.types import UserError
-
-
-@dataclass(frozen=True)
-class Example:
-    """One problem. `demonstration` is a whole completion to imitate (SFT); `metadata` is for the reward of its own
-    task."""
-
-    prompt: str
-    answer: str
-    demonstration: str | None = None
-    metadata: Mapping[str, Any] | None = None
-
 
 RewardFunction = Callable[[str, Example], float]
 

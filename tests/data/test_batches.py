@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gspo.data.batches import DemonstrationSource, PromptSource, completion_texts, score_completions, shuffled_index
-from gspo.data.rewards import Example, exact_match
+from gspo.data.example import Example
+from gspo.data.rewards import exact_match
 from gspo.data.tasks import Task, make_task
 from gspo.data.tokenizer import make_tokenizer
 from gspo.types import UserError

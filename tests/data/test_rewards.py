@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gspo.data.rewards import REWARDS, Example, exact_match, format_hash, hash_answer, numeric_answer, overlong_penalty
+from gspo.data.example import Example
+from gspo.data.rewards import REWARDS, exact_match, format_hash, hash_answer, numeric_answer, overlong_penalty
 from gspo.types import UserError
 
 
