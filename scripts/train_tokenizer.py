@@ -81,7 +81,8 @@ def main(argv: list[str]) -> int:
     if lossy:
         raise UserError(f"{len(lossy)} texts do not survive encoding and decoding, the first of them {lossy[0][:60]!r}")
     num_bytes = sum(len(text.encode()) for text in texts)
-    prompts, completions = (np.array([len(ids) for ids in tokens[start::2]]) for start in (0, 1))
+    prompts = np.array([len(tokenizer.prompt_ids(text)) for text in texts[::2]])
+    completions = np.array([len(ids) for ids in tokens[1::2]])
     print(
         f"{out}: {tokenizer.vocab_size} tokens, {num_bytes / sum(map(len, tokens)):.2f} bytes per token on "
         f"{len(task)} examples"

@@ -17,7 +17,7 @@ TOWER = [
     "model.distribution", "model.head",
     "learning.microbatch", "learning.optim", "learning.mismatch", "learning.sampler", "learning.learner", "learning.critic",
     "learning.state",
-    "data.example", "data.tokenizer", "data.rewards",
+    "data.example", "data.hf_tokenizer", "data.tokenizer", "data.rewards",
     "data.tasks.task", "data.tasks.running_sum", "data.tasks.reasoning", "data.tasks.tfds", "data.tasks.jsonl", "data.tasks",
     "data.batches",
     "run.writers", "run.progress", "run.profile", "run.checkpoint", "run.workdir", "run.cli",
