@@ -239,6 +239,9 @@ def test_no_prompt_begins_with_two_bos(family, tmp_path):
     bos = {"llama2": 1, "llama3": 0}[family]
     chat = make_tokenizer(str(write_family(tmp_path / "chat", family, jinja=CHAT_WITH_BOS)))
     assert chat.prompt_ids("the cat")[0] == bos and chat.prompt_ids("the cat").count(bos) == 1
+    # A template that writes none means it: transformers tokenizes a rendered chat as it stands.
+    without = make_tokenizer(str(write_family(tmp_path / "without", family, jinja=CHAT)))
+    assert without.prompt_ids("the cat") == without.encode(without.format_prompt("the cat"))
     plain = make_tokenizer(str(write_family(tmp_path / "plain", family)))
     written = {"llama2": "<s>", "llama3": "<|begin_of_text|>"}[family]
     assert plain.prompt_ids(f"{written}the cat").count(bos) == 1
@@ -261,8 +264,9 @@ def test_prompts_and_demonstrations_begin_with_the_bos_and_it_counts_in_their_le
     (a,), (b,) = tokenizer.encode("a"), tokenizer.encode("b")
     assert prompts.tokens_QP.tolist() == [[0, a]] and prompts.lengths_Q.tolist() == [2]
     assert rows.tokens_BT.tolist() == [[0, a, b, tokenizer.eos_ids[0]]] and rows.prompt_lengths_B.tolist() == [2]
-    with pytest.raises(UserError, match="1 of 1 prompts are longer than max_prompt_length=1"):
-        PromptSource(task, tokenizer, max_prompt_length=1)
+    for source, options in ((PromptSource, {}), (DemonstrationSource, {"max_completion_length": 2})):
+        with pytest.raises(UserError, match="1 of 1 prompts are longer than max_prompt_length=1"):
+            source(task, tokenizer, max_prompt_length=1, **options)
 
 
 # ---------------------------------------------------------------------------- the date
