@@ -64,7 +64,18 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--vocab_size={args.vocab_size} is too small: {PAD}, {EOS} and the 256 bytes need {SMALLEST}")
     if (out / "tokenizer.json").exists() and not args.overwrite:
         raise UserError(f"{out} already holds a tokenizer: choose another --out, or pass --overwrite")
-    task = make_task(args.task, split=args.split, size=args.size)
+    try:
+        task = make_task(args.task, split=args.split, size=args.size)
+    except UserError as error:
+        flags = (
+            ("task.options.size", "--size"),
+            ("task.name", "--task"),
+            ("task.train_split, task.eval_split", "--split"),
+        )
+        text = str(error)
+        for field, flag in flags:
+            text = text.replace(field, flag)
+        raise UserError(text) from None
     texts = texts_of(task)
     trained = train_bpe(texts, args.vocab_size)
     try:

@@ -127,7 +127,7 @@ def overlong_penalty(length_tokens: int, max_length: int, buffer: int) -> float:
     """
     if not 0 <= buffer <= max_length:
         raise UserError(
-            f"overlong_buffer={buffer} should lie between 0 and max_completion_length={max_length} (both in tokens)"
+            f"overlong_buffer.len={buffer}: must be in 0..{max_length}, the tokens of max_completion_length"
         )
     over = length_tokens - (max_length - buffer)
     return 0.0 if over <= 0 else -1.0 if over >= buffer else -over / buffer

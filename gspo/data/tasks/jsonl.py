@@ -11,18 +11,29 @@ from gspo.types import UserError
 
 
 def make(rest: str, *, split: str, seed: int, size: int | None) -> Task:
-    """The lines of a file; "{split}" in the path is replaced by the split, and without it all splits are the same file.
+    """The lines of a file; "{split}" in the path is replaced by the split, and without it all splits are the same file
+    (`tasks.check_splits` then asks whether that is meant).
 
     "prompt" and "answer" must be there; "demonstration" may be; the other fields become the example's metadata.
     """
-    path = Path(rest.replace("{split}", split))
+    path = _path(rest, split)
     if not path.is_file():
-        raise UserError(f"task jsonl: there is no file {path}")
+        raise UserError(f"task.name='jsonl:{rest}': there is no file {path}")
     examples = []
     with path.open("rb") as lines:
         for number, line in enumerate(itertools.islice(lines, size), start=1):
             examples.append(_example(line, f"{path}:{number}"))
     return Task(f"jsonl:{rest}", first(f"jsonl:{rest}", len(examples), size), examples.__getitem__, exact_match)
+
+
+def same_file(rest: str, *splits: str) -> bool:
+    """Whether two splits are one file, by one name or by two."""
+    one, other = (_path(rest, split) for split in splits)
+    return one == other or (one.exists() and other.exists() and one.samefile(other))
+
+
+def _path(rest: str, split: str) -> Path:
+    return Path(rest.replace("{split}", split))
 
 
 def _example(line: bytes, where: str) -> Example:

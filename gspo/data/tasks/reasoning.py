@@ -55,31 +55,31 @@ def make(rest: str, *, split: str, seed: int, size: int | None, **options: Any) 
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError:
-        raise UserError(f'task {name} needs an optional package: pip install "reasoning-gym>=0.1.19"') from None
+        raise UserError(f'task.name={name!r}: needs an optional package: pip install "reasoning-gym>=0.1.19"') from None
     check_split(name, split)
     if rest not in DATASETS:
-        raise UserError(f"reasoning-gym has no data set {rest!r}{suggest(rest, DATASETS)}")
+        raise UserError(f"task.name={name!r}: reasoning-gym has no data set {rest!r}{suggest(rest, DATASETS)}")
     if rest in _UNSAFE:
         raise UserError(
-            f"task {name} is refused: its scorer evaluates what the model wrote, which may run code or never return"
+            f"task.name={name!r}: refused, since its scorer evaluates what the model wrote, which may run code or never return"
         )
     if rest in _SET_ORDER and os.environ.get("PYTHONHASHSEED", "random") == "random":
         raise UserError(
-            f"task {name} depends on the order of Python sets, so no run could be repeated or resumed: "
+            f"task.name={name!r}: depends on the order of Python sets, so no run could be repeated or resumed: "
             "start the program with PYTHONHASHSEED=0"
         )
     config = DATASETS[rest][1]
     check_options(name, options, {field.name for field in dataclasses.fields(config)} - {"seed", "size"})
     size = size or (2_000 if split == "train" else 200)
     if size > _SEED_STRIDE:
-        raise UserError(f"task {name}: size={size} is more than the {_SEED_STRIDE} examples between two seeds")
+        raise UserError(f"task.options.size={size}: more than the {_SEED_STRIDE} examples between two seeds of {name}")
     try:
         dataset = reasoning_gym.create_dataset(
             rest, seed=_SEED_STRIDE * (2 * seed + (split == "test")), size=size, **options
         )
         dataset[0]
     except Exception as error:  # asserts and exceptions of any kind in its checks
-        raise UserError(f"task {name} refuses its options {options}: {str(error) or type(error).__name__}") from None
+        raise UserError(f"task.options: {name} refuses {options}: {str(error) or type(error).__name__}") from None
 
     def example(index: int) -> Example:
         entry = dataset[index]

@@ -33,7 +33,7 @@ def make(
     ):
         if not good:
             ranges = "num_digits >= 1, modulus 2..10, error_rate 0..1"
-            raise UserError(f"task running_sum: {field}={value} is out of range ({ranges})")
+            raise UserError(f"task.options.{field}={value}: out of range ({ranges})")
 
     def example(index: int) -> Example:
         rng = random.Random(f"{seed}/{split}/{index}")  # a string seeds through SHA-512: the same on every machine
@@ -43,8 +43,8 @@ def make(
                 break
         else:
             raise UserError(
-                f"task running_sum with num_digits={num_digits} has too few prompts for a {split} split of its own: "
-                "use 3 digits or more"
+                f"task.options.num_digits={num_digits}: too few prompts for a {split} split of its own; use 3 digits or "
+                "more"
             )
         right = written = 0
         answer, demonstration = [], []

@@ -37,16 +37,16 @@ def check_options(name: str, options: Iterable[str], known: Iterable[str]) -> No
     known = sorted(known)
     for option in options:
         if option not in known:
-            names = ", ".join(known) or "none"
-            raise UserError(f"task {name} has no option {option!r} (it has {names}){suggest(option, known)}")
+            names = ", ".join(known) or "size"
+            raise UserError(f"task.options.{option}: task {name} has only {names}{suggest(option, known)}")
 
 
 def check_split(name: str, split: str) -> None:
     if split not in ("train", "test"):
-        raise UserError(f"task {name} has the splits 'train' and 'test', not {split!r}")
+        raise UserError(f"task.train_split, task.eval_split: task {name} has 'train' and 'test', not {split!r}")
 
 
 def first(name: str, available: int, size: int | None) -> int:
     if size is not None and size > available:
-        raise UserError(f"task {name}: size={size} is more than its {available} examples")
+        raise UserError(f"task.options.size={size}: task {name} has only {available} examples")
     return available if size is None else size

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,11 @@ def make(
     name = f"tfds:{rest}"
     formats = {"hash": hash_answer, "free": numeric_answer}
     if answer_format not in formats:
-        raise UserError(f"task {name}: answer_format={answer_format!r} should be 'hash' or 'free'")
+        raise UserError(f"task.options.answer_format={answer_format!r}: choose 'hash' or 'free'")
     if rest != "gsm8k" and not (prompt_field and answer_field):
-        raise UserError(f"task {name} needs the options prompt_field and answer_field (only tfds:gsm8k knows its own)")
+        raise UserError(
+            f"task.options.prompt_field, task.options.answer_field: {name} needs both (only tfds:gsm8k knows its own)"
+        )
     source = _source(rest, split, data_dir)
 
     def gsm8k(index: int) -> Example:
@@ -59,15 +62,56 @@ def make(
                 )
             )
         except KeyError as error:
-            raise UserError(f"task {name} has no field {error.args[0]!r}: it has {', '.join(sorted(row))}") from None
+            raise UserError(
+                f"task.options.prompt_field, task.options.answer_field: {name} has no field {error.args[0]!r}, only "
+                f"{', '.join(sorted(row))}"
+            ) from None
 
     if rest == "gsm8k":
         return Task(name, first(name, len(source), size), gsm8k, formats[answer_format])
     return Task(name, first(name, len(source), size), other, exact_match)
 
 
+def num_shared(rest: str, train_split: str, eval_split: str, size: int | None, data_dir: str | None) -> int:
+    """How many examples the first `size` of two splits have in common; slices may be sums, and count in percent."""
+
+    def parts(builder) -> list[list[tuple[str, int, int]]]:
+        return [_parts(builder.info.splits[split].file_instructions, size) for split in (train_split, eval_split)]
+
+    train, evaluated = _read(rest, f"{train_split}, {eval_split}", data_dir, parts)
+    return sum(
+        max(0, min(stop, other_stop) - max(start, other_start))
+        for file, start, stop in train
+        for other_file, other_start, other_stop in evaluated
+        if file == other_file
+    )
+
+
+def _parts(instructions: list, size: int | None) -> list[tuple[str, int, int]]:
+    """(file, first, past the last) of what is read, up to `size` examples."""
+    parts, left = [], float("inf") if size is None else size
+    for part in instructions:
+        count = min(left, part.examples_in_shard - part.skip if part.takes_all else part.take)
+        parts.append((str(part.filename), part.skip, part.skip + count))
+        left -= count
+    return parts
+
+
 def _source(name: str, split: str, data_dir: str | None) -> Any:
-    """The random-access source of a prepared data set. Nothing is ever downloaded from here."""
+    """The random-access source of a split."""
+
+    def opened(builder):
+        if builder.info.splits[split].num_examples == 0:
+            return []
+        source = builder.as_data_source(split=split)
+        source[0]  # opens the files
+        return source
+
+    return _read(name, split, data_dir, opened)
+
+
+def _read(name: str, split: str, data_dir: str | None, read: Callable[[Any], Any]) -> Any:
+    """read(builder) of a prepared data set, with mistakes and damage as one line. Nothing is ever downloaded."""
     import tensorflow_datasets as tfds  # takes a second: only those wait who need it
 
     folder = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or str(tfds.core.constants.DATA_DIR))
@@ -79,20 +123,15 @@ def _source(name: str, split: str, data_dir: str | None) -> Any:
     )
     if not (Path(folder) / re.split("[/:]", name)[0]).is_dir():
         raise UserError(
-            f"no data set {name} in {folder}: set TFDS_DATA_DIR (or the option data_dir) to the folder that holds "
-            f"it, or prepare it there once with: {prepare}"
+            f"task.name='tfds:{name}': not in {folder}; set TFDS_DATA_DIR (or task.options.data_dir) to the folder that "
+            f"holds it, or prepare it there once with: {prepare}"
         )
     try:
-        builder = tfds.builder(name, data_dir=folder)
-        if builder.info.splits[split].num_examples == 0:
-            return []
-        source = builder.as_data_source(split=split)
-        source[0]  # opens the files
-        return source
+        return read(tfds.builder(name, data_dir=folder))
     except ValueError as error:
-        raise UserError(f"task tfds:{name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"task.name='tfds:{name}', split {split!r}: {str(error).splitlines()[0]}") from None
     except Exception as error:
         raise UserError(
-            f"the data set {name} in {folder} cannot be read ({str(error).splitlines()[0]}): prepare it again with: "
+            f"task.name='tfds:{name}': {folder} cannot be read ({str(error).splitlines()[0]}); prepare it again with: "
             f"{prepare}"
         ) from None

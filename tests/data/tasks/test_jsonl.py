@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gspo.data.tasks import make_task
+from gspo.data.tasks import check_splits, make_task
 from gspo.types import UserError
 
 
@@ -51,3 +51,21 @@ def test_an_empty_file_is_an_empty_data_set(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match="empty data set"):
         make_task(f"jsonl:{tmp_path / 'empty.jsonl'}", split="train")
+
+
+def test_one_file_for_both_splits_is_refused_unless_they_are_named_alike(tmp_path):
+    # Catches: a pass@1 on held-out prompts that were the training prompts; a link by which two names are one file.
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    (tmp_path / "test.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    (tmp_path / "linked.jsonl").symlink_to(tmp_path / "train.jsonl")
+    one, many = f"jsonl:{tmp_path}/train.jsonl", f"jsonl:{tmp_path}/{{split}}.jsonl"
+    assert check_splits(many, train_split="train", eval_split="test") is None
+    for name, evaluated in ((one, "test"), (many, "linked")):
+        with pytest.raises(UserError) as error:
+            check_splits(name, train_split="train", eval_split=evaluated)
+        assert str(error.value).startswith(f"task.name={name!r}: training and evaluation would read the same lines")
+        assert all(word in str(error.value) for word in ("{split}", "task.eval_split='train'"))
+        assert "\n" not in str(error.value)
+    for name in (one, many):
+        line = check_splits(name, train_split="train", eval_split="train")
+        assert line.startswith("evaluation reads training examples: task.eval_split='train'")

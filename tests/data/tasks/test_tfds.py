@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gspo.data.rewards import hash_answer, numeric_answer
-from gspo.data.tasks import make_task
+from gspo.data.tasks import check_splits, make_task
 from gspo.types import UserError
 
 PREPARED = os.environ.get("TFDS_DATA_DIR")
@@ -81,9 +81,9 @@ def test_tfds_splits_may_be_sliced_and_other_data_sets_name_their_fields(small_t
         ({"data_dir": "no/such/folder"}, ["no/such/folder", "TFDS_DATA_DIR", "download_and_prepare"]),
         ({"split": "tran"}, ["Unknown split 'tran'", "train"]),
         ({"split": "train[2:2]"}, ["empty data set"]),
-        ({"size": 9}, ["size=9", "its 2 examples"]),
-        ({"answer_format": "hsh"}, ["answer_format='hsh'", "'free'"]),
-        ({"datadir": "x"}, ["no option 'datadir'", "did you mean 'data_dir'?"]),
+        ({"size": 9}, ["task.options.size=9: ", "only 2 examples"]),
+        ({"answer_format": "hsh"}, ["task.options.answer_format='hsh'", "'free'"]),
+        ({"datadir": "x"}, ["task.options.datadir: ", "did you mean 'data_dir'?"]),
     ],
 )
 def test_mistakes_with_tfds_are_one_line(small_tfds, options, words):
@@ -91,6 +91,35 @@ def test_mistakes_with_tfds_are_one_line(small_tfds, options, words):
     with pytest.raises(UserError) as error:
         make_task("tfds:gsm8k", **{"split": "train", "data_dir": small_tfds, **options})
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluated", "size", "shared"),
+    [
+        ("train", "test", None, 0),
+        ("train[:1]", "train[1:]", None, 0),
+        ("train[:50%]", "train[50%:]", None, 0),
+        ("train[:1]", "train", None, 1),
+        ("train", "test+train", None, 2),
+        ("train[:1]+test", "test[:1]", None, 1),
+        ("train", "train[1:]", 1, 0),  # the first example of each
+    ],
+)
+def test_slices_that_overlap_are_refused_with_the_number_of_shared_examples(small_tfds, train, evaluated, size, shared):
+    # Catches: evaluation on training examples under another name, of which only the numbers would tell; disjoint
+    # slices of one split that are refused for their name.
+    options = {"train_split": train, "eval_split": evaluated, "data_dir": small_tfds, "size": size}
+    if not shared:
+        assert check_splits("tfds:gsm8k", **options, answer_format="free") is None
+        return
+    with pytest.raises(UserError) as error:
+        check_splits("tfds:gsm8k", **options)
+    start = f"task.eval_split={evaluated!r}: {shared} of its examples are in task.train_split={train!r} too"
+    assert str(error.value).startswith(start) and "\n" not in str(error.value)
+    assert f"set task.eval_split={train!r}" in str(error.value)
+    assert check_splits("tfds:gsm8k", **options | {"eval_split": train}).startswith(
+        "evaluation reads training examples"
+    )
 
 
 def test_a_damaged_folder_says_how_to_prepare_it_again(small_tfds, tmp_path):
