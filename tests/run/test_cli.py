@@ -136,6 +136,7 @@ RL_MISTAKES = [
     ("max_completion_length=0", "max_completion_length=0: must be positive"),
     ("task.name=jsonl:/nowhere/data.jsonl", "task.name='jsonl:/nowhere/data.jsonl': there is no file"),
     ("task.name=jsonl:{folder}/empty.jsonl", "empty.jsonl': split 'train' is an empty data set"),
+    ("task.eval_split=test", "training and evaluation would read the same lines; .*task.eval_split='train'"),
     ("task.name=running_sums", "task.name='running_sums': unknown.*did you mean 'running_sum'"),
     ("task.name=tfds:gsm8k", "task.name='tfds:gsm8k': not in {folder}; set TFDS_DATA_DIR .*or prepare it there once with: python -c"),
     ("task.name=running_sum task.train_split=dev", "task.train_split.*running_sum has 'train' and 'test', not 'dev'"),
@@ -170,6 +171,7 @@ SFT_MISTAKES = [
     ("max_completion_length=1", "14 of 14 demonstrations are longer than max_completion_length=1"),
     ("max_prompt_length=3", "8 of 14 prompts are longer than max_prompt_length=3"),
     ("task.name=jsonl:{folder}/undemonstrated.jsonl", "has no demonstrations"),
+    ("task.eval_split=test", "training and evaluation would read the same lines; .*task.eval_split='train'"),
     ("init_from={folder}", "no checkpoint in .*: it holds none yet"),
 ]  # fmt: skip
 
