@@ -8,7 +8,8 @@ from gspo.learning.learner import make_scorer, make_train_step, negative_log_lik
 from gspo.learning.sampler import make_sampler
 from gspo.masked import Mean
 from gspo.model.distribution import Sampling
-from gspo.model.transformer import ModelSpec, Transformer
+from gspo.model.spec import ModelSpec
+from gspo.model.transformer import Transformer
 from gspo.objectives import advantages
 from gspo.objectives.compose import OBJECTIVES, make_objective, preset
 from gspo.types import Batch, Rollout, TrainState, UserError

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gspo.model.transformer import ModelSpec
+from gspo.model.spec import ModelSpec
 from gspo.types import UserError
 
 # ---------------------------------------------------------------------------------------------------- the tables

@@ -16,7 +16,8 @@ import optax
 from gspo.learning.learner import jit_update
 from gspo.learning.microbatch import accumulated_gradient, deal, num_parts, undeal
 from gspo.masked import masked_mean
-from gspo.model.transformer import ModelSpec, Transformer
+from gspo.model.spec import ModelSpec
+from gspo.model.transformer import Transformer
 from gspo.objectives.advantages import clipped_value_loss
 from gspo.parallel.sharding import ONE_DEVICE, Layout
 from gspo.types import Batch, Params, TrainState

@@ -26,7 +26,8 @@ from gspo.hf import folder as hf
 from gspo.hf.families import FAMILIES, family_of, hf_config, read_config, spec_from_hf
 from gspo.learning.sampler import make_sampler
 from gspo.model.distribution import Sampling
-from gspo.model.transformer import ModelSpec, Transformer
+from gspo.model.spec import ModelSpec
+from gspo.model.transformer import Transformer, abstract_params
 from gspo.parallel.sharding import Layout, make_mesh
 from gspo.run.checkpoint import restore_params
 from gspo.steps import make_model
@@ -179,7 +180,7 @@ def imported(family, fields, folder: Path):
     """(spec, params) of transformers' model, through a folder that transformers wrote, in several shards."""
     torch_model(family, fields).save_pretrained(folder, max_shard_size="30KB")
     spec = spec_from_hf(read_config(folder), moe_backend="dense")
-    return spec, hf.import_params(folder, spec, hf.abstract_params(spec))
+    return spec, hf.import_params(folder, spec, abstract_params(Transformer(spec)))
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +258,7 @@ def test_transformers_loads_the_exported_folder_and_gives_the_same_logits(family
 
     spec, params = imported(family, fields, folder_of(family, fields))
     hf.export_params(params, spec, tmp_path / "out", shard_bytes=30_000, source=folder_of(family, fields))
-    assert_bit_equal(hf.import_params(tmp_path / "out", spec, hf.abstract_params(spec)), params)
+    assert_bit_equal(hf.import_params(tmp_path / "out", spec, abstract_params(Transformer(spec))), params)
     model, info = getattr(transformers, f"{family}ForCausalLM").from_pretrained(
         tmp_path / "out", attn_implementation="eager", output_loading_info=True, dtype="float32"
     )
@@ -278,7 +279,7 @@ def test_parameters_come_back_bit_equal_through_an_export(family, tmp_path):
     spec, params, folder = exported(tmp_path / "a", family, shard_bytes=4000)
     assert len(list(folder.glob("*.safetensors"))) > 3
     assert spec_from_hf(read_config(folder), moe_backend="dense") == spec
-    again = hf.import_params(folder, spec, hf.abstract_params(spec))
+    again = hf.import_params(folder, spec, abstract_params(Transformer(spec)))
     assert_bit_equal(again, params)
     hf.export_params(again, spec, tmp_path / "b", shard_bytes=4000)
     for file in sorted(folder.iterdir()):
@@ -321,14 +322,14 @@ def test_bfloat16_folders_are_read_exactly_and_written_back_unchanged(tmp_path):
     hf.export_params(params, spec, tmp_path / "a", dtype="bfloat16")
     assert {x.dtype.name for x in read_all(tmp_path / "a").values()} == {"bfloat16"}
     assert read_config(tmp_path / "a")["torch_dtype"] == "bfloat16"
-    assert_bit_equal(hf.import_params(tmp_path / "a", spec, hf.abstract_params(spec)), params)
+    assert_bit_equal(hf.import_params(tmp_path / "a", spec, abstract_params(Transformer(spec))), params)
 
 
 def test_an_import_onto_eight_devices_reads_no_more_than_the_part_of_one_device_at_a_time(tmp_path, monkeypatch):
     # Catches an import that is whole on the host before it is cut, parts that land on the wrong device, parts that are
     # read twice.
     spec, params, folder = exported(tmp_path, "Qwen3MoeForCausalLM")
-    abstract = hf.abstract_params(spec, Layout(make_mesh(dict(fsdp=2, expert=2, tensor=2))))
+    abstract = abstract_params(Transformer(spec), Layout(make_mesh(dict(fsdp=2, expert=2, tensor=2))))
     reads, safe_open = [], hf.safetensors.safe_open
 
     class Recorded:
@@ -358,7 +359,7 @@ def test_an_import_onto_eight_devices_reads_no_more_than_the_part_of_one_device_
     gate = [size for name, size in reads if name.endswith("0.mlp.experts.3.gate_proj.weight")]
     assert gate == [10 * 16 // 4] * 4
     hf.export_params(cut, spec, tmp_path / "again")
-    assert_bit_equal(hf.import_params(tmp_path / "again", spec, hf.abstract_params(spec)), params)
+    assert_bit_equal(hf.import_params(tmp_path / "again", spec, abstract_params(Transformer(spec))), params)
 
 
 def test_an_export_carries_over_the_tokenizer_and_the_keys_of_the_config_that_are_not_ours(tmp_path):
@@ -393,7 +394,7 @@ def rewrite(folder: Path, change) -> None:
 
 def error_of(folder: Path, spec: ModelSpec) -> str:
     with pytest.raises(UserError) as error:
-        hf.import_params(folder, spec, hf.abstract_params(spec))
+        hf.import_params(folder, spec, abstract_params(Transformer(spec)))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -422,7 +423,7 @@ def test_a_tied_folder_may_repeat_its_head_but_not_change_it(tmp_path):
     spec, params, folder = exported(tmp_path, "LlamaForCausalLM")
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(3, np.float32)}
     rewrite(folder, lambda t: t.update(buffer | {"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
-    assert_bit_equal(hf.import_params(folder, spec, hf.abstract_params(spec)), params)
+    assert_bit_equal(hf.import_params(folder, spec, abstract_params(Transformer(spec))), params)
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
     assert "surplus: lm_head.weight" in error_of(folder, spec)
 
@@ -538,7 +539,7 @@ def test_a_spec_of_no_family_is_a_one_line_error():
 def test_models_have_the_published_number_of_parameters(name, family, parameters):
     # Catches a wrong width, depth, vocabulary or tying. Published models to the last parameter, ours to 3 in 100.
     spec = spec_of(name) if name != "toy" else dataclasses.replace(spec_of(name), vocab_size=13)
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(hf.abstract_params(spec)))
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(Transformer(spec))))
     assert family_of(spec) == f"{family}ForCausalLM"
     assert count == parameters if parameters % 1000 else count == pytest.approx(parameters, rel=0.03)
     assert spec_from_hf(hf_config(spec), dtype=spec.dtype, moe_backend=spec.moe_backend, remat=spec.remat) == spec
@@ -572,13 +573,13 @@ def test_the_scripts_bring_a_folder_in_and_out_again_unchanged(tmp_path, capsys)
         dataclasses.replace(make_model(build.rl_plan(config).model, CharTokenizer("0123")).spec, moe_backend="dense")
         == spec
     )
-    step, restored = restore_params(tmp_path / "ckpt", hf.abstract_params(spec))
+    step, restored = restore_params(tmp_path / "ckpt", abstract_params(Transformer(spec)))
     assert step == 0
     assert_bit_equal(restored, params)
 
     assert export_hf.main(["--checkpoint", str(tmp_path / "ckpt"), "--out", str(tmp_path / "out")]) == 0
     assert "tokenizer.json" in capsys.readouterr().out and (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
-    assert_bit_equal(hf.import_params(tmp_path / "out", spec, hf.abstract_params(spec)), params)
+    assert_bit_equal(hf.import_params(tmp_path / "out", spec, abstract_params(Transformer(spec))), params)
 
 
 @pytest.mark.parametrize(("script", "argv", "words"), [

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from gspo.model.attention import KVCache
-from gspo.model.transformer import ModelSpec, Transformer
+from gspo.model.spec import ModelSpec
+from gspo.model.transformer import Transformer
 from gspo.types import UserError
 from tests import model_oracle as oracle
 from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec
 from gspo.learning.learner import make_train_step
 from gspo.learning.sampler import make_sampler
 from gspo.model.distribution import Sampling
-from gspo.model.transformer import ModelSpec, Transformer
+from gspo.model.spec import ModelSpec
+from gspo.model.transformer import Transformer
 from gspo.objectives.compose import preset
 from gspo.parallel.sharding import MESH_AXES, RULES, Layout, make_mesh, partition_spec, tree_shardings
 from gspo.types import Batch, TrainState, UserError
