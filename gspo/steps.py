@@ -21,9 +21,9 @@ from gspo.learning.optim import make_optimizer, make_schedule
 from gspo.learning.sampler import as_used, make_sampler
 from gspo.learning.state import Start, add_critic, shardings_of, state_on_mesh
 from gspo.model.distribution import Sampling
-from gspo.model.transformer import Transformer
+from gspo.model.transformer import Transformer, param_shardings
 from gspo.objectives import Objective, make_objective
-from gspo.parallel.sharding import ONE_DEVICE, Layout, indivisible, make_mesh, tree_shardings
+from gspo.parallel.sharding import ONE_DEVICE, Layout, indivisible, make_mesh
 from gspo.run.checkpoint import restore_params
 from gspo.types import Batch, Params, Rollout, TrainState, UserError
 
@@ -80,8 +80,7 @@ def make_rollout_params(plan: plans.MeshPlan, model: Transformer) -> Callable[[P
     dtype, layout, target = model.spec.compute_dtype, model.layout, make_rollout_layout(plan, model.layout)
     if dtype == jnp.float32 and target.rules == layout.rules:
         return lambda params: params
-    shardings = tree_shardings(target, jax.eval_shape(model.init_params, jax.random.key(0)))
-    return jax.jit(lambda params: as_used(params, dtype), out_shardings=shardings)
+    return jax.jit(lambda params: as_used(params, dtype), out_shardings=param_shardings(model, target))
 
 
 def check_rows(layout: Layout, **counts: int) -> None:

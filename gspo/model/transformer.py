@@ -170,3 +170,8 @@ def abstract_params(model: Any, layout: Layout | None = None) -> Params:
     boxed = jax.eval_shape(model.init_params, jax.random.key(0))
     shapes = nn.unbox(boxed)
     return shapes if layout is None else with_shardings(shapes, tree_shardings(layout, boxed))
+
+
+def param_shardings(model: Any, layout: Layout) -> Params:
+    """Where each parameter lies under a layout."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, layout))
