@@ -180,7 +180,8 @@ def _fits(lengths: np.ndarray, limit: int, what: str, field: str, policy: str) -
     if policy not in ("error", "drop"):
         raise UserError(f"overlong_prompts={policy!r} should be 'error' or 'drop'")
     fits = lengths <= limit
-    count = f"{int((~fits).sum())} of {len(lengths)} {what} are longer than {field}={limit} tokens (longest {int(lengths.max())})"
+    over, longest = int((~fits).sum()), int(lengths.max())
+    count = f"{over} of {len(lengths)} {what} are longer than {field}={limit} tokens (longest {longest})"
     if policy == "error" and not fits.all():
         raise UserError(f"{count}: raise it, or set overlong_prompts='drop'")
     if not fits.any():

@@ -107,8 +107,8 @@ class CharTokenizer:
             return [self._ids[char] for char in text]
         except KeyError as error:
             raise UserError(
-                f"tokenizer={self.spec!r}: character {error.args[0]!r} of {text[:40]!r} is not in the alphabet; add it, "
-                "or use tokenizer='bytes'"
+                f"tokenizer={self.spec!r}: character {error.args[0]!r} of {text[:40]!r} is not in the alphabet; "
+                "add it, or use tokenizer='bytes'"
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -22,6 +22,7 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
+from gspo.data.hf_tokenizer import FILES
 from gspo.hf.families import Row, family_of, hf_config, read_config, table
 from gspo.model.spec import ModelSpec
 from gspo.model.transformer import Transformer, abstract_params
@@ -30,9 +31,12 @@ from gspo.types import Params, UserError
 
 INDEX = "model.safetensors.index.json"
 CARRIED = (  # files that an export takes over from the folder it was imported from, or from the tokenizer's
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
+    *FILES,
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
 DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # what is read, and its bytes; float32 holds each of them exactly
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # a constant that some Llama 2 folders carry
 

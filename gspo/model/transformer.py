@@ -79,8 +79,8 @@ class Block(nn.Module):
         if not s.num_experts:
             return (rows(x_BTD + SwiGLU(s.d_ff, s.compute_dtype, self.layout, name="mlp")(h_BTD)), cache), (None, None)
         moe = MoE(
-            s.num_experts, s.experts_per_token, s.d_expert, s.norm_topk_prob, s.moe_backend, s.compute_dtype, self.layout,
-            self.router_noise, self.router_swap, name="moe",
+            s.num_experts, s.experts_per_token, s.d_expert, s.norm_topk_prob, s.moe_backend, s.compute_dtype,
+            self.layout, self.router_noise, self.router_swap, name="moe",
         )  # fmt: skip
         y_BTD, free_BTX, logits_BTE = moe(h_BTD, given_BTX)
         return (rows(x_BTD + y_BTD), cache), (free_BTX.astype(route_dtype(s.num_experts)), logits_BTE)

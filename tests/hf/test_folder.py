@@ -91,7 +91,8 @@ LLAMA3 = dict(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64, rope_type="llama3"
 )
 SHAPE = dict(
-    vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
+    vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=256,
     bos_token_id=None, eos_token_id=None, pad_token_id=None,
 )  # fmt: skip
 MOE = dict(num_experts=6, num_experts_per_tok=2)
@@ -234,7 +235,8 @@ def test_64_greedy_tokens_agree_with_transformers_token_by_token(family, fields,
     tokens_BT, first_B = padded_prompts((8, 5, 2), width=8)
     mask_BT = np.arange(8) >= first_B[:, None]
     out = torch_model(family, fields).generate(
-        input_ids=torch.tensor(tokens_BT).long(), attention_mask=torch.tensor(mask_BT).long(), max_new_tokens=64, do_sample=False,
+        input_ids=torch.tensor(tokens_BT).long(), attention_mask=torch.tensor(mask_BT).long(), max_new_tokens=64,
+        do_sample=False,
         pad_token_id=0,
     )  # fmt: skip
     sample = make_sampler(
@@ -449,8 +451,12 @@ def test_broken_files_and_indices_are_one_line_errors(tmp_path):
     shard.unlink()
     assert shard.name in error_of(folder, spec)
     shard.write_bytes(data)
-    for bad, words in (("[]", "weight_map"), ("{", "weight_map"), (text.replace(shard.name, "../x.safetensors"), "../x.safetensors"),
-                       (text.replace(shard.name, "x.bin"), "x.bin")):  # fmt: skip
+    for bad, words in (
+        ("[]", "weight_map"),
+        ("{", "weight_map"),
+        (text.replace(shard.name, "../x.safetensors"), "../x.safetensors"),
+        (text.replace(shard.name, "x.bin"), "x.bin"),
+    ):
         index.write_text(bad)
         assert words in error_of(folder, spec)
 
@@ -461,11 +467,15 @@ def test_broken_files_and_indices_are_one_line_errors(tmp_path):
 def published(**changes):
     """config.json of a published Qwen3-30B-A3B, as far as it describes the model, in the style of transformers 4."""
     return {
-        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "decoder_sparse_step": 1, "eos_token_id": 151643,
-        "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144, "max_position_embeddings": 40960,
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "decoder_sparse_step": 1,
+        "eos_token_id": 151643,
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
         "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768,
-        "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
-        "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": None,
+        "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
+        "sliding_window": None,
         "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_sliding_window": False, "vocab_size": 151936,
     } | changes  # fmt: skip
 
@@ -489,8 +499,10 @@ def test_a_published_config_describes_the_model_of_that_name():
 @pytest.mark.parametrize(("changes", "words"), [
     (dict(architectures=["GPT2LMHeadModel"]), "Qwen3ForCausalLM, Qwen3MoeForCausalLM, MixtralForCausalLM, "
                                               "LlamaForCausalLM, Olmoe"),
-    (dict(attention_bias=True), "attention_bias"), (dict(hidden_act="gelu"), "hidden_act"), (dict(mlp_only_layers=[3]), "mlp_only"),
-    (dict(decoder_sparse_step=2), "decoder_sparse_step"), (dict(sliding_window=4096, use_sliding_window=True), "sliding_window"),
+    (dict(attention_bias=True), "attention_bias"), (dict(hidden_act="gelu"), "hidden_act"),
+    (dict(mlp_only_layers=[3]), "mlp_only"),
+    (dict(decoder_sparse_step=2), "decoder_sparse_step"),
+    (dict(sliding_window=4096, use_sliding_window=True), "sliding_window"),
     (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn"),
     (dict(rope_scaling={"type": "llama3", "factor": 4.0}), "low_freq"),
     (dict(quantization_config={"bits": 4}), "quantization_config"), (dict(num_attention_heads=30), "num_heads"),
@@ -530,7 +542,8 @@ def test_a_spec_of_no_family_is_a_one_line_error():
 
 
 @pytest.mark.parametrize(("name", "family", "parameters"), [
-    ("toy", "Qwen3Moe", 0.45e6), ("moe-30m", "Qwen3Moe", 29e6), ("moe-150m", "Qwen3Moe", 148e6), ("moe-500m", "Qwen3Moe", 493e6),
+    ("toy", "Qwen3Moe", 0.45e6), ("moe-30m", "Qwen3Moe", 29e6), ("moe-150m", "Qwen3Moe", 148e6),
+    ("moe-500m", "Qwen3Moe", 493e6),
     ("qwen3-0.6b", "Qwen3", 596_049_920), ("qwen3-1.7b", "Qwen3", 1_720_574_976), ("qwen3-4b", "Qwen3", 4_022_468_096),
     ("qwen3-8b", "Qwen3", 8_190_735_360), ("qwen3-30b-a3b", "Qwen3Moe", 30_532_122_624),
     ("qwen3-235b-a22b", "Qwen3Moe", 235_093_634_560), ("mixtral-8x7b", "Mixtral", 46_702_792_704),

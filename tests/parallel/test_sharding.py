@@ -140,7 +140,8 @@ def test_the_name_of_an_array_says_how_it_lies():
     layout = Layout(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
     rows = ("data", "fsdp", "expert")
     for name, spec in {
-        "tokens_BT": (rows, None), "routes_LBTX": (None, rows, None, None), "prompt_QP": (rows, None), "decode_steps": (),
+        "tokens_BT": (rows, None), "routes_LBTX": (None, rows, None, None), "prompt_QP": (rows, None),
+        "decode_steps": (),
         "k_LBSKH": (None, rows, None, "tensor", None), "old_router_logits_LBTE": (None, rows, None, None), "step": (),
     }.items():  # fmt: skip
         assert layout.of_field(name).spec == PartitionSpec(*spec), name
@@ -197,7 +198,8 @@ def updates_of(spec, layout, micro_batch_size=0):
     """{replay: (gradients, metrics)} and the state after the steps, on this layout."""
     shardings = shardings_of(spec, layout)
     step = make_train_step(
-        Transformer(spec, layout=layout), OPTIMIZER, preset("gspo", epsilon=0.3, epsilon_high=0.3), replay=bool(spec.num_experts),
+        Transformer(spec, layout=layout), OPTIMIZER, preset("gspo", epsilon=0.3, epsilon_high=0.3),
+        replay=bool(spec.num_experts),
         state_shardings=shardings, micro_batch_size=micro_batch_size,
     )  # fmt: skip
     params, found = oracle.build(spec)[1], {}

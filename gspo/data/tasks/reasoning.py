@@ -61,7 +61,8 @@ def make(rest: str, *, split: str, seed: int, size: int | None, **options: Any) 
         raise UserError(f"task.name={name!r}: reasoning-gym has no data set {rest!r}{suggest(rest, DATASETS)}")
     if rest in _UNSAFE:
         raise UserError(
-            f"task.name={name!r}: refused, since its scorer evaluates what the model wrote, which may run code or never return"
+            f"task.name={name!r}: refused, since its scorer evaluates what the model wrote, which may run code or "
+            "never return"
         )
     if rest in _SET_ORDER and os.environ.get("PYTHONHASHSEED", "random") == "random":
         raise UserError(

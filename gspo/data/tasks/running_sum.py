@@ -1,4 +1,4 @@
-"""running_sum: a toy whose demonstrator errs at a known rate, so that the pass@1 of a cold start is known in advance."""
+"""running_sum: a toy whose demonstrator errs at a known rate: the pass@1 of a cold start is known in advance."""
 
 import random
 import zlib
@@ -43,8 +43,8 @@ def make(
                 break
         else:
             raise UserError(
-                f"task.options.num_digits={num_digits}: too few prompts for a {split} split of its own; use 3 digits or "
-                "more"
+                f"task.options.num_digits={num_digits}: too few prompts for a {split} split of its own; use 3 digits "
+                "or more"
             )
         right = written = 0
         answer, demonstration = [], []

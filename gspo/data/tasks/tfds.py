@@ -123,8 +123,8 @@ def _read(name: str, split: str, data_dir: str | None, read: Callable[[Any], Any
     )
     if not (Path(folder) / re.split("[/:]", name)[0]).is_dir():
         raise UserError(
-            f"task.name='tfds:{name}': not in {folder}; set TFDS_DATA_DIR (or task.options.data_dir) to the folder that "
-            f"holds it, or prepare it there once with: {prepare}"
+            f"task.name='tfds:{name}': not in {folder}; set TFDS_DATA_DIR (or task.options.data_dir) to the folder "
+            f"that holds it, or prepare it there once with: {prepare}"
         )
     try:
         return read(tfds.builder(name, data_dir=folder))
