@@ -134,9 +134,9 @@ def family_of(spec: ModelSpec) -> str:
         if moe_fits and all(getattr(spec, field) == value for field, value in family.fixed.items()):
             return name
     raise UserError(
-        f"no Hugging Face architecture has num_experts={spec.num_experts}, qk_norm={spec.qk_norm} over "
-        f"{spec.qk_norm_over!r} and "
-        f"norm_topk_prob={spec.norm_topk_prob} together; known are {', '.join(FAMILIES)}"
+        f"no Hugging Face architecture has model.num_experts={spec.num_experts}, model.qk_norm={spec.qk_norm}, "
+        f"model.qk_norm_over={spec.qk_norm_over!r} and model.norm_topk_prob={spec.norm_topk_prob} together; known are "
+        f"{', '.join(FAMILIES)}"
     )
 
 

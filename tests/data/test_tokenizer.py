@@ -103,6 +103,14 @@ def test_the_training_script_writes_a_folder_that_loads_back(tmp_path):
     assert tokenizer.decode(tokenizer.encode("What is é 12?")) == "What is é 12?"
     assert len(tokenizer.encode("What is")) < 7  # merges were learned
     assert len(tokenizer.encode("1212")) == 4  # digit by digit
+    # Mistakes in the task name the flags of this script, not the fields of a run.
+    for flag, words in (
+        ("--size=0", "--size=0: "),
+        ("--size=99", "--size=99: "),
+        ("--task=jsnl:x", "--task='jsnl:x': "),
+    ):
+        with pytest.raises(UserError, match=f"^{words}"):
+            runpy.run_path(str(script))["main"]([*arguments, flag, "--overwrite"])
     # The second run would overwrite the first: one line, exit code 2.
     environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
     refused = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=environment)
