@@ -18,10 +18,13 @@ SMALL = dict(head_width=64, rope_theta=1e4, qk_norm=True, tie_embeddings=True, d
 MODELS = {
     # Routed experts everywhere, vocabulary of the run's tokenizer. Sizes are counted with a vocabulary of 8,192.
     "toy": dict(),  # 4 layers, 8 experts of which 2 run: about 450k parameters
-    "moe-30m": SMALL | dict(num_layers=6, d_model=256, num_heads=4, num_kv_heads=2, num_experts=16, experts_per_token=2, d_expert=352),
-    "moe-150m": SMALL | dict(num_layers=8, d_model=512, num_heads=8, num_kv_heads=2, num_experts=32, experts_per_token=4, d_expert=352),
+    "moe-30m": SMALL | dict(num_layers=6, d_model=256, num_heads=4, num_kv_heads=2, num_experts=16, experts_per_token=2,
+                            d_expert=352),
+    "moe-150m": SMALL | dict(num_layers=8, d_model=512, num_heads=8, num_kv_heads=2, num_experts=32,
+                             experts_per_token=4, d_expert=352),
     "moe-500m": SMALL
-    | dict(num_layers=12, d_model=768, num_heads=12, num_kv_heads=4, num_experts=64, experts_per_token=8, d_expert=264, remat=True),
+    | dict(num_layers=12, d_model=768, num_heads=12, num_kv_heads=4, num_experts=64, experts_per_token=8, d_expert=264,
+           remat=True),
     # Qwen3 (arXiv 2505.09388)
     "qwen3-0.6b": QWEN3 | DENSE | FULL_SIZE
     | dict(num_layers=28, d_model=1024, num_heads=16, num_kv_heads=8, d_ff=3072, tie_embeddings=True),
@@ -32,21 +35,25 @@ MODELS = {
     "qwen3-8b": QWEN3 | DENSE | FULL_SIZE
     | dict(num_layers=36, d_model=4096, num_heads=32, num_kv_heads=8, d_ff=12288, tie_embeddings=False),
     "qwen3-30b-a3b": QWEN3 | FULL_SIZE
-    | dict(num_layers=48, d_model=2048, num_heads=32, num_kv_heads=4, num_experts=128, experts_per_token=8, d_expert=768),
+    | dict(num_layers=48, d_model=2048, num_heads=32, num_kv_heads=4, num_experts=128, experts_per_token=8,
+           d_expert=768),
     "qwen3-235b-a22b": QWEN3 | FULL_SIZE
-    | dict(num_layers=94, d_model=4096, num_heads=64, num_kv_heads=4, num_experts=128, experts_per_token=8, d_expert=1536),
+    | dict(num_layers=94, d_model=4096, num_heads=64, num_kv_heads=4, num_experts=128, experts_per_token=8,
+           d_expert=1536),
     # Mixtral (arXiv 2401.04088)
     "mixtral-8x7b": FULL_SIZE
     | dict(vocab_size=32000, num_layers=32, d_model=4096, num_heads=32, num_kv_heads=8, head_width=128, num_experts=8,
            experts_per_token=2, d_expert=14336, rope_theta=1e6, rms_eps=1e-5, qk_norm=False),
     # Llama 3.2 (arXiv 2407.21783)
     "llama-3.2-1b": DENSE | FULL_SIZE
-    | dict(vocab_size=128256, num_layers=16, d_model=2048, num_heads=32, num_kv_heads=8, head_width=64, d_ff=8192, rope_theta=5e5,
+    | dict(vocab_size=128256, num_layers=16, d_model=2048, num_heads=32, num_kv_heads=8, head_width=64, d_ff=8192,
+           rope_theta=5e5,
            rope_scaling=(32.0, 1.0, 4.0, 8192.0), rms_eps=1e-5, qk_norm=False, tie_embeddings=True),
     # OLMoE (arXiv 2409.02060)
     "olmoe-1b-7b": FULL_SIZE
     | dict(vocab_size=50304, num_layers=16, d_model=2048, num_heads=16, num_kv_heads=16, head_width=128, num_experts=64,
-           experts_per_token=8, d_expert=1024, norm_topk_prob=False, rope_theta=1e4, rms_eps=1e-5, qk_norm_over="projection"),
+           experts_per_token=8, d_expert=1024, norm_topk_prob=False, rope_theta=1e4, rms_eps=1e-5,
+           qk_norm_over="projection"),
 }  # fmt: skip
 
 

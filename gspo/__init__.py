@@ -9,7 +9,8 @@ from gspo.learning.sampler import make_sampler
 from gspo.learning.scores import make_scorer, score_completions
 from gspo.masked import Mean
 from gspo.model.distribution import Sampling
-from gspo.model.transformer import ModelSpec, Transformer
+from gspo.model.spec import ModelSpec
+from gspo.model.transformer import Transformer
 from gspo.objectives import OBJECTIVES, advantages, make_objective, negative_log_likelihood, preset
 from gspo.types import Batch, LossInputs, Rollout, TrainState, UserError
 

@@ -9,9 +9,8 @@ import numpy as np
 from gspo import plans
 from gspo.data.tokenizer import Tokenizer, make_tokenizer
 from gspo.generate import Generator, judge, prompt_source, sample_line
-from gspo.hf.folder import abstract_params
 from gspo.model.distribution import Sampling
-from gspo.model.transformer import Transformer
+from gspo.model.transformer import Transformer, abstract_params
 from gspo.run.checkpoint import restore_params
 from gspo.steps import make_layout, make_model, make_rollout_layout, make_rollout_params, sampler_of
 from gspo.types import Params, Rollout
@@ -88,5 +87,5 @@ def evaluate_workdir(plan: plans.RunPlan, workdir: str) -> tuple[int, dict[str, 
     """Evaluates the latest good checkpoint of a run. Returns (its step, metrics, samples)."""
     layout, tokenizer = make_layout(plan.mesh), make_tokenizer(plan.data.tokenizer)
     model = make_model(plan.model, tokenizer, layout)
-    step, params = restore_params(workdir, abstract_params(model.spec, layout))
+    step, params = restore_params(workdir, abstract_params(model, layout))
     return step, *make_evaluator(plan, model, tokenizer)(params)

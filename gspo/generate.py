@@ -12,7 +12,7 @@ import numpy as np
 
 from gspo import plans
 from gspo.data import batches, tasks
-from gspo.data.rewards import Example
+from gspo.data.example import Example
 from gspo.data.tokenizer import Tokenizer
 from gspo.parallel import distributed
 from gspo.parallel.sharding import Layout
@@ -21,6 +21,12 @@ from gspo.types import Params, Rollout
 
 def make_task(plan: plans.DataPlan, split: str) -> tasks.Task:
     return tasks.make_task(plan.task, split=split, seed=plan.seed, **plan.options)
+
+
+def check_splits(plan: plans.DataPlan) -> list[str]:
+    """Raises UserError where evaluation would read training examples unasked; else what the log should say of it."""
+    note = tasks.check_splits(plan.task, train_split=plan.train_split, eval_split=plan.eval_split, **plan.options)
+    return [] if note is None else [note]
 
 
 def prompt_source(plan: plans.DataPlan, split: str, tokenizer: Tokenizer) -> batches.PromptSource:

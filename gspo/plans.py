@@ -11,7 +11,7 @@ from typing import Any
 from gspo.learning.learner import UpdatePlan
 from gspo.learning.mismatch import ROUNDINGS
 from gspo.model.distribution import Sampling
-from gspo.model.transformer import ModelSpec
+from gspo.model.spec import ModelSpec
 from gspo.objectives.advantages import ADVANTAGES
 from gspo.types import UserError
 

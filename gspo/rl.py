@@ -19,7 +19,7 @@ from gspo import plans
 from gspo.collect import Collector
 from gspo.data.tokenizer import make_tokenizer
 from gspo.evaluate import Writer, make_evaluator
-from gspo.generate import prompt_source
+from gspo.generate import check_splits, prompt_source
 from gspo.learning.agreement import Gap, complaint
 from gspo.learning.drift import DISTANCES
 from gspo.learning.learner import make_ref_sync
@@ -139,10 +139,11 @@ def prepare(plan: plans.RLPlan) -> Run:
     """Plan -> parts. Raises UserError for every mistake that can be seen before the first rollout."""
     layout, tokenizer = make_layout(plan.mesh), make_tokenizer(plan.data.tokenizer)
     steps = make_steps(plan, layout, tokenizer)
+    split_notes = check_splits(plan.data)
     source = prompt_source(plan.data, plan.data.train_split, tokenizer)
     collector = Collector(plan, steps, tokenizer, source)
     evaluate = make_evaluator(plan, steps.model, tokenizer, _shared_writer(plan, steps))
-    notes = [describe(steps.model, steps.abstract), _describe_updates(plan)]
+    notes = [describe(steps.model, steps.abstract), _describe_updates(plan), *split_notes]
     notes += [f"warning: {text}" for text in _warnings(plan)]
     if layout.several:
         notes.insert(1, describe_layout(plan.mesh, layout))

@@ -11,7 +11,7 @@ from gspo import plans
 from gspo.data.batches import DemonstrationSource
 from gspo.data.tokenizer import make_tokenizer
 from gspo.evaluate import make_evaluator
-from gspo.generate import make_task
+from gspo.generate import check_splits, make_task
 from gspo.learning.learner import make_train_step
 from gspo.learning.state import shardings_of, state_on_mesh
 from gspo.masked import values
@@ -35,6 +35,7 @@ def train(
     micro = plan.update.micro_batch_size
     layout, tokenizer = make_layout(plan.mesh), make_tokenizer(plan.data.tokenizer)
     check_rows(layout, batch_size=micro or plan.batch_size)
+    split_notes = check_splits(plan.data)
     source = demonstration_source(plan.data, tokenizer)
     model = make_model(plan.model, tokenizer, layout)
     optimizer, learning_rate = optimizer_of(plan.optimizer)
@@ -53,7 +54,8 @@ def train(
     )
     checkpointer, writer, first, state = opened.checkpointer, opened.writer, opened.first, opened.state
     progress = Progress(plan.num_updates, start=first, title=title)
-    progress.note(describe(model, start.abstract))
+    for note in (describe(model, start.abstract), *split_notes):
+        progress.note(note)
     if source.num_dropped:
         progress.note(f"{source.num_dropped} examples longer than the frame were dropped")
     if opened.resumed:

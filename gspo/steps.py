@@ -22,9 +22,9 @@ from gspo.learning.sampler import in_compute_dtype, make_sampler
 from gspo.learning.scores import make_scorer
 from gspo.learning.state import Start, add_critic, shardings_of, state_on_mesh
 from gspo.model.distribution import Sampling
-from gspo.model.transformer import Transformer
+from gspo.model.transformer import Transformer, param_shardings
 from gspo.objectives import Objective, make_objective
-from gspo.parallel.sharding import ONE_DEVICE, Layout, indivisible, make_mesh, tree_shardings
+from gspo.parallel.sharding import ONE_DEVICE, Layout, indivisible, make_mesh
 from gspo.run.checkpoint import restore_params
 from gspo.types import Batch, Params, Rollout, TrainState, UserError
 
@@ -81,8 +81,7 @@ def make_rollout_params(plan: plans.MeshPlan, model: Transformer) -> Callable[[P
     dtype, layout, target = model.spec.compute_dtype, model.layout, make_rollout_layout(plan, model.layout)
     if dtype == jnp.float32 and target.rules == layout.rules:
         return lambda params: params
-    shardings = tree_shardings(target, jax.eval_shape(model.init_params, jax.random.key(0)))
-    return jax.jit(lambda params: in_compute_dtype(params, dtype), out_shardings=shardings)
+    return jax.jit(lambda params: in_compute_dtype(params, dtype), out_shardings=param_shardings(model, target))
 
 
 def check_rows(layout: Layout, **counts: int) -> None:

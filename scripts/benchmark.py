@@ -31,7 +31,8 @@ from gspo.model.distribution import Sampling
 from gspo.model.experts import BACKENDS
 from gspo.model.moe import MoE
 from gspo.model.routing import route_dtype
-from gspo.model.transformer import ModelSpec, Transformer
+from gspo.model.spec import ModelSpec
+from gspo.model.transformer import Transformer
 from gspo.objectives import advantages
 from gspo.types import Batch, LossInputs, TrainState, completion_mask
 

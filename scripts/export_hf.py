@@ -16,7 +16,8 @@ from typing import Any
 from gspo.data.tokenizer import make_tokenizer
 from gspo.hf import folder as hf
 from gspo.hf.families import family_of
-from gspo.model.transformer import ModelSpec
+from gspo.model.spec import ModelSpec
+from gspo.model.transformer import Transformer, abstract_params
 from gspo.parallel.sharding import Layout, make_mesh, parse_sizes
 from gspo.run import cli
 from gspo.run.checkpoint import restore_params
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> int:
     spec, source = describe(Path(args.checkpoint))
     name = family_of(spec)
     layout = Layout(make_mesh(parse_sizes(args.mesh)))
-    step, params = restore_params(args.checkpoint, hf.abstract_params(spec, layout))
+    step, params = restore_params(args.checkpoint, abstract_params(Transformer(spec), layout))
     carried = hf.export_params(
         params,
         spec,

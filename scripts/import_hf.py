@@ -22,6 +22,7 @@ import jax
 
 from gspo.hf import folder as hf
 from gspo.hf.families import family_of, read_config, spec_from_hf
+from gspo.model.transformer import Transformer, abstract_params
 from gspo.parallel.sharding import Layout, make_mesh, parse_sizes
 from gspo.run import cli
 from gspo.run.checkpoint import Checkpointer
@@ -44,7 +45,8 @@ def main(argv: list[str]) -> int:
     if (out / "checkpoints").exists():
         raise UserError(f"--out={out} already holds checkpoints: choose another folder")
     spec = spec_from_hf(read_config(folder))
-    params = hf.import_params(folder, spec, hf.abstract_params(spec, Layout(make_mesh(parse_sizes(args.mesh)))))
+    layout = Layout(make_mesh(parse_sizes(args.mesh)))
+    params = hf.import_params(folder, spec, abstract_params(Transformer(spec), layout))
     try:
         (out / "hf").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / "config.json", out / "hf" / "config.json")

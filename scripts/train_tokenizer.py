@@ -64,7 +64,18 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--vocab_size={args.vocab_size} is too small: {PAD}, {EOS} and the 256 bytes need {SMALLEST}")
     if (out / "tokenizer.json").exists() and not args.overwrite:
         raise UserError(f"{out} already holds a tokenizer: choose another --out, or pass --overwrite")
-    task = make_task(args.task, split=args.split, size=args.size)
+    try:
+        task = make_task(args.task, split=args.split, size=args.size)
+    except UserError as error:
+        flags = (
+            ("task.options.size", "--size"),
+            ("task.name", "--task"),
+            ("task.train_split, task.eval_split", "--split"),
+        )
+        text = str(error)
+        for field, flag in flags:
+            text = text.replace(field, flag)
+        raise UserError(text) from None
     texts = texts_of(task)
     trained = train_bpe(texts, args.vocab_size)
     try:
@@ -81,7 +92,8 @@ def main(argv: list[str]) -> int:
     if lossy:
         raise UserError(f"{len(lossy)} texts do not survive encoding and decoding, the first of them {lossy[0][:60]!r}")
     num_bytes = sum(len(text.encode()) for text in texts)
-    prompts, completions = (np.array([len(ids) for ids in tokens[start::2]]) for start in (0, 1))
+    prompts = np.array([len(tokenizer.prompt_ids(text)) for text in texts[::2]])
+    completions = np.array([len(ids) for ids in tokens[1::2]])
     print(
         f"{out}: {tokenizer.vocab_size} tokens, {num_bytes / sum(map(len, tokens)):.2f} bytes per token on "
         f"{len(task)} examples"

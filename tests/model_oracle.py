@@ -15,7 +15,8 @@ import numpy as np
 import optax
 import pytest
 
-from gspo.model.transformer import ModelSpec, Transformer
+from gspo.model.spec import ModelSpec
+from gspo.model.transformer import Transformer
 
 DENSE = ModelSpec(
     vocab_size=11, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_width=6, rope_theta=100.0,

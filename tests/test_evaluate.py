@@ -73,7 +73,8 @@ def test_evaluation_reads_the_evaluation_split_and_the_reward_of_the_task(tmp_pa
         (tmp_path / f"{split}.jsonl").write_text(
             json.dumps({"prompt": {"train": "0=", "test": "1="}[split], "answer": "1"}) + "\n"
         )
-    config = rl_config(tmp_path, **{"task.name": f"jsonl:{tmp_path}/{{split}}.jsonl", "rewards": ("format_hash",)})
+    task = {"task.name": f"jsonl:{tmp_path}/{{split}}.jsonl", "task.eval_split": "test"}
+    config = rl_config(tmp_path, rewards=("format_hash",), **task)
     plan, tokenizer, _, model = parts_of(config)
 
     def sampler(params, prompt_QP, lengths_Q, key):

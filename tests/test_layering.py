@@ -13,11 +13,14 @@ TOWER = [
     "parallel.sharding", "parallel.distributed",
     "objectives.ratios", "objectives.kl", "objectives.surrogates", "objectives.corrections", "objectives.aggregations",
     "objectives.advantages", "objectives.diagnostics", "objectives.presets", "objectives.compose", "objectives",
-    "model.columns", "model.attention", "model.routing", "model.experts", "model.dispatch", "model.moe", "model.transformer",
+    "model.columns", "model.attention", "model.routing", "model.experts", "model.dispatch", "model.moe", "model.spec",
+    "model.transformer",
     "model.distribution", "model.head",
     "learning.microbatch", "learning.optim", "learning.mismatch", "learning.sampler", "learning.scores", "learning.drift",
     "learning.learner", "learning.critic", "learning.state", "learning.agreement",
-    "data.tokenizer", "data.rewards", "data.tasks", "data.batches",
+    "data.example", "data.hf_tokenizer", "data.tokenizer", "data.rewards",
+    "data.tasks.task", "data.tasks.running_sum", "data.tasks.reasoning", "data.tasks.tfds", "data.tasks.jsonl", "data.tasks",
+    "data.batches",
     "run.writers", "run.progress", "run.profile", "run.checkpoint", "run.workdir", "run.cli",
     "hf.families", "hf.folder",
     "report.hlo",
@@ -30,7 +33,12 @@ CONFIG_READERS = ("build", "run.cli")
 def modules() -> dict[str, Path]:
     package = ROOT / "gspo"
     names = {path: ".".join(path.relative_to(package).with_suffix("").parts) for path in package.rglob("*.py")}
-    return {name: path for path, name in names.items() if not name.endswith("__init__")}
+    doors = {path for path, name in names.items() if name.endswith(".__init__") and path.stat().st_size}
+    return {
+        name.removesuffix(".__init__"): path
+        for path, name in names.items()
+        if path in doors or not name.endswith("__init__")
+    }
 
 
 def imports_of(path: Path) -> set[str]:

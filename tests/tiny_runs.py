@@ -42,6 +42,7 @@ def common(config: ConfigDict, folder: Path, changes: dict) -> ConfigDict:
             "".join(json.dumps({"prompt": p + "=", "answer": p[-1], "demonstration": p[-1]}) + "\n" for p in prompts)
         )
     config.task.name = f"jsonl:{data}"
+    config.task.eval_split = config.task.train_split  # the same few prompts, on purpose
     config.task.options = ConfigDict()
     config.tokenizer = "chars:01 ="
     config.max_prompt_length = 4

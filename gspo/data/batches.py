@@ -13,7 +13,8 @@ import grain
 import numpy as np
 from absl import logging
 
-from gspo.data.rewards import Example, RewardFunction
+from gspo.data.example import Example
+from gspo.data.rewards import RewardFunction
 from gspo.data.tasks import Task
 from gspo.data.tokenizer import Tokenizer
 from gspo.types import UserError
@@ -74,7 +75,7 @@ class PromptSource:
             raise UserError(f"prompt_buckets: {bad[0]} is not between 1 and max_prompt_length={max_prompt_length}")
         self.task, self.tokenizer, self.seed = task, tokenizer, seed
         self.widths = sorted({*prompt_buckets, max_prompt_length})
-        lengths = np.array([len(_prompt_ids(tokenizer, example)) for example in _examples(task)])
+        lengths = np.array([len(tokenizer.prompt_ids(example.prompt)) for example in _examples(task)])
         if not lengths.all():
             raise UserError(
                 f"example {int(lengths.argmin())} of task {task.name} has an empty prompt: nothing to continue from"
@@ -95,7 +96,7 @@ class PromptSource:
         longest = max(self._all_lengths[i] for i in indices)
         width = next(width for width in self.widths if width >= longest)
         examples = [self.task[indices[j]] for j in (range(num_prompts) if own is None else own)]
-        ids = [_prompt_ids(self.tokenizer, example) for example in examples]
+        ids = [self.tokenizer.prompt_ids(example.prompt) for example in examples]
         return PromptBatch(examples, _left_padded(ids, width, self.tokenizer.pad_id), _lengths(ids))
 
 
@@ -118,7 +119,9 @@ class DemonstrationSource:
     ) -> None:
         self.task, self.tokenizer, self.seed = task, tokenizer, seed
         self.prompt_width, self.completion_width = max_prompt_length, max_completion_length
-        lengths = np.array([(len(_prompt_ids(tokenizer, ex)), len(self._completion_ids(ex))) for ex in _examples(task)])
+        lengths = np.array(
+            [(len(tokenizer.prompt_ids(ex.prompt)), len(self._completion_ids(ex))) for ex in _examples(task)]
+        )
         self._kept = np.flatnonzero(
             _fits(lengths[:, 0], max_prompt_length, "prompts", "max_prompt_length", overlong)
             & _fits(lengths[:, 1], max_completion_length, "demonstrations", "max_completion_length", overlong)
@@ -145,7 +148,7 @@ class DemonstrationSource:
         """The rows at positions cursor .. cursor + num_rows - 1 of the run. own: which of these num_rows to read."""
         indices = _indices(self._kept, self.seed, cursor, num_rows)
         examples = [self.task[indices[j]] for j in (range(num_rows) if own is None else own)]
-        prompts = [_prompt_ids(self.tokenizer, example) for example in examples]
+        prompts = [self.tokenizer.prompt_ids(example.prompt) for example in examples]
         completions = [self._completion_ids(example) for example in examples]
         pad = self.tokenizer.pad_id
         left_BP = _left_padded(prompts, self.prompt_width, pad)
@@ -155,10 +158,6 @@ class DemonstrationSource:
 
 def _examples(task: Task):
     return (task[i] for i in range(len(task)))
-
-
-def _prompt_ids(tokenizer: Tokenizer, example: Example) -> list[int]:
-    return tokenizer.encode(tokenizer.format_prompt(example.prompt))
 
 
 def _indices(kept: np.ndarray, seed: int, cursor: int, count: int) -> list[int]:
@@ -181,7 +180,8 @@ def _fits(lengths: np.ndarray, limit: int, what: str, field: str, policy: str) -
     if policy not in ("error", "drop"):
         raise UserError(f"overlong_prompts={policy!r} should be 'error' or 'drop'")
     fits = lengths <= limit
-    count = f"{int((~fits).sum())} of {len(lengths)} {what} are longer than {field}={limit} tokens (longest {int(lengths.max())})"
+    over, longest = int((~fits).sum()), int(lengths.max())
+    count = f"{over} of {len(lengths)} {what} are longer than {field}={limit} tokens (longest {longest})"
     if policy == "error" and not fits.all():
         raise UserError(f"{count}: raise it, or set overlong_prompts='drop'")
     if not fits.any():

@@ -8,24 +8,11 @@ A new reward is a function here and a line in `REWARDS`; configs then know it by
 """
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
+from gspo.data.example import Example
 from gspo.types import UserError
-
-
-@dataclass(frozen=True)
-class Example:
-    """One problem. `demonstration` is a whole completion to imitate (SFT); `metadata` is for the reward of its own
-    task."""
-
-    prompt: str
-    answer: str
-    demonstration: str | None = None
-    metadata: Mapping[str, Any] | None = None
-
 
 RewardFunction = Callable[[str, Example], float]
 
@@ -140,7 +127,7 @@ def overlong_penalty(length_tokens: int, max_length: int, buffer: int) -> float:
     """
     if not 0 <= buffer <= max_length:
         raise UserError(
-            f"overlong_buffer={buffer} should lie between 0 and max_completion_length={max_length} (both in tokens)"
+            f"overlong_buffer.len={buffer}: must be in 0..{max_length}, the tokens of max_completion_length"
         )
     over = length_tokens - (max_length - buffer)
     return 0.0 if over <= 0 else -1.0 if over >= buffer else -over / buffer

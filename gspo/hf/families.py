@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gspo.model.transformer import ModelSpec
+from gspo.model.spec import ModelSpec
 from gspo.types import UserError
 
 # ---------------------------------------------------------------------------------------------------- the tables
@@ -86,7 +86,8 @@ class Family:
 
 KEYS = dict(
     vocab_size="vocab_size", num_layers="num_hidden_layers", d_model="hidden_size", num_heads="num_attention_heads",
-    num_kv_heads="num_key_value_heads", head_width="head_dim", rms_eps="rms_norm_eps", tie_embeddings="tie_word_embeddings",
+    num_kv_heads="num_key_value_heads", head_width="head_dim", rms_eps="rms_norm_eps",
+    tie_embeddings="tie_word_embeddings",
 )  # fmt: skip
 EXPERTS = dict(num_experts="num_experts", experts_per_token="num_experts_per_tok")
 COMMON = dict(rope_theta=1e4, rms_norm_eps=1e-6, tie_word_embeddings=False, num_key_value_heads=None, head_dim=None)
@@ -119,7 +120,8 @@ ALIASES = {"num_experts": "num_local_experts", "num_local_experts": "num_experts
 
 # Keys that change what is computed, and the values under which it is what we compute; left out, they have such a value.
 COMPUTED = dict(
-    hidden_act=("silu",), attention_bias=(False, None), mlp_bias=(False, None), clip_qkv=(None,), decoder_sparse_step=(1,),
+    hidden_act=("silu",), attention_bias=(False, None), mlp_bias=(False, None), clip_qkv=(None,),
+    decoder_sparse_step=(1,),
     mlp_only_layers=(None, []), quantization_config=(None,),
 )  # fmt: skip
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -132,9 +134,9 @@ def family_of(spec: ModelSpec) -> str:
         if moe_fits and all(getattr(spec, field) == value for field, value in family.fixed.items()):
             return name
     raise UserError(
-        f"no Hugging Face architecture has num_experts={spec.num_experts}, qk_norm={spec.qk_norm} over "
-        f"{spec.qk_norm_over!r} and "
-        f"norm_topk_prob={spec.norm_topk_prob} together; known are {', '.join(FAMILIES)}"
+        f"no Hugging Face architecture has model.num_experts={spec.num_experts}, model.qk_norm={spec.qk_norm}, "
+        f"model.qk_norm_over={spec.qk_norm_over!r} and model.norm_topk_prob={spec.norm_topk_prob} together; known are "
+        f"{', '.join(FAMILIES)}"
     )
 
 

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -23,17 +22,21 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
+from gspo.data.hf_tokenizer import FILES
 from gspo.hf.families import Row, family_of, hf_config, read_config, table
-from gspo.model.transformer import ModelSpec, Transformer
+from gspo.model.spec import ModelSpec
+from gspo.model.transformer import Transformer, abstract_params
 from gspo.parallel import distributed
-from gspo.parallel.sharding import Layout, tree_shardings, with_shardings
 from gspo.types import Params, UserError
 
 INDEX = "model.safetensors.index.json"
 CARRIED = (  # files that an export takes over from the folder it was imported from, or from the tokenizer's
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
+    *FILES,
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
 DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # what is read, and its bytes; float32 holds each of them exactly
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # a constant that some Llama 2 folders carry
 
@@ -41,21 +44,11 @@ IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # a constant that some Llama 
 # ---------------------------------------------------------------------------------------------------- import
 
 
-def abstract_params(spec: ModelSpec, layout: Layout | None = None) -> Params:
-    """Shapes, dtypes and (on a mesh) shardings of the parameters of a spec: what imports and restores fill."""
-    boxed = jax.eval_shape(Transformer(spec).init_params, jax.random.key(0))
-    shapes = nn.unbox(boxed)
-    if layout is None:
-        return shapes
-    return with_shardings(shapes, tree_shardings(layout, boxed))
-
-
 def _flat(spec: ModelSpec, tree: Params) -> dict[str, Any]:
     """{path: leaf}, asserting that the table knows every leaf and the tree has every row."""
     flat = flax.traverse_util.flatten_dict(tree, sep="/")
-    shapes = {
-        path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(abstract_params(spec), sep="/").items()
-    }
+    abstract = flax.traverse_util.flatten_dict(abstract_params(Transformer(spec)), sep="/")
+    shapes = {path: leaf.shape for path, leaf in abstract.items()}
     assert {row.path for row in table(spec)} == shapes.keys(), (
         "the table of this family does not cover the model's parameters"
     )
@@ -67,9 +60,9 @@ def _flat(spec: ModelSpec, tree: Params) -> dict[str, Any]:
 def import_params(folder: str | Path, spec: ModelSpec, abstract: Params) -> Params:
     """Reads the safetensors of a folder: model.safetensors, or the shards that model.safetensors.index.json names.
 
-    abstract: tree of jax.ShapeDtypeStruct as `abstract_params` gives it; the arrays come back with its dtypes and
-    shardings (the first device where it names none). Each process reads what its own devices hold, one leaf at a time.
-    bfloat16 and float16 become float32 exactly.
+    abstract: tree of jax.ShapeDtypeStruct as `gspo.model.transformer.abstract_params` gives it; the arrays come back
+    with its dtypes and shardings (the first device where it names none). Each process reads what its own devices hold,
+    one leaf at a time. bfloat16 and float16 become float32 exactly.
     Raises: UserError that names every tensor that is missing, surplus, of another shape or of another kind than DTYPES;
     or if there are no safetensors, or damaged ones. Pickled weights are never opened.
     """

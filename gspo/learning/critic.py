@@ -17,7 +17,8 @@ import optax
 from gspo.learning.learner import jit_update
 from gspo.learning.microbatch import accumulated_gradient, merge_rows, num_parts, split_rows
 from gspo.masked import Mean, Metrics, masked_mean, over_updates
-from gspo.model.transformer import ModelSpec, Transformer
+from gspo.model.spec import ModelSpec
+from gspo.model.transformer import Transformer
 from gspo.objectives.advantages import clipped_value_loss
 from gspo.parallel.sharding import ONE_DEVICE, Layout
 from gspo.types import Batch, Params, TrainState, array

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from gspo.learning.critic import Critic
-from gspo.model.transformer import Transformer
-from gspo.parallel.sharding import Layout, tree_shardings, with_shardings
+from gspo.model.transformer import Transformer, abstract_params
+from gspo.parallel.sharding import Layout, with_shardings
 from gspo.types import Params, TrainState
 
 
@@ -34,15 +34,15 @@ def state_on_mesh(
     """The state of a policy or a critic: its parameters, and beside them a reference and the parameters of the last
     `num_stale` rollouts, each in buffers of its own: the train step donates the policy's.
     """
-    boxed = jax.eval_shape(model.init_params, jax.random.key(0))
-    param_shardings = tree_shardings(layout, boxed)
+    abstract = abstract_params(model, layout)
+    param_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     def begin(params: Params) -> TrainState:
         coef = None if entropy_coef is None else jnp.float32(entropy_coef)
         ref_params, stale_params = params if with_ref else None, (params,) * num_stale
         return TrainState(jnp.int32(0), params, optimizer.init(params), ref_params, coef, stale_params=stale_params)
 
-    shapes = jax.eval_shape(begin, nn.unbox(boxed))
+    shapes = jax.eval_shape(begin, abstract)
     everywhere = layout.sharding()
     shardings = TrainState(
         step=everywhere,

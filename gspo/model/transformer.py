@@ -7,7 +7,6 @@ a config.json). It is called on whole frames (learner), on prompts with an empty
 full one (decode): always with the frame column of the first real token, from which positions and visibility follow.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import chex
@@ -16,81 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from gspo.model.attention import Attention, KVCache, RMSNorm, kernel_init, rope_tables, visible
-from gspo.model.experts import BACKENDS
 from gspo.model.moe import MoE
 from gspo.model.routing import route_dtype
-from gspo.parallel.sharding import ONE_DEVICE, Layout
-from gspo.types import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSpec:
-    """Everything that fixes the shape and the arithmetic of a model. Hashable, so that jit may take it as static.
-
-    num_experts = 0 is a dense model of feed-forward width d_ff; else every layer holds experts of width d_expert.
-    rope_scaling is () or the four numbers of Llama 3.1's rule (`gspo.model.attention.rope_tables`). qk_norm_over is
-    "head" (Qwen3) or "projection" (OLMoE).
-    dtype is that of the matmuls ("float32" or "bfloat16"); parameters, router, softmax, norms and log-probs are
-    float32. remat recomputes each block in the backward pass; attention_chunk > 0 does so with attention scores, that
-    many query columns at a time, so that no [T, T] array of scores exists.
-    """
-
-    vocab_size: int
-    num_layers: int
-    d_model: int
-    num_heads: int
-    num_kv_heads: int
-    head_width: int
-    d_ff: int = 0
-    num_experts: int = 0
-    experts_per_token: int = 0
-    d_expert: int = 0
-    norm_topk_prob: bool = True
-    rope_theta: float = 1e6
-    rope_scaling: tuple[float, ...] = ()
-    rms_eps: float = 1e-6
-    qk_norm: bool = True
-    qk_norm_over: str = "head"
-    tie_embeddings: bool = False
-    dtype: str = "float32"
-    moe_backend: str = "blocked"
-    remat: bool = False
-    attention_chunk: int = 0
-
-    def __post_init__(self):
-        def need(ok, field, remedy):
-            if not ok:
-                raise UserError(f"model.{field}={getattr(self, field)!r}: {remedy}")
-
-        for field in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_width"):
-            need(getattr(self, field) > 0, field, "must be positive")
-        need(
-            self.num_heads % self.num_kv_heads == 0,
-            "num_heads",
-            f"must be a multiple of num_kv_heads={self.num_kv_heads}",
-        )
-        need(self.head_width % 2 == 0, "head_width", "must be even for rotary positions")
-        scaling = self.rope_scaling
-        need(not scaling or (len(scaling) == 4 and min(scaling) > 0 and scaling[1] < scaling[2]), "rope_scaling",
-             "give (factor, low, high, trained_length), all positive and low < high, or () for none")  # fmt: skip
-        need(self.qk_norm_over in ("head", "projection"), "qk_norm_over", "choose 'head' or 'projection'")
-        need(self.dtype in ("float32", "bfloat16"), "dtype", "choose 'float32' or 'bfloat16'")
-        need(self.attention_chunk >= 0, "attention_chunk", "must be >= 0 (0: all query columns at once)")
-        need(self.moe_backend in BACKENDS, "moe_backend", f"choose one of {', '.join(BACKENDS)}")
-        if self.num_experts:
-            need(
-                0 < self.experts_per_token <= self.num_experts, "experts_per_token", f"must be in 1..{self.num_experts}"
-            )
-            need(self.d_expert > 0, "d_expert", "must be positive in a Mixture of Experts")
-        else:
-            need(self.d_ff > 0, "d_ff", "must be positive in a dense model (num_experts=0)")
-
-    @property
-    def compute_dtype(self):
-        return jnp.dtype(self.dtype)
-
-    def empty_cache(self, rows: int, width: int) -> KVCache:
-        return KVCache.zeros(self.num_layers, rows, width, self.num_kv_heads, self.head_width, self.compute_dtype)
+from gspo.model.spec import ModelSpec
+from gspo.parallel.sharding import ONE_DEVICE, Layout, tree_shardings, with_shardings
+from gspo.types import Params
 
 
 class Output(NamedTuple):
@@ -151,8 +80,8 @@ class Block(nn.Module):
         if not s.num_experts:
             return (rows(x_BTD + SwiGLU(s.d_ff, s.compute_dtype, self.layout, name="mlp")(h_BTD)), cache), (None, None)
         moe = MoE(
-            s.num_experts, s.experts_per_token, s.d_expert, s.norm_topk_prob, s.moe_backend, s.compute_dtype, self.layout,
-            self.router_noise, self.router_swap, name="moe",
+            s.num_experts, s.experts_per_token, s.d_expert, s.norm_topk_prob, s.moe_backend, s.compute_dtype,
+            self.layout, self.router_noise, self.router_swap, name="moe",
         )  # fmt: skip
         with jax.named_scope("moe"):
             y_BTD, free_BTX, logits_BTE = moe(h_BTD, given_BTX)
@@ -236,3 +165,16 @@ class Transformer(nn.Module):
         """Parameters boxed with their logical axis names (for `tree_shardings`; `nn.unbox` strips them)."""
         tokens_BT = jnp.zeros((1, 1), jnp.int32)
         return self.clone(layout=ONE_DEVICE).init(key, tokens_BT, jnp.zeros((1,), jnp.int32))["params"]
+
+
+def abstract_params(model: Any, layout: Layout | None = None) -> Params:
+    """Shapes, dtypes and (with a layout) shardings of a model's parameters, as jax.ShapeDtypeStruct: what imports and
+    restores fill, and where a fresh tree is born. model: a Transformer, or whatever has its `init_params`."""
+    boxed = jax.eval_shape(model.init_params, jax.random.key(0))
+    shapes = nn.unbox(boxed)
+    return shapes if layout is None else with_shardings(shapes, tree_shardings(layout, boxed))
+
+
+def param_shardings(model: Any, layout: Layout) -> Params:
+    """Where each parameter lies under a layout."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, layout))

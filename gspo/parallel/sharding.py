@@ -27,7 +27,8 @@ DISPATCHES = ("all_gather", "all_to_all")  # how tokens come to experts on other
 # width is "embed", and "expert_embed" in the weights of experts, where the mesh axis `expert` is already taken.
 _WHOLE: dict[str, tuple[str, ...]] = {
     "rows": ("data", "fsdp", "expert"),
-    "layers": (), "vocab": (), "embed": (), "expert_embed": (), "heads": (), "kv_heads": (), "head_width": (), "mlp": (),
+    "layers": (), "vocab": (), "embed": (), "expert_embed": (), "heads": (), "kv_heads": (), "head_width": (),
+    "mlp": (),
     "expert": (), "norm": (),
 }  # fmt: skip
 _FSDP = _WHOLE | {"embed": ("fsdp", "expert"), "expert_embed": ("fsdp", "expert")}
@@ -243,4 +244,7 @@ def indivisible(layout: Layout, name: str, where: str, size: int) -> str:
     choices = (
         ", ".join(str(d) for d in range(1, size + 1) if size % d == 0) if size <= 256 else f"the divisors of {size}"
     )
-    return f"{sizes}: cannot cut axis {name!r} of {where}, {size} entries, into {layout.parts(name)} equal parts; choose from {choices}"
+    return (
+        f"{sizes}: cannot cut axis {name!r} of {where}, {size} entries, into {layout.parts(name)} equal parts; choose "
+        f"from {choices}"
+    )

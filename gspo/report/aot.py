@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from gspo.model.transformer import ModelSpec
-from gspo.parallel.sharding import Layout, make_mesh, tree_shardings, with_shardings
+from gspo.model.spec import ModelSpec
+from gspo.model.transformer import param_shardings
+from gspo.parallel.sharding import Layout, make_mesh, with_shardings
 from gspo.plans import RLPlan
 from gspo.report import hlo
 from gspo.steps import Steps, make_rollout_layout, make_steps
@@ -123,7 +124,7 @@ def lowerables(plan: RLPlan, layout: Layout) -> list[Lowerable]:
     key = with_shardings(jax.eval_shape(lambda: jax.random.key(0)), layout.sharding())
     rollout_layout = make_rollout_layout(plan.mesh, layout)
     params = jax.eval_shape(steps.rollout_params, state.params)
-    params = with_shardings(params, tree_shardings(rollout_layout, jax.eval_shape(steps.model.init_params, key)))
+    params = with_shardings(params, param_shardings(steps.model, rollout_layout))
     rollout = layout.map_fields(with_shardings, jax.eval_shape(steps.sampler, params, *prompts, key))
     held = bytes_per_device(state)
     found = []

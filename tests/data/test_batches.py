@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gspo.data.batches import DemonstrationSource, PromptSource, completion_texts, score_completions, shuffled_index
-from gspo.data.rewards import Example, exact_match
+from gspo.data.example import Example
+from gspo.data.rewards import exact_match
 from gspo.data.tasks import Task, make_task
 from gspo.data.tokenizer import make_tokenizer
 from gspo.types import UserError
@@ -163,7 +164,8 @@ def test_the_text_of_a_completion_ends_where_its_length_says():
     # the text.
     pad, eos = BYTES.pad_id, BYTES.eos_ids[0]
     tokens_BT = np.array([
-        [pad, *b"q", *b"abc", eos, *b"zz"], [*b"pq", *b"a", pad, *b"c", *b"def"], [*b"pq", eos, *b"zzzzz"], [*b"pq", *b"abcdef"]
+        [pad, *b"q", *b"abc", eos, *b"zz"], [*b"pq", *b"a", pad, *b"c", *b"def"], [*b"pq", eos, *b"zzzzz"],
+        [*b"pq", *b"abcdef"]
     ])  # fmt: skip
     assert completion_texts(BYTES, tokens_BT, 2, np.array([4, 6, 1, 0])) == ["abc", "acdef", "", ""]
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gspo.data.rewards import REWARDS, Example, exact_match, format_hash, hash_answer, numeric_answer, overlong_penalty
+from gspo.data.example import Example
+from gspo.data.rewards import REWARDS, exact_match, format_hash, hash_answer, numeric_answer, overlong_penalty
 from gspo.types import UserError
 
 
@@ -165,5 +166,5 @@ def test_the_overlong_penalty_is_the_one_of_dapo_and_counts_tokens():
     penalties = [overlong_penalty(length, max_length=100, buffer=20) for length in lengths]
     assert penalties == pytest.approx([0, 0, -0.05, -0.5, -0.95, -1, -1, -1])
     assert [overlong_penalty(length, 100, 0) for length in (100, 101)] == [0.0, -1.0]
-    with pytest.raises(UserError, match="overlong_buffer=200"):
+    with pytest.raises(UserError, match=r"overlong_buffer\.len=200"):
         overlong_penalty(5, 100, 200)

@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, hostile ids, special tokens from every place they are written in, chat templates."""
+"""Tokenizers: round trips, hostile ids, what identifies one, and the script that trains one."""
 
 import json
 import os
@@ -10,42 +10,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from gspo.data.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, make_tokenizer
-from gspo.types import UserError
-
-CHAT = (
-    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+from gspo.data.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    HFTokenizer,
+    difference,
+    fingerprint,
+    make_tokenizer,
+    save_files,
+    saved_tokenizer,
 )
-
-
-def write_folder(folder: Path, *, config=None, generation=None, special_map=None, jinja=None) -> Path:
-    """A tokenizer.json of a byte-level BPE with four special tokens, and the files around it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<pad>", "<eos>", "<|start|>", "<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["the cat sat on the mat, the end"] * 4, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"pad_token": "<pad>", "eos_token": "<eos>"} if config is None else config
-    for name, content in (
-        ("tokenizer_config", config),
-        ("generation_config", generation),
-        ("special_tokens_map", special_map),
-    ):
-        if content is not None:
-            (folder / f"{name}.json").write_text(json.dumps(content))
-    if jinja is not None:
-        (folder / "chat_template.jinja").write_text(jinja)
-    return folder
+from gspo.types import UserError
+from tests.tokenizer_folders import CHAT, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +38,6 @@ def test_bytes_give_every_text_back(text):
     ids = tokenizer.encode(text)
     assert all(0 <= i < 256 for i in ids)
     assert tokenizer.decode(ids) == text.encode("utf-8", "replace").decode()
-
-
-@settings(deadline=None)
-@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
-def test_a_byte_level_bpe_gives_every_text_back(hf, text):
-    # Catches: a prefix space added by the encoder, clean-up of spaces in the decoder, special tokens added around the
-    # text.
-    assert hf.decode(hf.encode(text)) == text
 
 
 @settings(deadline=None)
@@ -92,103 +61,13 @@ def test_pad_and_eos_are_ids_of_the_vocabulary_and_decode_to_nothing(spec, hf):
     assert tokenizer.decode([tokenizer.pad_id, *ids, *tokenizer.eos_ids, tokenizer.pad_id]) == "314="
 
 
-def test_encoding_adds_no_special_tokens_even_where_the_file_asks_for_them(tmp_path):
-    # Catches: encode(add_special_tokens=True), which would put an end-of-sequence token after every prompt.
-    folder = write_folder(tmp_path)
-    content = json.loads((folder / "tokenizer.json").read_text())
-    content["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<eos>", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"<eos>": {"id": "<eos>", "ids": [1], "tokens": ["<eos>"]}},
-    }
-    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    tokenizer = make_tokenizer(str(folder))
-    assert 1 not in tokenizer.encode("the cat")
-    # Catches: truncation saved in the file by somebody's training script, which would cut prompts without a word.
-    assert tokenizer.decode(tokenizer.encode("the cat sat on the mat, the end")) == "the cat sat on the mat, the end"
-
-
-def test_eos_tokens_of_all_files_count_and_the_generation_config_comes_first(tmp_path):
-    # Catches: chat models whose turns end in another token than documents running to the maximum length.
-    one = make_tokenizer(str(write_folder(tmp_path / "int", generation={"eos_token_id": 3})))
-    many = make_tokenizer(str(write_folder(tmp_path / "list", generation={"eos_token_id": [3, 1, 3]})))
-    assert (one.eos_ids, many.eos_ids) == ((3, 1), (3, 1))
-
-
-def test_pad_and_eos_decode_to_nothing_even_where_the_file_does_not_call_them_special(tmp_path):
-    # Catches: "348<eos>" in the eyes of the reward: such files exist, and skip_special_tokens alone would keep the
-    # token.
-    folder = write_folder(tmp_path)
-    content = json.loads((folder / "tokenizer.json").read_text())
-    content["added_tokens"] = [{**token, "special": False} for token in content["added_tokens"]]
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    tokenizer = make_tokenizer(str(folder))
-    assert tokenizer.decode([0, *tokenizer.encode("348"), 1, 0]) == "348"
-
-
-def test_special_tokens_may_be_objects_or_stand_in_the_special_tokens_map(tmp_path):
-    # Catches: {"content": "<eos>", "lstrip": false} taken for the token itself; a null in one file hiding the other
-    # file's token.
-    objects = write_folder(
-        tmp_path / "a", config={"eos_token": {"content": "<eos>", "lstrip": False}, "pad_token": None}
-    )
-    mapped = write_folder(
-        tmp_path / "b", config={"eos_token": None}, special_map={"eos_token": "<eos>", "pad_token": "<pad>"}
-    )
-    assert make_tokenizer(str(objects)).eos_ids == (1,) and make_tokenizer(str(mapped)).eos_ids == (1,)
-    assert (
-        make_tokenizer(str(objects)).pad_id == 1
-    )  # no pad token: the eos pads; masks come from lengths, so it does no harm
-    assert make_tokenizer(str(mapped / "tokenizer.json")).pad_id == 0
-
-
-def test_a_prompt_goes_through_the_chat_template_where_there_is_one(tmp_path, hf):
-    # Catches: a template that is ignored, or rendered without the assistant's opening, so that the model continues the
-    # user.
-    expected = "<|start|>user\n2 < 3?<|end|>\n<|start|>assistant\n"
-    config = {"eos_token": "<eos>", "chat_template": CHAT}
-    in_config = make_tokenizer(str(write_folder(tmp_path / "config", config=config)))
-    assert in_config.format_prompt("2 < 3?") == expected  # and not "2 &lt; 3?"
-    named = {
-        "eos_token": "<eos>",
-        "chat_template": [{"name": "tool", "template": "x"}, {"name": "default", "template": CHAT}],
-    }
-    assert make_tokenizer(str(write_folder(tmp_path / "named", config=named))).format_prompt("2 < 3?") == expected
-    config["chat_template"] = "wrong"
-    in_file = make_tokenizer(str(write_folder(tmp_path / "file", config=config, jinja=CHAT)))
-    assert in_file.format_prompt("2 < 3?") == expected
-    assert hf.format_prompt("2 < 3?") == "2 < 3?" == ByteTokenizer().format_prompt("2 < 3?")
-    quoting = write_folder(tmp_path / "json", jinja="{{ messages[0].content | tojson }}{{ eos_token }}")
-    assert make_tokenizer(str(quoting)).format_prompt("é < 3") == '"é < 3"<eos>'
-    # The template's special tokens are single ids, not their letters.
-    ids = in_file.encode(expected)
-    assert ids[0] == 2 and ids.count(3) == 1
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ raise_exception('roles must alternate') }}",
-        "{{ messages.append(1) }}",
-    ],
-)
-def test_a_template_that_fails_or_reaches_out_is_a_user_error(tmp_path, template):
-    # Catches: an unsandboxed environment: a downloaded template could run any code.
-    tokenizer = make_tokenizer(str(write_folder(tmp_path, jinja=template)))
-    with pytest.raises(UserError, match="chat template failed"):
-        tokenizer.format_prompt("hello")
-
-
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
         ("byte", ["'byte'", "'bytes'", "chars:"]),
-        ("", ["unknown tokenizer ''"]),
+        ("", ["tokenizer='': unknown"]),
         ("no/such/folder", ["no/such/folder", "nothing is there"]),
-        ("chars:", ["is empty"]),
+        ("chars:", ["tokenizer='chars:': the alphabet is empty"]),
         ("chars:0102", ["repeats '0'"]),
     ],
 )
@@ -199,41 +78,11 @@ def test_an_unknown_tokenizer_is_one_line_that_says_what_there_is(spec, words):
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("files", "words"),
-    [
-        ({"config": {}}, ["names no end-of-sequence token"]),
-        ({"config": {"eos_token": "<end>"}}, ["eos_token '<end>' is not in the vocabulary"]),
-        ({"config": {"eos_token": "<eos>", "pad_token": "[PAD]"}}, ["pad_token '[PAD]'"]),
-        ({"generation": {"eos_token_id": 5000}}, ["eos_token_id 5000"]),
-        ({"jinja": "{% for %}"}, ["chat_template.jinja", "does not compile"]),
-    ],
-)
-def test_an_incomplete_folder_is_one_line_that_names_the_field(tmp_path, files, words):
-    # Catches: eos silently taken as id 0 or None: no completion would ever end.
-    with pytest.raises(UserError) as error:
-        make_tokenizer(str(write_folder(tmp_path, **files)))
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
-
-
-def test_broken_json_names_the_file(tmp_path):
-    # Catches: a JSONDecodeError without a word on which of five files it was.
-    folder = write_folder(tmp_path)
-    (folder / "generation_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"generation_config\.json"):
-        make_tokenizer(str(folder))
-    (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"tokenizer\.json"):
-        make_tokenizer(str(folder))
-    with pytest.raises(UserError, match=r"there is no tokenizer\.json"):
-        make_tokenizer(str(tmp_path.parent / tmp_path.name / ".."))
-
-
 def test_an_unknown_character_names_itself_and_the_alphabet():
     # Catches: KeyError('x'), or unknown characters dropped so that the policy sees another problem than the reward.
     with pytest.raises(UserError) as error:
         make_tokenizer("chars:01=").encode("10x")
-    assert "'x'" in str(error.value) and "'01='" in str(error.value)
+    assert "'x'" in str(error.value) and "tokenizer='chars:01='" in str(error.value)
 
 
 def test_the_training_script_writes_a_folder_that_loads_back(tmp_path):
@@ -254,7 +103,102 @@ def test_the_training_script_writes_a_folder_that_loads_back(tmp_path):
     assert tokenizer.decode(tokenizer.encode("What is é 12?")) == "What is é 12?"
     assert len(tokenizer.encode("What is")) < 7  # merges were learned
     assert len(tokenizer.encode("1212")) == 4  # digit by digit
+    # Mistakes in the task name the flags of this script, not the fields of a run.
+    for flag, words in (
+        ("--size=0", "--size=0: "),
+        ("--size=99", "--size=99: "),
+        ("--task=jsnl:x", "--task='jsnl:x': "),
+    ):
+        with pytest.raises(UserError, match=f"^{words}"):
+            runpy.run_path(str(script))["main"]([*arguments, flag, "--overwrite"])
     # The second run would overwrite the first: one line, exit code 2.
     environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
     refused = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=environment)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "--overwrite" in refused.stderr
+
+
+# ---------------------------------------------------------------------------- identity
+
+
+def test_each_single_change_of_a_tokenizer_changes_its_fingerprint(tmp_path):
+    # Catches: weights continued under another alphabet, token table or template of the same sizes: no shape would tell.
+    def folder(name, **changes):
+        return write_folder(tmp_path / name, **{"jinja": CHAT, "generation": {"eos_token_id": 3}} | changes)
+
+    base = folder("base")
+    other_id = folder("other_id")
+    content = json.loads((base / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other_id / "tokenizer.json").write_text(json.dumps(content))
+    merges = folder("merges")
+    content = json.loads((base / "tokenizer.json").read_text())
+    content["model"]["merges"][:2] = content["model"]["merges"][1::-1]
+    (merges / "tokenizer.json").write_text(json.dumps(content))
+    specs = {
+        "alphabet": ("chars:01=", "chars:10="),
+        "kind": ("bytes", "chars:01="),
+        "tokenizer_json": (str(base), str(other_id)),
+        "tokenizer_json of merges": (str(base), str(merges)),
+        "eos_ids": (str(base), str(folder("eos", generation={"eos_token_id": 2}))),
+        "pad_id": (str(base), str(folder("pad", config={"pad_token": "<|start|>", "eos_token": "<eos>"}))),
+        "chat_template": (str(base), str(folder("chat", jinja=CHAT + " "))),
+        "special_tokens": (
+            str(base),
+            str(folder("bos", config={"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<|start|>"})),
+        ),
+    }
+    for what, pair in specs.items():
+        one, other = (fingerprint(make_tokenizer(spec)) for spec in pair)
+        assert difference(one, one) is None
+        assert difference(one, other).startswith(what.partition(" ")[0]), what
+    bos = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<eos>"}
+    plain, begun = (folder(f"begun{add}", config=bos | {"add_bos_token": add}) for add in (False, True))
+    assert "prefix_ids is [], not [1]" in difference(*(fingerprint(make_tokenizer(str(f))) for f in (plain, begun)))
+
+
+def test_a_fingerprint_says_nothing_of_where_the_files_lie_or_how_they_are_laid_out(tmp_path):
+    # Catches: a run refused because its folder was moved, or its JSON indented by another program.
+    one, other = (write_folder(tmp_path / name, jinja=CHAT) for name in "ab")
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (other / "tokenizer.json").write_text(json.dumps(dict(reversed(content.items())), indent=7))
+    tokenizers = [make_tokenizer(str(folder)) for folder in (one, other)]
+    assert [tokenizer.spec for tokenizer in tokenizers] == [str(one), str(other)]
+    assert difference(*map(fingerprint, tokenizers)) is None
+
+
+@pytest.mark.parametrize("spec", ["bytes", "chars:10=", "folder", "file"])
+def test_a_saved_tokenizer_comes_back_from_its_fingerprint_and_its_files(spec, tmp_path):
+    # Catches: a checkpoint that cannot be read once the folder of the tokenizer is gone; a fingerprint that is no JSON.
+    source = write_folder(tmp_path / "source", jinja=CHAT, generation={"eos_token_id": [3, 1]})
+    (source / "model.safetensors").write_bytes(b"weights")
+    if spec == "file":
+        (source / "tokenizer.json").rename(source / "mine.json")
+    tokenizer = make_tokenizer({"folder": str(source), "file": str(source / "mine.json")}.get(spec, spec))
+    saved = json.loads(json.dumps(fingerprint(tokenizer)))
+    names = save_files(tokenizer, tmp_path / "kept" / "tokenizer")
+    for file in source.iterdir():
+        file.unlink()
+    again = saved_tokenizer(saved, tmp_path / "kept" / "tokenizer")
+    assert difference(fingerprint(again), saved) is None
+    assert again.prompt_ids("10=") == tokenizer.prompt_ids("10=")
+    if spec in ("folder", "file"):
+        assert sorted(names) == [
+            "chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"
+        ]  # fmt: skip
+        assert sorted(path.name for path in (tmp_path / "kept" / "tokenizer").iterdir()) == sorted(names)
+    else:
+        assert names == [] and not (tmp_path / "kept").exists()
+
+
+def test_saved_files_that_are_gone_or_changed_are_one_line(tmp_path):
+    # Catches: weights that go on under a template, or a table, that somebody edited beside the checkpoint.
+    tokenizer = make_tokenizer(str(write_folder(tmp_path / "source", jinja=CHAT)))
+    save_files(tokenizer, tmp_path / "kept")
+    (tmp_path / "kept" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(UserError, match="not the one that was saved with the weights: chat_template is") as error:
+        saved_tokenizer(fingerprint(tokenizer), tmp_path / "kept")
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"holds no tokenizer\.json, which was saved with the weights"):
+        saved_tokenizer(fingerprint(tokenizer), tmp_path / "nothing")

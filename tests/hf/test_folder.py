@@ -26,7 +26,8 @@ from gspo.hf import folder as hf
 from gspo.hf.families import FAMILIES, family_of, hf_config, read_config, spec_from_hf
 from gspo.learning.sampler import make_sampler
 from gspo.model.distribution import Sampling
-from gspo.model.transformer import ModelSpec, Transformer
+from gspo.model.spec import ModelSpec
+from gspo.model.transformer import Transformer, abstract_params
 from gspo.parallel.sharding import Layout, make_mesh
 from gspo.run.checkpoint import restore_params
 from gspo.steps import make_model
@@ -90,7 +91,8 @@ LLAMA3 = dict(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64, rope_type="llama3"
 )
 SHAPE = dict(
-    vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
+    vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=256,
     bos_token_id=None, eos_token_id=None, pad_token_id=None,
 )  # fmt: skip
 MOE = dict(num_experts=6, num_experts_per_tok=2)
@@ -179,7 +181,7 @@ def imported(family, fields, folder: Path):
     """(spec, params) of transformers' model, through a folder that transformers wrote, in several shards."""
     torch_model(family, fields).save_pretrained(folder, max_shard_size="30KB")
     spec = spec_from_hf(read_config(folder), moe_backend="dense")
-    return spec, hf.import_params(folder, spec, hf.abstract_params(spec))
+    return spec, hf.import_params(folder, spec, abstract_params(Transformer(spec)))
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +235,8 @@ def test_64_greedy_tokens_agree_with_transformers_token_by_token(family, fields,
     tokens_BT, first_B = padded_prompts((8, 5, 2), width=8)
     mask_BT = np.arange(8) >= first_B[:, None]
     out = torch_model(family, fields).generate(
-        input_ids=torch.tensor(tokens_BT).long(), attention_mask=torch.tensor(mask_BT).long(), max_new_tokens=64, do_sample=False,
+        input_ids=torch.tensor(tokens_BT).long(), attention_mask=torch.tensor(mask_BT).long(), max_new_tokens=64,
+        do_sample=False,
         pad_token_id=0,
     )  # fmt: skip
     sample = make_sampler(
@@ -257,7 +260,7 @@ def test_transformers_loads_the_exported_folder_and_gives_the_same_logits(family
 
     spec, params = imported(family, fields, folder_of(family, fields))
     hf.export_params(params, spec, tmp_path / "out", shard_bytes=30_000, source=folder_of(family, fields))
-    assert_bit_equal(hf.import_params(tmp_path / "out", spec, hf.abstract_params(spec)), params)
+    assert_bit_equal(hf.import_params(tmp_path / "out", spec, abstract_params(Transformer(spec))), params)
     model, info = getattr(transformers, f"{family}ForCausalLM").from_pretrained(
         tmp_path / "out", attn_implementation="eager", output_loading_info=True, dtype="float32"
     )
@@ -278,7 +281,7 @@ def test_parameters_come_back_bit_equal_through_an_export(family, tmp_path):
     spec, params, folder = exported(tmp_path / "a", family, shard_bytes=4000)
     assert len(list(folder.glob("*.safetensors"))) > 3
     assert spec_from_hf(read_config(folder), moe_backend="dense") == spec
-    again = hf.import_params(folder, spec, hf.abstract_params(spec))
+    again = hf.import_params(folder, spec, abstract_params(Transformer(spec)))
     assert_bit_equal(again, params)
     hf.export_params(again, spec, tmp_path / "b", shard_bytes=4000)
     for file in sorted(folder.iterdir()):
@@ -321,14 +324,14 @@ def test_bfloat16_folders_are_read_exactly_and_written_back_unchanged(tmp_path):
     hf.export_params(params, spec, tmp_path / "a", dtype="bfloat16")
     assert {x.dtype.name for x in read_all(tmp_path / "a").values()} == {"bfloat16"}
     assert read_config(tmp_path / "a")["torch_dtype"] == "bfloat16"
-    assert_bit_equal(hf.import_params(tmp_path / "a", spec, hf.abstract_params(spec)), params)
+    assert_bit_equal(hf.import_params(tmp_path / "a", spec, abstract_params(Transformer(spec))), params)
 
 
 def test_an_import_onto_eight_devices_reads_no_more_than_the_part_of_one_device_at_a_time(tmp_path, monkeypatch):
     # Catches an import that is whole on the host before it is cut, parts that land on the wrong device, parts that are
     # read twice.
     spec, params, folder = exported(tmp_path, "Qwen3MoeForCausalLM")
-    abstract = hf.abstract_params(spec, Layout(make_mesh(dict(fsdp=2, expert=2, tensor=2))))
+    abstract = abstract_params(Transformer(spec), Layout(make_mesh(dict(fsdp=2, expert=2, tensor=2))))
     reads, safe_open = [], hf.safetensors.safe_open
 
     class Recorded:
@@ -358,7 +361,7 @@ def test_an_import_onto_eight_devices_reads_no_more_than_the_part_of_one_device_
     gate = [size for name, size in reads if name.endswith("0.mlp.experts.3.gate_proj.weight")]
     assert gate == [10 * 16 // 4] * 4
     hf.export_params(cut, spec, tmp_path / "again")
-    assert_bit_equal(hf.import_params(tmp_path / "again", spec, hf.abstract_params(spec)), params)
+    assert_bit_equal(hf.import_params(tmp_path / "again", spec, abstract_params(Transformer(spec))), params)
 
 
 def test_an_export_carries_over_the_tokenizer_and_the_keys_of_the_config_that_are_not_ours(tmp_path):
@@ -393,7 +396,7 @@ def rewrite(folder: Path, change) -> None:
 
 def error_of(folder: Path, spec: ModelSpec) -> str:
     with pytest.raises(UserError) as error:
-        hf.import_params(folder, spec, hf.abstract_params(spec))
+        hf.import_params(folder, spec, abstract_params(Transformer(spec)))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -422,7 +425,7 @@ def test_a_tied_folder_may_repeat_its_head_but_not_change_it(tmp_path):
     spec, params, folder = exported(tmp_path, "LlamaForCausalLM")
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(3, np.float32)}
     rewrite(folder, lambda t: t.update(buffer | {"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
-    assert_bit_equal(hf.import_params(folder, spec, hf.abstract_params(spec)), params)
+    assert_bit_equal(hf.import_params(folder, spec, abstract_params(Transformer(spec))), params)
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
     assert "surplus: lm_head.weight" in error_of(folder, spec)
 
@@ -448,8 +451,12 @@ def test_broken_files_and_indices_are_one_line_errors(tmp_path):
     shard.unlink()
     assert shard.name in error_of(folder, spec)
     shard.write_bytes(data)
-    for bad, words in (("[]", "weight_map"), ("{", "weight_map"), (text.replace(shard.name, "../x.safetensors"), "../x.safetensors"),
-                       (text.replace(shard.name, "x.bin"), "x.bin")):  # fmt: skip
+    for bad, words in (
+        ("[]", "weight_map"),
+        ("{", "weight_map"),
+        (text.replace(shard.name, "../x.safetensors"), "../x.safetensors"),
+        (text.replace(shard.name, "x.bin"), "x.bin"),
+    ):
         index.write_text(bad)
         assert words in error_of(folder, spec)
 
@@ -460,11 +467,15 @@ def test_broken_files_and_indices_are_one_line_errors(tmp_path):
 def published(**changes):
     """config.json of a published Qwen3-30B-A3B, as far as it describes the model, in the style of transformers 4."""
     return {
-        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "decoder_sparse_step": 1, "eos_token_id": 151643,
-        "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144, "max_position_embeddings": 40960,
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "decoder_sparse_step": 1,
+        "eos_token_id": 151643,
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
         "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768,
-        "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
-        "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": None,
+        "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
+        "sliding_window": None,
         "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_sliding_window": False, "vocab_size": 151936,
     } | changes  # fmt: skip
 
@@ -488,8 +499,10 @@ def test_a_published_config_describes_the_model_of_that_name():
 @pytest.mark.parametrize(("changes", "words"), [
     (dict(architectures=["GPT2LMHeadModel"]), "Qwen3ForCausalLM, Qwen3MoeForCausalLM, MixtralForCausalLM, "
                                               "LlamaForCausalLM, Olmoe"),
-    (dict(attention_bias=True), "attention_bias"), (dict(hidden_act="gelu"), "hidden_act"), (dict(mlp_only_layers=[3]), "mlp_only"),
-    (dict(decoder_sparse_step=2), "decoder_sparse_step"), (dict(sliding_window=4096, use_sliding_window=True), "sliding_window"),
+    (dict(attention_bias=True), "attention_bias"), (dict(hidden_act="gelu"), "hidden_act"),
+    (dict(mlp_only_layers=[3]), "mlp_only"),
+    (dict(decoder_sparse_step=2), "decoder_sparse_step"),
+    (dict(sliding_window=4096, use_sliding_window=True), "sliding_window"),
     (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn"),
     (dict(rope_scaling={"type": "llama3", "factor": 4.0}), "low_freq"),
     (dict(quantization_config={"bits": 4}), "quantization_config"), (dict(num_attention_heads=30), "num_heads"),
@@ -529,7 +542,8 @@ def test_a_spec_of_no_family_is_a_one_line_error():
 
 
 @pytest.mark.parametrize(("name", "family", "parameters"), [
-    ("toy", "Qwen3Moe", 0.45e6), ("moe-30m", "Qwen3Moe", 29e6), ("moe-150m", "Qwen3Moe", 148e6), ("moe-500m", "Qwen3Moe", 493e6),
+    ("toy", "Qwen3Moe", 0.45e6), ("moe-30m", "Qwen3Moe", 29e6), ("moe-150m", "Qwen3Moe", 148e6),
+    ("moe-500m", "Qwen3Moe", 493e6),
     ("qwen3-0.6b", "Qwen3", 596_049_920), ("qwen3-1.7b", "Qwen3", 1_720_574_976), ("qwen3-4b", "Qwen3", 4_022_468_096),
     ("qwen3-8b", "Qwen3", 8_190_735_360), ("qwen3-30b-a3b", "Qwen3Moe", 30_532_122_624),
     ("qwen3-235b-a22b", "Qwen3Moe", 235_093_634_560), ("mixtral-8x7b", "Mixtral", 46_702_792_704),
@@ -538,7 +552,7 @@ def test_a_spec_of_no_family_is_a_one_line_error():
 def test_models_have_the_published_number_of_parameters(name, family, parameters):
     # Catches a wrong width, depth, vocabulary or tying. Published models to the last parameter, ours to 3 in 100.
     spec = spec_of(name) if name != "toy" else dataclasses.replace(spec_of(name), vocab_size=13)
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(hf.abstract_params(spec)))
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(Transformer(spec))))
     assert family_of(spec) == f"{family}ForCausalLM"
     assert count == parameters if parameters % 1000 else count == pytest.approx(parameters, rel=0.03)
     assert spec_from_hf(hf_config(spec), dtype=spec.dtype, moe_backend=spec.moe_backend, remat=spec.remat) == spec
@@ -572,13 +586,13 @@ def test_the_scripts_bring_a_folder_in_and_out_again_unchanged(tmp_path, capsys)
         dataclasses.replace(make_model(build.rl_plan(config).model, CharTokenizer("0123")).spec, moe_backend="dense")
         == spec
     )
-    step, restored = restore_params(tmp_path / "ckpt", hf.abstract_params(spec))
+    step, restored = restore_params(tmp_path / "ckpt", abstract_params(Transformer(spec)))
     assert step == 0
     assert_bit_equal(restored, params)
 
     assert export_hf.main(["--checkpoint", str(tmp_path / "ckpt"), "--out", str(tmp_path / "out")]) == 0
     assert "tokenizer.json" in capsys.readouterr().out and (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
-    assert_bit_equal(hf.import_params(tmp_path / "out", spec, hf.abstract_params(spec)), params)
+    assert_bit_equal(hf.import_params(tmp_path / "out", spec, abstract_params(Transformer(spec))), params)
 
 
 @pytest.mark.parametrize(("script", "argv", "words"), [

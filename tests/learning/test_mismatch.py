@@ -13,7 +13,8 @@ from gspo.learning.sampler import make_sampler
 from gspo.learning.scores import make_scorer
 from gspo.model.distribution import Sampling
 from gspo.model.routing import changed, swap_experts
-from gspo.model.transformer import ModelSpec, Transformer
+from gspo.model.spec import ModelSpec
+from gspo.model.transformer import Transformer
 from gspo.types import completion_mask
 
 SPEC = ModelSpec(

@@ -22,7 +22,8 @@ from tests.tiny_runs import ROOT, assert_bit_equal, kept_compiles, rl_config, st
 RESULTS = ("metrics.jsonl", "samples.jsonl")
 DIVIDED = {
     "mesh.data": 2, "mesh.expert": 2, "num_rollouts": 4, "eval.num_prompts": 8, "filter_groups.enable": True,
-    "filter_groups.max_num_gen_batches": 2, "optimizer.learning_rate": 0.01, "log.num_samples": 4, "model.moe_backend": "blocked",
+    "filter_groups.max_num_gen_batches": 2, "optimizer.learning_rate": 0.01, "log.num_samples": 4,
+    "model.moe_backend": "blocked",
     "router_replay.mode": "R2", "checkpoint.every": 2,
 }  # fmt: skip
 
@@ -179,8 +180,8 @@ def test_a_checkpoint_of_several_processes_is_whole_for_one_with_any_number_of_d
         found.append(jax.device_get(state))
     for state in found[1:]:
         assert_bit_equal(state, found[0])
-    assert_bit_equal(restore_params(two, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), found[0].params))[1],
-                     found[0].params)  # fmt: skip
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), found[0].params)
+    assert_bit_equal(restore_params(two, abstract)[1], found[0].params)
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])  # 0 is where they meet

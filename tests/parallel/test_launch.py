@@ -198,7 +198,10 @@ def test_a_dry_run_calls_nothing_and_writes_nothing(script, tools, tmp_path):
 # ---------------------------------------------------------------------------------------------------- launch_local.sh
 
 
-SHOW = "import os, sys, json; print(json.dumps([sys.argv[1:], {k: v for k, v in os.environ.items() if k.startswith(('JAX', 'XLA'))}]))"
+SHOW = (
+    "import os, sys, json; "
+    "print(json.dumps([sys.argv[1:], {k: v for k, v in os.environ.items() if k.startswith(('JAX', 'XLA'))}]))"
+)
 
 
 def local(tools, *words, grace=60, **env):
@@ -345,7 +348,8 @@ def test_the_slurm_job_starts_one_process_per_node_with_all_its_gpus(tools):
     # Catches: JAX's own default of one GPU per task, an srun that kills the processes before they say why, overrides
     # that split.
     (line,) = commands(run("launch_slurm.sbatch", "--dry-run", CONFIG, "/shared/x", AWKWARD, env=tools))
-    assert line == ["env", "JAX_PLATFORMS=cuda,cpu", "JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7", "srun", "--kill-on-bad-exit=0",
+    assert line == ["env", "JAX_PLATFORMS=cuda,cpu", "JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7", "srun",
+                    "--kill-on-bad-exit=0",
                     "--wait=120", "--cpu-bind=none", f"{ROOT}/.venv/bin/python", "experiments/rl.py", "--distributed",
                     f"--config={CONFIG}", "--workdir=/shared/x", AWKWARD]  # fmt: skip
     wanted = {"--ntasks-per-node=1", "--gpus-per-node=8", "--requeue", "--open-mode=append", "--signal=B:USR1@120"}
@@ -419,7 +423,8 @@ def test_the_tpu_slice_is_requested_set_up_run_and_deleted_by_these_commands(too
     place = ["--zone=us-east5-a", "--project=my-project"]
     tpus = ["gcloud", "compute", "tpus"]
     lines = commands(run("launch_tpu_pod.sh", "all", *flags, env=tools))
-    assert lines[0] == [*tpus, "queued-resources", "create", "gspo-1", "--node-id=gspo-1", *place, "--accelerator-type=v5p-128",
+    assert lines[0] == [*tpus, "queued-resources", "create", "gspo-1", "--node-id=gspo-1", *place,
+                        "--accelerator-type=v5p-128",
                         "--runtime-version=v2-alpha-tpuv5", "--spot"]  # fmt: skip
     assert lines[1] == [*tpus, "queued-resources", "describe", "gspo-1", *place, "--format=value(state.state)"]
     archive = f"{tools['TMPDIR']}/gspo-gspo-1.tar.gz"
@@ -451,8 +456,15 @@ def test_the_subcommands_print_together_what_all_prints(tools):
     assert "".join(parts[:3]) == parts[3] != ""
 
 
-@pytest.mark.parametrize(("kind", "version"), [("v5p-8", "v2-alpha-tpuv5"), ("v5litepod-16", "v2-alpha-tpuv5-lite"),
-                                               ("v6e-32", "v2-alpha-tpuv6e"), ("v4-8", "tpu-ubuntu2204-base")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "version"),
+    [
+        ("v5p-8", "v2-alpha-tpuv5"),
+        ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+        ("v6e-32", "v2-alpha-tpuv6e"),
+        ("v4-8", "tpu-ubuntu2204-base"),
+    ],
+)
 def test_each_type_of_tpu_has_its_runtime_version_and_a_given_one_counts(kind, version, tools):
     # Catches: a machine image for another generation, with which the chips are not found.
     words = ["create", "--name=a", "--zone=us-east5-a", f"--type={kind}", "--dry-run"]
@@ -549,13 +561,16 @@ def test_the_filled_in_yaml_is_a_jobset_of_one_process_per_tpu_host(tools):
         300,
         "default",
     )
-    assert pod["nodeSelector"] == {f"cloud.google.com/gke-tpu-{label}": value
-                                   for label, value in (("accelerator", "tpu-v5p-slice"), ("topology", "4x4x4"))}  # fmt: skip
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
+        "cloud.google.com/gke-tpu-topology": "4x4x4",
+    }
     (container,) = pod["containers"]
     assert (container["name"], container["image"]) == ("rl", GKE["IMAGE"])
     assert container["resources"] == {"requests": {"google.com/tpu": 4}, "limits": {"google.com/tpu": 4}}
     assert container["command"] + container["args"] == [
-        "python", "experiments/rl.py", "--coordinator=gspo-1-slice-0-0.gspo-1:8482", "--num_processes=16", "--process_id=$(PROCESS_ID)",
+        "python", "experiments/rl.py", "--coordinator=gspo-1-slice-0-0.gspo-1:8482", "--num_processes=16",
+        "--process_id=$(PROCESS_ID)",
         f"--config={CONFIG}", "--workdir=/mnt/gspo/runs/x", AWKWARD, "--config.b=$$(PROCESS_ID)"]  # fmt: skip
     assert container["env"][0]["name"] == "PROCESS_ID" and "job-completion-index" in str(
         container["env"][0]["valueFrom"]
@@ -581,10 +596,12 @@ def test_an_unset_variable_of_the_yaml_is_named(name, tools):
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("NAME", "Gspo"), ("NAME", "a" * 41), ("IMAGE", 'x"\n  evil: '
-                                                    '"y'), ("IMAGE", "a b"), ("CONFIG", "configs/x"), ("CONFIG", "a.py: b"),
-    ("WORKDIR", "runs/x"), ("WORKDIR", '/mnt/gspo/"'), ("BUCKET", "gs://b"), ("TPU_ACCELERATOR", "v5p"), ("TPU_TOPOLOGY", "64"),
-    ("TPU_TOPOLOGY", "4x4x4\n"), ("NUM_HOSTS", "0"), ("NUM_HOSTS", "16 # x"), ("NUM_HOSTS", "8"), ("CHIPS_PER_HOST", "four"),
+    ("NAME", "Gspo"), ("NAME", "a" * 41), ("IMAGE", 'x"\n  evil: "y'), ("IMAGE", "a b"), ("CONFIG", "configs/x"),
+    ("CONFIG", "a.py: b"),
+    ("WORKDIR", "runs/x"), ("WORKDIR", '/mnt/gspo/"'), ("BUCKET", "gs://b"), ("TPU_ACCELERATOR", "v5p"),
+    ("TPU_TOPOLOGY", "64"),
+    ("TPU_TOPOLOGY", "4x4x4\n"), ("NUM_HOSTS", "0"), ("NUM_HOSTS", "16 # x"), ("NUM_HOSTS", "8"),
+    ("CHIPS_PER_HOST", "four"),
     ("SERVICE_ACCOUNT", "me: you"),
 ])  # fmt: skip
 def test_a_value_that_would_break_the_yaml_or_the_slice_is_refused(name, value, tools):

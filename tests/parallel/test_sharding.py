@@ -14,7 +14,8 @@ from gspo.learning.learner import UpdatePlan, make_train_step
 from gspo.learning.sampler import make_sampler
 from gspo.masked import values
 from gspo.model.distribution import Sampling
-from gspo.model.transformer import ModelSpec, Transformer
+from gspo.model.spec import ModelSpec
+from gspo.model.transformer import Transformer
 from gspo.objectives import preset
 from gspo.parallel.sharding import MESH_AXES, RULES, Layout, make_mesh, partition_spec, tree_shardings
 from gspo.types import Batch, LossInputs, TrainState, UserError

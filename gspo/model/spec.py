@@ -1,0 +1,82 @@
+"""What fixes a model: its sizes and its arithmetic, as data."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from gspo.model.attention import KVCache
+from gspo.model.experts import BACKENDS
+from gspo.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """Everything that fixes the shape and the arithmetic of a model. Hashable, so that jit may take it as static.
+
+    num_experts = 0 is a dense model of feed-forward width d_ff; else every layer holds experts of width d_expert.
+    rope_scaling is () or the four numbers of Llama 3.1's rule (`gspo.model.attention.rope_tables`). qk_norm_over is
+    "head" (Qwen3) or "projection" (OLMoE).
+    dtype is that of the matmuls ("float32" or "bfloat16"); parameters, router, softmax, norms and log-probs are
+    float32. remat recomputes each block in the backward pass; attention_chunk > 0 does so with attention scores, that
+    many query columns at a time, so that no [T, T] array of scores exists.
+    """
+
+    vocab_size: int
+    num_layers: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    d_ff: int = 0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    d_expert: int = 0
+    norm_topk_prob: bool = True
+    rope_theta: float = 1e6
+    rope_scaling: tuple[float, ...] = ()
+    rms_eps: float = 1e-6
+    qk_norm: bool = True
+    qk_norm_over: str = "head"
+    tie_embeddings: bool = False
+    dtype: str = "float32"
+    moe_backend: str = "blocked"
+    remat: bool = False
+    attention_chunk: int = 0
+
+    def __post_init__(self):
+        def need(ok, field, remedy):
+            if not ok:
+                raise UserError(f"model.{field}={getattr(self, field)!r}: {remedy}")
+
+        for field in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_width"):
+            need(getattr(self, field) > 0, field, "must be positive")
+        need(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_heads",
+            f"must be a multiple of num_kv_heads={self.num_kv_heads}",
+        )
+        need(self.head_width % 2 == 0, "head_width", "must be even for rotary positions")
+        scaling = self.rope_scaling
+        need(
+            not scaling or (len(scaling) == 4 and min(scaling) > 0 and scaling[1] < scaling[2]),
+            "rope_scaling",
+            "give (factor, low, high, trained_length), all positive and low < high, or () for none",
+        )
+        need(self.qk_norm_over in ("head", "projection"), "qk_norm_over", "choose 'head' or 'projection'")
+        need(self.dtype in ("float32", "bfloat16"), "dtype", "choose 'float32' or 'bfloat16'")
+        need(self.attention_chunk >= 0, "attention_chunk", "must be >= 0 (0: all query columns at once)")
+        need(self.moe_backend in BACKENDS, "moe_backend", f"choose one of {', '.join(BACKENDS)}")
+        if self.num_experts:
+            need(
+                0 < self.experts_per_token <= self.num_experts, "experts_per_token", f"must be in 1..{self.num_experts}"
+            )
+            need(self.d_expert > 0, "d_expert", "must be positive in a Mixture of Experts")
+        else:
+            need(self.d_ff > 0, "d_ff", "must be positive in a dense model (num_experts=0)")
+
+    @property
+    def compute_dtype(self):
+        return jnp.dtype(self.dtype)
+
+    def empty_cache(self, rows: int, width: int) -> KVCache:
+        return KVCache.zeros(self.num_layers, rows, width, self.num_kv_heads, self.head_width, self.compute_dtype)
