@@ -15,6 +15,7 @@ from gspo import build
 from gspo.parallel import distributed
 from gspo.report import aot
 from gspo.report.plots import save_panels
+from gspo.report.verdicts import checks
 from gspo.run import cli
 from gspo.steps import make_layout
 from gspo.types import UserError
@@ -62,7 +63,7 @@ def measured(config: ConfigDict, name: str, workdir: Path) -> dict:
     print(f"{name}: compiling for {entry.topology}", flush=True)
     costs = aot.report(plan, layout)
     numbers = aot.as_json(plan, layout, costs, entry.topology)
-    numbers |= {"table": aot.table(costs, entry.topology), "checks": aot.checks(plan, layout, costs, entry.topology)}
+    numbers |= {"table": aot.table(costs, entry.topology), "checks": checks(plan, layout, costs, entry.topology)}
     path.write_text(json.dumps(numbers, indent=1) + "\n")
     return numbers
 

@@ -20,9 +20,10 @@ TOWER = [
     "data.tokenizer", "data.rewards", "data.tasks", "data.batches",
     "run.writers", "run.progress", "run.profile", "run.checkpoint", "run.workdir", "run.cli",
     "hf.families", "hf.folder",
-    "report.hlo", "report.plots", "report.tables",
+    "report.hlo", "report.collectives", "report.origins", "report.matmuls", "report.program",
+    "report.plots", "report.tables",
     "plans", "build", "steps", "generate", "collect", "evaluate", "resume", "sft", "rl",
-    "report.aot", "report.arms",
+    "report.aot", "report.verdicts", "report.arms",
 ]  # fmt: skip
 CONFIG_READERS = ("build", "run.cli")
 
