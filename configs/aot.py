@@ -23,20 +23,28 @@ def get_config():
         {
             "v5p_64": {"run": "qwen3_30b_a3b", "topology": "v5p:4x4x4", "changes": {}},
             "v5e_64": {
-                "run": "qwen3_30b_a3b", "topology": "v5e:8x8",
+                "run": "qwen3_30b_a3b",
+                "topology": "v5e:8x8",
                 "changes": {"mesh": {"expert": 4}, "updates_per_rollout": 8, "rollout_expert_dispatch": "all_gather"},
             },
-            "v6e_32": {"run": "qwen3_30b_a3b", "topology": "v6e:4x8",
-                       "changes": {"mesh": {"expert": 4}, "micro_batch_size": 32}},
+            "v6e_32": {
+                "run": "qwen3_30b_a3b",
+                "topology": "v6e:4x8",
+                "changes": {"mesh": {"expert": 4}, "micro_batch_size": 32},
+            },
             "large_v5p_128": {"run": "qwen3_235b_a22b", "topology": "v5p:4x4x8", "changes": {}},
-            "v5p_16": {"run": "qwen3_30b_a3b", "topology": "v5p:2x2x4",
-                       "changes": {"num_prompts": 16, "micro_batch_size": 16}},
+            "v5p_16": {
+                "run": "qwen3_30b_a3b",
+                "topology": "v5p:2x2x4",
+                "changes": {"num_prompts": 16, "micro_batch_size": 16},
+            },
             "v5p_256": {
-                "run": "qwen3_30b_a3b", "topology": "v5p:4x8x8",
+                "run": "qwen3_30b_a3b",
+                "topology": "v5p:4x8x8",
                 "changes": {"num_prompts": 256, "micro_batch_size": 256, "mesh": {"data": 2}},
             },
         }
-    )  # fmt: skip
+    )
     config.fit = ("v5p_64", "v5e_64", "v6e_32", "large_v5p_128")
     config.scaling = ("v5p_16", "v5p_64", "v5p_256")
     return config

@@ -8,18 +8,27 @@ Needs libtpu."""
 import json
 from pathlib import Path
 
-import compare
 import matplotlib.pyplot as plt
 from ml_collections import ConfigDict
 
 from gspo import build
+from gspo.parallel import distributed
 from gspo.report import aot
+from gspo.report.plots import save_panels
+from gspo.report.verdicts import checks
 from gspo.run import cli
 from gspo.steps import make_layout
 from gspo.types import UserError
 
-COLORS = {"experts": "#D55E00", "attention": "#0072B2", "head": "#009E73", "embedding": "#CC79A7", "parameters": "#E69F00",
-          "feed-forward": "#56B4E9", "other": "0.6"}  # fmt: skip
+COLORS = {
+    "experts": "#D55E00",
+    "attention": "#0072B2",
+    "head": "#009E73",
+    "embedding": "#CC79A7",
+    "parameters": "#E69F00",
+    "feed-forward": "#56B4E9",
+    "other": "0.6",
+}
 STEPS = ("rollout", "log-probs", "update")
 
 
@@ -28,6 +37,8 @@ def main() -> int:
     unknown = [name for name in (*config.fit, *config.scaling) if name not in config.slices]
     if unknown:
         raise UserError(f"fit, scaling: no slice named {unknown[0]!r}; choose from {', '.join(config.slices)}")
+    if not distributed.is_primary():
+        return 0  # the compiler works for one process as well as for many
     workdir.mkdir(parents=True, exist_ok=True)
     found = {name: measured(config, name, workdir) for name in config.slices}
     text = "\n\n".join(section(config.slices[name].run, found[name]) for name in config.fit)
@@ -52,7 +63,7 @@ def measured(config: ConfigDict, name: str, workdir: Path) -> dict:
     print(f"{name}: compiling for {entry.topology}", flush=True)
     costs = aot.report(plan, layout)
     numbers = aot.as_json(plan, layout, costs, entry.topology)
-    numbers |= {"table": aot.table(costs, entry.topology), "checks": aot.checks(plan, layout, costs, entry.topology)}
+    numbers |= {"table": aot.table(costs, entry.topology), "checks": checks(plan, layout, costs, entry.topology)}
     path.write_text(json.dumps(numbers, indent=1) + "\n")
     return numbers
 
@@ -64,7 +75,8 @@ def section(run: str, numbers: dict) -> str:
 def describe(numbers: dict) -> str:
     mesh = " x ".join(f"{axis}={size}" for axis, size in numbers["mesh"].items() if size > 1)
     c = numbers["config"]
-    tokens = f"{c['num_prompts']} prompts x {c['num_generations']} x ({c['max_prompt_length']} + {c['max_completion_length']}) tokens"
+    frame = f"({c['max_prompt_length']} + {c['max_completion_length']}) tokens"
+    tokens = f"{c['num_prompts']} prompts x {c['num_generations']} x {frame}"
     versions = f"jax {numbers['jax']}, libtpu {numbers['libtpu']}"
     return f"mesh {mesh}, {tokens}, {c['updates_per_rollout']} updates; {versions}"
 
@@ -99,17 +111,12 @@ def draw(scaling: list[dict], out: Path) -> None:
                 size = numbers["steps"][step]["sources"].get(source, 0) * numbers["steps"][step]["runs"] / 2**30
                 right.bar(x, size, width, bottom=bottom, color=COLORS[source], label=source if i == j == 0 else None)
                 bottom += size
-        right.text(
-            i * (len(scaling) + 1) + (len(scaling) - 1) / 2,
-            -0.2,
-            step,
-            ha="center",
-            transform=right.get_xaxis_transform(),
-        )
+        middle = i * (len(scaling) + 1) + (len(scaling) - 1) / 2
+        right.text(middle, -0.2, step, ha="center", transform=right.get_xaxis_transform())
     right.set_xticks([x for x, _ in labels], [label for _, label in labels])
     right.set(ylabel="Collectives per chip and rollout [GiB]")
     right.text(-0.01, -0.09, "Chips", ha="right", transform=right.transAxes)
-    compare.save_panels(figure, (left, right), out)
+    save_panels(figure, (left, right), out)
 
 
 if __name__ == "__main__":

@@ -3,123 +3,74 @@
 python experiments/compare.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 Leaves in the workdir: cold/ and one folder per arm and seed, table.md, curves.png. Run again, it resumes where it was
-stopped."""
+stopped. A cell without a number, "-", is of what the arm has not: a dense model changes no experts.
+"""
 
 import statistics
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from ml_collections import ConfigDict
-from rich.console import Console
-from rich.table import Table
-
-from gspo import build, rl, sft
+from gspo import rl
+from gspo.parallel import distributed
+from gspo.report import tables
+from gspo.report.arms import train_arms
+from gspo.report.plots import plot_curves
 from gspo.run import cli
-from gspo.run.writers import read_jsonl
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-from plot_curves import plot_curves
 
 COLUMNS = (
-    "arm", "pass@1 before", "pass@1 after", "clipped tokens", "experts changed per "
-                                                              "update", "experts changed per rollout",
-    "s per rollout", "tokens/s",
-)  # fmt: skip
+    "arm",
+    "pass@1 before",
+    "pass@1 after",
+    "clipped tokens",
+    "experts changed per update",
+    "experts changed per rollout",
+    "s per rollout",
+    "tokens/s",
+)
 
 
 def main() -> None:
     config, workdir = cli.FLAGS.config, Path(cli.FLAGS.workdir)
-    options = {"allow_changed_config": cli.FLAGS.allow_changed_config}
     start = time.perf_counter()
-    sft.train(build.sft_plan(config.cold_start), str(workdir / "cold"), title="cold start", **options)
-
-    folders = {arm: [workdir / folder_name(config, arm, seed) for seed in config.seeds] for arm in config.arms}
-    for arm, seeds in folders.items():
-        for seed, folder in zip(config.seeds, seeds, strict=True):
-            rl.train(
-                build.rl_plan(arm_config(config, arm, seed, workdir / "cold")),
-                str(folder),
-                title=f"{arm} (seed {seed})",
-                **options,
-            )
-
-    rows = [row(arm, runs) for arm, runs in folders.items()]
-    (workdir / "table.md").write_text(markdown(rows))
+    folders = train_arms(config, workdir, allow_changed_config=cli.FLAGS.allow_changed_config)
+    if not distributed.is_primary():
+        return
+    rows = [row(arm, seeds) for arm, seeds in folders.items()]
+    (workdir / "table.md").write_text(tables.markdown(rows, COLUMNS))
     runs = [(arm, folder) for arm, seeds in folders.items() for folder in seeds]
     plot_curves([folder for _, folder in runs], [arm for arm, _ in runs], workdir / "curves.png")
-    show(rows)
-    print(
-        f"curves: {workdir / 'curves.png'}   table: {workdir / 'table.md'}   {time.perf_counter() - start:.0f} s in all"
-    )
-
-
-def folder_name(config: ConfigDict, arm: str, seed: int) -> str:
-    name = arm.lower().replace(" ", "_")
-    return name if len(config.seeds) == 1 else f"{name}-{seed}"
-
-
-def arm_config(config: ConfigDict, arm: str, seed: int, cold: Path) -> ConfigDict:
-    """The base with the arm laid over it, its seed, and the cold start to begin from."""
-    arm_config = ConfigDict(config.base.to_dict())
-    arm_config.update(config.arms[arm].to_dict())
-    arm_config.seed = seed
-    arm_config.init_from = str(cold)
-    return arm_config
+    tables.show(rows, COLUMNS)
+    seconds = time.perf_counter() - start
+    print(f"curves: {workdir / 'curves.png'}   table: {workdir / 'table.md'}   {seconds:.0f} s in all")
 
 
 def row(arm: str, folders: list[Path]) -> list[str]:
     """One row of the table: the mean over the arm's seeds, its range in brackets where there are several."""
+    metrics = [tables.lines_of(folder, "metrics.jsonl") for folder in folders]
+    timings = [tables.lines_of(folder, "timings.jsonl") for folder in folders]
 
-    def over_seeds(value_of, form: str) -> str:
-        values = [
-            value_of(read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "timings.jsonl")) for folder in folders
-        ]
-        text = form.format(statistics.mean(values))
-        return text if len(values) == 1 else f"{text} [{form.format(min(values))}, {form.format(max(values))}]"
+    def over_seeds(name: str) -> str:
+        return tables.cell([tables.mean(lines, name) for lines in metrics], "{:.2%}")
 
-    def mean_of(name):
-        return lambda metrics, _: statistics.mean(line[name] for line in metrics if name in line)
-
-    def seconds(_, timings):
-        return statistics.median(sum(line[phase] for phase in rl.PHASES) for line in timings)
-
+    solved = [tables.before_and_after(lines, "eval/pass@1") for lines in metrics]
     return [
         arm,
-        over_seeds(lambda metrics, _: metrics[0]["eval/pass@1"], "{:.3f}"),
-        over_seeds(lambda metrics, _: metrics[-1]["eval/pass@1"], "{:.3f}"),
-        over_seeds(mean_of("clip_ratio/tokens"), "{:.2%}"),
-        over_seeds(mean_of("routing/experts_changed_per_update"), "{:.2%}"),
-        over_seeds(mean_of("routing/experts_changed"), "{:.2%}"),
-        over_seeds(seconds, "{:.2f}"),
-        over_seeds(lambda _, timings: statistics.median(line["tokens_per_second"] for line in timings), "{:,.0f}"),
+        tables.cell([before for before, _ in solved], "{:.3f}"),
+        tables.cell([after for _, after in solved], "{:.3f}"),
+        over_seeds("clip_ratio/tokens"),
+        over_seeds("routing/experts_changed_per_update"),
+        over_seeds("routing/experts_changed"),
+        tables.cell([seconds_per_rollout(lines) for lines in timings], "{:.2f}"),
+        tables.cell([median(tables.values(lines, "tokens_per_second")) for lines in timings], "{:,.0f}"),
     ]
 
 
-def markdown(rows: list[list[str]], columns: tuple[str, ...] = COLUMNS) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def seconds_per_rollout(timings: tables.Lines) -> float | None:
+    return median([sum(line[phase] for phase in rl.PHASES) for line in timings])
 
 
-def show(rows: list[list[str]], columns: tuple[str, ...] = COLUMNS) -> None:
-    table = Table(*columns)
-    for cells in rows:
-        table.add_row(*cells)
-    Console().print(table)
-
-
-def save_panels(figure: Figure, panels: Sequence[Axes], out: Path) -> None:
-    """Letters, legends and open frames for the panels of a figure; saves it, and lets go of it."""
-    for letter, axes in zip("abcd", panels, strict=False):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(letter, loc="left", fontweight="bold", fontsize=10)
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(out, dpi=200)
-    plt.close(figure)
+def median(numbers: list[float]) -> float | None:
+    return statistics.median(numbers) if numbers else None
 
 
 if __name__ == "__main__":

@@ -15,25 +15,32 @@ the variance of token log-ratios during the updates by about a fifth to a half. 
 """
 
 import json
-import statistics
 from pathlib import Path
 
-import compare
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
 from ml_collections import ConfigDict
 
 from gspo import build, rl, sft
+from gspo.parallel import distributed
+from gspo.report import tables
+from gspo.report.arms import laid_over
+from gspo.report.plots import save_panels, series
 from gspo.run import cli
 from gspo.run.progress import Timer
 from gspo.run.writers import read_jsonl
 from gspo.steps import initial_state
 
 COLUMNS = (
-    "sampler", "replay", "experts that differ: sampler, learner", "experts replayed otherwise", "sampler-learner k3",
-    "max |Δ log p|", "token log-ratio variance",
-)  # fmt: skip
+    "sampler",
+    "replay",
+    "experts that differ: sampler, learner",
+    "experts replayed otherwise",
+    "sampler-learner k3",
+    "max |Δ log p|",
+    "token log-ratio variance",
+)
 
 
 def main() -> None:
@@ -42,59 +49,48 @@ def main() -> None:
     cold = workdir / "cold"
     sft.train(build.sft_plan(config.cold_start), str(cold), title="cold start", **options)
 
-    drift = changed(config.base, cold)
+    drift = laid_over(config.base, {}, init_from=str(cold))
     rl.train(build.rl_plan(drift), str(workdir / "drift"), title="drift", **options)
-    (workdir / "by_length.json").write_text(json.dumps(variance_by_length(drift, rollouts=config.mismatch_rollouts)))
-    draw(
-        read_jsonl(workdir / "drift" / "metrics.jsonl"),
-        json.loads((workdir / "by_length.json").read_text()),
-        workdir / "drift.png",
-    )
+    by_length = variance_by_length(drift, rollouts=config.mismatch_rollouts)
+    if distributed.is_primary():
+        (workdir / "by_length.json").write_text(json.dumps(by_length))
+        lines = read_jsonl(workdir / "drift" / "metrics.jsonl")
+        draw(lines, by_length, drift.updates_per_rollout, workdir / "drift.png")
 
     rows = []
     for injection, mismatch in config.injections.items():
         for mode in config.modes:
-            arm = changed(
-                config.base,
-                cold,
-                num_rollouts=config.mismatch_rollouts,
-                mismatch=mismatch,
-                router_replay={"mode": mode},
+            arm = laid_over(
+                config.base, {"mismatch": mismatch}, num_rollouts=config.mismatch_rollouts, init_from=str(cold)
             )
+            arm.router_replay.mode = mode
             arm.eval.num_prompts = arm.num_prompts
             arm.optimizer.update(schedule="constant", warmup_steps=config.base.updates_per_rollout)
             folder = workdir / f"{injection} {mode}".replace(" ", "_").replace("%", "")
             rl.train(build.rl_plan(arm), str(folder), title=f"{injection}, {mode}", **options)
-            rows.append(row(injection, mode, [line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]))
-            (workdir / "replay.md").write_text(compare.markdown(rows, COLUMNS))
-    compare.show(rows, COLUMNS)
+            if distributed.is_primary():
+                rows.append(row(injection, mode, read_jsonl(folder / "metrics.jsonl")))
+                (workdir / "replay.md").write_text(tables.markdown(rows, COLUMNS))
+    if distributed.is_primary():
+        tables.show(rows, COLUMNS)
 
 
-def changed(base: ConfigDict, cold: Path, **changes) -> ConfigDict:
-    config = ConfigDict(base.to_dict())
-    config.update(
-        {name: value.to_dict() if isinstance(value, ConfigDict) else value for name, value in changes.items()}
-    )
-    config.init_from = str(cold)
-    return config
-
-
-def row(injection: str, mode: str, lines: list[dict]) -> list[str]:
+def row(injection: str, mode: str, lines: tables.Lines) -> list[str]:
     """Means over the rollouts. Under R3 the experts that run are the sampler's, by definition none of them is replayed
     otherwise."""
 
-    def mean(name):
-        return statistics.mean(line[name] for line in lines)
+    def mean(name: str, form: str) -> str:
+        return tables.cell([tables.mean(lines, name)], form)
 
-    differ = mean("routing/sampler_experts_changed")
+    differ = mean("routing/sampler_experts_changed", "{:.2%}")
     return [
         injection,
         mode,
-        f"{differ:.2%}",
-        "0%" if mode == "R3" else f"{differ:.2%}",
-        f"{mean('sampler/k3'):.2e}",
-        f"{mean('sampler/abs_max'):.3f}",
-        f"{mean('log_ratio/token_var'):.2e}",
+        differ,
+        "0%" if mode == "R3" else differ,
+        mean("sampler/k3", "{:.2e}"),
+        mean("sampler/abs_max", "{:.3f}"),
+        mean("log_ratio/token_var", "{:.2e}"),
     ]
 
 
@@ -115,8 +111,9 @@ def variance_by_length(config: ConfigDict, rollouts: int) -> dict[str, list[floa
         for j, part in enumerate(run.steps.minibatches(experience.batch)):
             if j == config.updates_per_rollout - 1:
                 now = run.steps.scorer(state.params, part.tokens_BT, part.prompt_lengths_B)
-                gap_BC = np.where(part.inputs.mask_BC, now.logp_BC - part.inputs.old_logp_BC, np.nan)
-                token_parts.append(gap_BC)
+                held = (now.logp_BC, part.inputs.old_logp_BC, part.inputs.mask_BC)
+                now_BC, old_BC, mask_BC = distributed.fetch(held)
+                token_parts.append(np.where(mask_BC, now_BC - old_BC, np.nan))
             state, _ = run.steps.train_step(state, part)
     gaps_BC = np.concatenate(token_parts)
     lengths = range(1, int(np.nanmax(np.sum(~np.isnan(gaps_BC), axis=1))) + 1)
@@ -128,16 +125,18 @@ def variance_by_length(config: ConfigDict, rollouts: int) -> dict[str, list[floa
     }
 
 
-def draw(lines: list[dict], lengths: dict[str, list[float]], out: Path) -> None:
-    updates = [line for line in lines if "loss" in line]
-    steps = [line["step"] for line in updates]
+def draw(lines: tables.Lines, lengths: dict[str, list[float]], updates: int, out: Path) -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
     for name, label, color in (
-        ("routing/experts_changed_per_update", "after 1 update", "#56B4E9"), ("routing/experts_changed", "after 3 updates", "#0072B2"),
-    ):  # fmt: skip
-        left.plot(steps, [100 * line[name] for line in updates], color=color, label=label)
+        ("routing/experts_changed_per_update", "after 1 update", "#56B4E9"),
+        ("routing/experts_changed", f"after {updates - 1} updates", "#0072B2"),
+    ):
+        steps, changed = series(lines, name)
+        left.plot(steps, 100 * changed, color=color, label=label)
     left.set(xlabel="Rollout", ylabel="Experts changed [%]", ylim=(0, None))
-    layers = np.array([line["routing/experts_changed_by_layer"] for line in updates])
+    name = "routing/experts_changed_by_layer"
+    steps, layers = zip(*[(line["step"], line[name]) for line in lines if name in line], strict=True)
+    layers = np.array(layers)
     for layer in range(layers.shape[1]):
         shade = plt.get_cmap("viridis")(layer / max(layers.shape[1] - 1, 1) * 0.85)
         middle.plot(steps, 100 * layers[:, layer], color=shade, label=f"layer {layer + 1}")
@@ -147,7 +146,7 @@ def draw(lines: list[dict], lengths: dict[str, list[float]], out: Path) -> None:
     reference = np.array(lengths["token"]) / np.array(lengths["length"])
     right.plot(lengths["length"], reference, color="0.6", linestyle="--", label="token variance / length")
     right.set(xlabel="Length [tokens]", ylabel="Variance of log-ratio", yscale="log")
-    compare.save_panels(figure, (left, middle, right), out)
+    save_panels(figure, (left, middle, right), out)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from absl import flags
 
 from gspo import build
 from gspo.report import aot
+from gspo.report.verdicts import checks
 from gspo.run import cli
 from gspo.steps import describe_layout, make_layout
 
@@ -29,7 +30,7 @@ def main() -> int:
     )
     costs = aot.report(plan, layout)
     print(aot.table(costs, topology))
-    verdicts = aot.checks(plan, layout, costs, topology)
+    verdicts = checks(plan, layout, costs, topology)
     print("\n" + "\n".join(f"{'yes' if holds else 'NO '}  {text}" for holds, text in verdicts))
     if cli.FLAGS.json:
         Path(cli.FLAGS.json).write_text(json.dumps(aot.as_json(plan, layout, costs, topology), indent=1) + "\n")

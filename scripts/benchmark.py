@@ -1,11 +1,9 @@
 """Benchmarks. Each prints a table of medians, with ratios that were measured side by side in one process.
 
 python scripts/benchmark.py objectives                    # cost of each loss alone, as a share of a train step
-python scripts/benchmark.py backends                      # dense, blocked and ragged MoE layers, forward and
-                                                          backward
-python scripts/benchmark.py replay                        # a rollout and its updates with routing replay, against
-without python scripts/benchmark.py step --model=moe --json=x     # one RL step: 8 prompts x 8 completions of 64
-tokens, 4 updates
+python scripts/benchmark.py backends                      # dense, blocked and ragged MoE layers, with gradients
+python scripts/benchmark.py replay                        # a rollout and its updates, with routing replay and without
+python scripts/benchmark.py step --model=moe --json=x     # one RL step: 8 x 8 completions of 64 tokens, 4 updates
 """
 
 import argparse
@@ -36,15 +34,11 @@ from gspo.model.transformer import Transformer
 from gspo.objectives import advantages
 from gspo.types import Batch, LossInputs, TrainState, completion_mask
 
-TOY = ModelSpec(
-    vocab_size=13, num_layers=4, d_model=64, num_heads=4, num_kv_heads=2, head_width=16, num_experts=8, experts_per_token=2,
-    d_expert=64,
-)  # fmt: skip
-PEER_MOE = ModelSpec(
-    vocab_size=514, num_layers=4, d_model=128, num_heads=4, num_kv_heads=2, head_width=32, num_experts=8, experts_per_token=2,
-    d_expert=128,
-)  # fmt: skip
-PEER_DENSE = ModelSpec(vocab_size=514, num_layers=4, d_model=128, num_heads=4, num_kv_heads=2, head_width=32, d_ff=256)
+HEADS = {"num_layers": 4, "num_heads": 4, "num_kv_heads": 2}
+EXPERTS = {"num_experts": 8, "experts_per_token": 2}
+TOY = ModelSpec(vocab_size=13, d_model=64, head_width=16, d_expert=64, **HEADS, **EXPERTS)
+PEER_MOE = ModelSpec(vocab_size=514, d_model=128, head_width=32, d_expert=128, **HEADS, **EXPERTS)
+PEER_DENSE = ModelSpec(vocab_size=514, d_model=128, head_width=32, d_ff=256, **HEADS)
 
 
 def interleaved(functions: dict[str, Callable], repeats: int) -> dict[str, float]:

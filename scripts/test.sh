@@ -1,6 +1,11 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs the linter and the tests; arguments go to pytest: bash scripts/test.sh -m slow
+# Sets up .venv and runs the linter and the tests. Slow tests are left out; with --all they run too.
+# Other arguments go to pytest: bash scripts/test.sh tests/model -k router
 set -euo pipefail
 source "$(dirname "$0")/setup_env.sh"
+arguments=()
+for argument in "$@"; do
+    if [ "$argument" = --all ]; then arguments+=(-m ''); else arguments+=("$argument"); fi
+done
 "$PYTHON" -m ruff check .
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest ${arguments[@]+"${arguments[@]}"}

@@ -1,8 +1,80 @@
-"""Set before anything imports jax: the CPU, unless told otherwise, as eight devices, to test sharding in one
-process."""
+"""Set before anything imports jax: the CPU, unless told otherwise, as eight devices, to test sharding in one process.
 
+And a rotating third of the slow tests, which take longer than continuous integration has. Each commit runs a third of
+them besides all others; its hash says which, so that a few commits run them all.
+"""
+
+import hashlib
 import os
+import re
+import time
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+NO_TIME = "no time left for slow tests"
+CHOSEN = pytest.StashKey[int]()  # how many slow tests the commit chose
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("a rotating third of the slow tests")
+    group.addoption("--slow-third", metavar="COMMIT", help="run also the slow tests that a commit's hash chooses")
+    group.addoption("--slow-before", metavar="UNIX_TIME", type=float, help="start no slow test after this time")
+
+
+def pytest_configure(config):
+    commit = config.option.slow_third
+    if commit is None:
+        return
+    if not re.fullmatch("[0-9a-f]{7,64}", commit):
+        raise pytest.UsageError(f"--slow-third={commit}: not the hash of a commit; pass that of git rev-parse HEAD")
+    if config.option.markexpr not in ("", "not slow"):
+        raise pytest.UsageError("--slow-third chooses among the slow tests by itself; leave -m out")
+    config.option.markexpr = ""
+
+
+def pytest_collection_modifyitems(config, items):
+    commit = config.option.slow_third
+    if commit is None:
+        return
+    third = int(commit, 16) % 3
+    quick = [item for item in items if not is_slow(item)]
+    chosen = [item for item in items if is_slow(item) and third_of(item.nodeid) == third]
+    config.hook.pytest_deselected(items=[i for i in items if is_slow(i) and third_of(i.nodeid) != third])
+    config.stash[CHOSEN] = len(chosen)
+    # All others first: none is given up for a slow one. Then file by file, in an order that changes with the commit:
+    # it is not always the same files that come too late.
+    items[:] = quick + sorted(chosen, key=lambda item: digest(commit + item.path.name))
+
+
+@pytest.hookimpl(tryfirst=True)  # before its fixtures are made
+def pytest_runtest_setup(item):
+    before = item.config.option.slow_before
+    if before is not None and is_slow(item) and time.time() > before:
+        pytest.skip(NO_TIME)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    commit, chosen = config.option.slow_third, config.stash.get(CHOSEN, 0)
+    late = sum(NO_TIME in str(report.longrepr) for report in terminalreporter.stats.get("skipped", ()))
+    if commit is not None:
+        third = f"third {int(commit, 16) % 3 + 1} of 3, by commit {commit[:12]}"
+        terminalreporter.write_line(f"slow tests: {chosen} chosen ({third}), {late} of them not run for want of time")
+    elif late:
+        terminalreporter.write_line(f"slow tests: {late} not run for want of time")
+
+
+def is_slow(item):
+    return item.get_closest_marker("slow") is not None
+
+
+def third_of(name):
+    """0, 1 or 2, the same in every process."""
+    return digest(name) % 3
+
+
+def digest(text):
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16)

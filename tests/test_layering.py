@@ -23,9 +23,10 @@ TOWER = [
     "data.batches",
     "run.writers", "run.progress", "run.profile", "run.checkpoint", "run.workdir", "run.cli",
     "hf.families", "hf.folder",
-    "report.hlo",
+    "report.hlo", "report.collectives", "report.origins", "report.matmuls", "report.program",
+    "report.plots", "report.tables",
     "plans", "build", "steps", "generate", "collect", "evaluate", "resume", "sft", "rl",
-    "report.aot",
+    "report.aot", "report.verdicts", "report.arms",
 ]  # fmt: skip
 CONFIG_READERS = ("build", "run.cli")
 
@@ -79,6 +80,17 @@ def test_configs_import_nothing_but_ml_collections_and_each_other():
     for path in (ROOT / "configs").glob("*.py"):
         for imported in imports_of(path):
             assert imported.split(".")[0] in ("ml_collections", "configs"), f"{path.name} imports {imported}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*(ROOT / "experiments").glob("*.py"), *(ROOT / "scripts").glob("*.py")]), ids=lambda p: p.name
+)
+def test_experiments_and_scripts_import_the_library_and_not_each_other(path):
+    # Catches a helper that is borrowed from the script next door, which ends in a search path that is changed.
+    siblings = {other.stem for folder in ("experiments", "scripts") for other in (ROOT / folder).glob("*.py")}
+    for imported in imports_of(path):
+        assert imported.split(".")[0] not in siblings | {"experiments", "scripts"}, f"{path.name} imports {imported}"
+    assert "sys.path" not in path.read_text()
 
 
 def test_nothing_but_the_listed_folders_stands_at_the_root():

@@ -37,7 +37,6 @@ def test_every_command_names_a_script_and_flags_that_exist(line, command, monkey
         assert subprocess.run(["bash", "-n", ROOT / script]).returncode == 0
         return
     monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))  # as the interpreter does for the folder of a script
     folder, _, name = script.removesuffix(".py").partition("/")
     if folder == "experiments":
         run = cli.run

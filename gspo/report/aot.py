@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from gspo.model.spec import ModelSpec
 from gspo.model.transformer import param_shardings
 from gspo.parallel.sharding import Layout, make_mesh, with_shardings
 from gspo.plans import RLPlan
-from gspo.report import hlo
+from gspo.report import program
+from gspo.report.collectives import by_kind
 from gspo.steps import Steps, make_rollout_layout, make_steps
 from gspo.types import Batch, LossInputs, UserError
 
@@ -57,7 +57,7 @@ class Cost(NamedTuple):
     flops: float
     ideal_flops: float
     collectives: dict[str, tuple[int, int]]  # kind -> (executions, bytes)
-    program: hlo.Program | None
+    program: program.Program | None
     too_large: str = ""  # why the compiler refused, with its largest buffers
 
     @property
@@ -114,9 +114,10 @@ def lowerables(plan: RLPlan, layout: Layout) -> list[Lowerable]:
     steps: Steps = make_steps(plan, layout, Ids())
     more = [name for name in steps.objective.needs if name not in ("entropy_BC", "sampler_logp_BC")]
     if more or plan.critic or plan.experience.reward_kl_coef or plan.experience.router_kl:
-        raise UserError("the report knows no critic, no reference (objective.beta, reward_kl_coef) and no measures "
-                        "of routers "
-                        "(router_shift_floor, log.router_kl) yet: switch them off, and add what they take")  # fmt: skip
+        raise UserError(
+            "the report knows no critic, no reference (objective.beta, reward_kl_coef) and no measures of routers "
+            "(router_shift_floor, log.router_kl) yet: switch them off, and add what they take"
+        )
     Q, P, C = plan.rollout.num_prompts, plan.data.max_prompt_length, plan.data.max_completion_length
     state = steps.abstract
     rows = layout.sharding("rows")
@@ -225,7 +226,7 @@ def cost(step: Lowerable, ideal_flops: float) -> Cost:
             step.name, step.runs, seconds, 0, 0, 0, step.beside, 0.0, ideal_flops, {}, None, _complaint(str(error))
         )
     seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
-    program = hlo.analyse(compiled.as_text(), unknown_trips=step.loops, ragged_share=step.ragged_rows)
+    found = program.analyse(compiled.as_text(), unknown_trips=step.loops, ragged_share=step.ragged_rows)
     live = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -233,9 +234,18 @@ def cost(step: Lowerable, ideal_flops: float) -> Cost:
         + memory.temp_size_in_bytes
     )
     return Cost(
-        step.name, step.runs, seconds, memory.argument_size_in_bytes, memory.temp_size_in_bytes, live, step.beside,
-        program.flops, ideal_flops, hlo.by_kind(program.collectives), program,
-    )  # fmt: skip
+        name=step.name,
+        runs=step.runs,
+        compile_seconds=seconds,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=live,
+        beside=step.beside,
+        flops=found.flops,
+        ideal_flops=ideal_flops,
+        collectives=by_kind(found.collectives),
+        program=found,
+    )
 
 
 def _complaint(text: str) -> str:
@@ -266,10 +276,18 @@ def table(costs: list[Cost], topology: str) -> str:
     """Markdown: one row per step, sizes in GiB per device, FLOPs and collectives per execution."""
     limit = HBM_GIB[topology.partition(":")[0]]
     head = (
-        "step", "per rollout", "arguments", "temporaries", "peak", "beside it", f"total of {limit} "
-                                                                                "GiB", "FLOPs", "÷ ideal",
-        "collectives: count, GiB", "compiled in",
-    )  # fmt: skip
+        "step",
+        "per rollout",
+        "arguments",
+        "temporaries",
+        "peak",
+        "beside it",
+        f"total of {limit} GiB",
+        "FLOPs",
+        "÷ ideal",
+        "collectives: count, GiB",
+        "compiled in",
+    )
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for c in costs:
         moved = "; ".join(f"{kind} {n:,}, {size / GIB:.2f}" for kind, (n, size) in c.collectives.items()) or "none"
@@ -290,70 +308,6 @@ def table(costs: list[Cost], topology: str) -> str:
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
-
-
-def checks(plan: RLPlan, layout: Layout, costs: list[Cost], topology: str) -> list[tuple[bool, str]]:
-    """(holds, sentence) for what must be true of a run that is to be started on such a slice."""
-    limit = HBM_GIB[topology.partition(":")[0]] * GIB
-    found = []
-    for c in costs:
-        if c.too_large:
-            found.append((False, f"{c.name}: {c.too_large}"))
-        elif c.total > limit:
-            largest = "; ".join(
-                f"{a.bytes / GIB:.2f} GiB {a.dtype}{list(a.dims)} {a.op_name}" for a in c.program.arrays[:5]
-            )
-            found.append(
-                (
-                    False,
-                    f"{c.name}: {c.total / GIB:.1f} GiB per device are more than {limit / GIB:g}; largest: {largest}",
-                )
-            )
-    compiled = [c for c in costs if c.program]
-    most = max(compiled, key=lambda c: c.total, default=None)
-    if most and all(ok for ok, _ in found):
-        found.append((True, f"fits: at most {most.total / GIB:.1f} of {limit / GIB:g} GiB per device ({most.name})"))
-    worst = max((c for c in compiled if c.ideal_flops), key=lambda c: abs(c.flops / c.ideal_flops - 1), default=None)
-    if worst:
-        off = worst.flops / worst.ideal_flops - 1
-        found.append(
-            (
-                abs(off) <= 0.15,
-                f"FLOPs per device are an equal share of the total to {off:+.1%} or better ({worst.name})",
-            )
-        )
-    found.append(_no_gathered_experts(plan.model.spec(1), compiled))
-    found.append(_no_logits_of_whole_rows(plan, layout, compiled))
-    return found
-
-
-def _no_gathered_experts(model: ModelSpec, compiled: list[Cost]) -> tuple[bool, str]:
-    whole = {model.num_experts, model.d_model, model.d_expert}
-    gathers = [x for c in compiled for x in c.program.collectives if x.kind == "all-gather"]
-    bad = [
-        x
-        for x in gathers
-        if model.num_experts and whole <= {int(n) for n in re.findall(r"\d+", x.shape.partition("[")[2])}
-    ]
-    largest = max(gathers, key=lambda x: x.bytes, default=None)
-    if bad:
-        return False, f"an all-gather brings the weights of all experts to one device: {bad[0].shape} {bad[0].op_name}"
-    size = f"; the largest, {largest.shape}, has {largest.bytes / GIB:.2f} GiB" if largest else ""
-    return True, f"no all-gather of all experts' weights{size}"
-
-
-def _no_logits_of_whole_rows(plan: RLPlan, layout: Layout, compiled: list[Cost]) -> tuple[bool, str]:
-    """A float32 array of the vocabulary by all completion columns of a device's rows. The head's gradient, [D, V], is
-    none."""
-    V = plan.model.fields["vocab_size"] // layout.parts("vocab")
-    rows = (plan.update.micro_batch_size or plan.rollout.rows) // layout.parts("rows")
-    wide = [a for c in compiled for a in c.program.arrays if a.dtype == "f32" and V in a.dims]
-    wide = [a for a in wide if sorted(a.dims) != sorted((plan.model.fields["d_model"], V))]
-    largest = max(wide, key=lambda a: a.bytes, default=None)
-    if largest and largest.bytes >= 4 * V * rows * plan.data.max_completion_length:
-        return False, f"float32 logits of whole rows exist: f32{list(largest.dims)} {largest.op_name}"
-    size = f"; the largest array of logits is f32{list(largest.dims)}, {largest.bytes / GIB:.2f} GiB" if largest else ""
-    return True, f"no [B, T, V] float32 array{size}"
 
 
 def as_json(plan: RLPlan, layout: Layout, costs: list[Cost], topology: str) -> dict[str, Any]:
@@ -383,9 +337,16 @@ def as_json(plan: RLPlan, layout: Layout, costs: list[Cost], topology: str) -> d
 
 
 SOURCES = (  # what a collective serves, by a word in the name that its operation was traced under
-    ("moe", "experts"), ("attention", "attention"), ("mlp", "feed-forward"), ("embedding", "embedding"), ("_take", "embedding"),
-    ("logits", "head"), ("all_gather", "head"), ("psum", "head"), ("convert_element_type", "parameters"),
-)  # fmt: skip
+    ("moe", "experts"),
+    ("attention", "attention"),
+    ("mlp", "feed-forward"),
+    ("embedding", "embedding"),
+    ("_take", "embedding"),
+    ("logits", "head"),
+    ("all_gather", "head"),
+    ("psum", "head"),
+    ("convert_element_type", "parameters"),
+)
 
 
 def source_of(op_name: str) -> str:

@@ -12,7 +12,11 @@ import pytest
 
 from gspo import build
 from gspo.parallel.sharding import Layout, make_mesh
-from gspo.report import aot, hlo
+from gspo.report import aot
+from gspo.report.collectives import COLLECTIVES, Collective
+from gspo.report.hlo import Array
+from gspo.report.program import Program
+from gspo.report.verdicts import checks
 from gspo.steps import make_layout
 from gspo.types import UserError
 from tests.tiny_runs import ROOT, kept_compiles, rl_config  # noqa: F401 - a fixture
@@ -65,10 +69,25 @@ def test_the_report_compiles_the_steps_of_a_run_and_their_flops_add_up(tmp_path)
     )  # Adam's moments: it reads the learner's weights
     with pytest.raises(UserError, match="knows no critic, no reference"):
         aot.lowerables(build.rl_plan(rl_config(tmp_path, **DENSE | MESH | {"objective.beta": 0.1})), layout)
-    assert all(kind in hlo.COLLECTIVES for cost in costs.values() for kind in cost.collectives)
-    verdicts = aot.checks(plan, layout, list(costs.values()), "v5e:2x2")
+    assert all(kind in COLLECTIVES for cost in costs.values() for kind in cost.collectives)
+    verdicts = checks(plan, layout, list(costs.values()), "v5e:2x2")
     assert [holds for holds, _ in verdicts] == [True] * 4, verdicts
     assert aot.table(list(costs.values()), "v5e:2x2").count("\n") == 4
+
+
+@pytest.mark.slow
+@needs_eight
+@pytest.mark.parametrize(("mesh", "holds"), [({"mesh.expert": 2}, True), ({"mesh.expert": 1}, False)])
+def test_experts_that_fsdp_gathers_on_every_device_are_noticed_and_those_along_their_axis_are_not(
+    tmp_path, mesh, holds
+):
+    # Catches a look at the wrong arguments, or at none: along fsdp alone each layer's experts come together.
+    changes = MESH | {"mesh.data": 1, "model.num_layers": 2, "model.moe_backend": "blocked"} | mesh
+    plan = build.rl_plan(rl_config(tmp_path, **changes))
+    layout = make_layout(plan.mesh)
+    found = [(ok, text) for ok, text in checks(plan, layout, aot.report(plan, layout), "v5e:2x2") if "experts" in text]
+    assert [ok for ok, _ in found] == [holds], found
+    assert ("at most 50.0% of a layer's" if holds else "all-gather f32[4, 16, 8] of") in found[0][1]
 
 
 @needs_eight
@@ -97,40 +116,42 @@ def test_rows_of_grouped_matmuls_that_exist_at_balanced_load():
 
 
 def cost_with(*, collectives=(), arrays=(), flops=1.0, peak=1, too_large=""):
-    program = None if too_large else hlo.Program(flops, {}, tuple(collectives), tuple(arrays), 0)
+    program = (
+        None if too_large else Program(flops, {}, tuple(collectives), tuple(arrays), 0, ("params['moe']['gate']",))
+    )
     return aot.Cost("update", 4, 1.0, 1, 1, peak, 0, flops, 1.0, {}, program, too_large)
+
+
+BIG = Array("f32", (7, 9), 252, "fusion", "big")
+LOGITS = Array("f32", (8, 6, 32), 8 * 6 * 32 * 4, "dot", "logits")
+GATE = frozenset({"params['moe']['gate']"})
+GATHERED = Collective("all-gather", 9, 1, 2, "bf16[1,4,16,8]", "moe", (GATE,))
 
 
 @pytest.mark.parametrize(
     ("cost", "complaint"),
     [
-        (cost_with(peak=16 * aot.GIB, arrays=[hlo.Array("f32", (7, 9), 252, "fusion", "big")]), r"update: 16.0 GiB "
-                                                                                                r".* f32\[7, 9\] big"),
+        (cost_with(peak=16 * aot.GIB, arrays=[BIG]), r"update: 16.0 GiB .* f32\[7, 9\] big"),
         (cost_with(too_large="Used 20.00G of 15.75G hbm"), "update: Used 20.00G of 15.75G hbm"),
         (cost_with(flops=1.2), r"\+20.0%"),
-        (cost_with(collectives=[hlo.Collective("all-gather", 9, 1, 2, "bf16[1,4,16,8]", "moe")]), "weights of all "
-                                                                                                  "experts"),
-        (cost_with(arrays=[hlo.Array("f32", (8, 6, 32), 8 * 6 * 32 * 4, "dot", "logits")]), "float32 logits of whole "
-                                                                                            "rows"),
+        (cost_with(collectives=[GATHERED]), "weights of all experts"),
+        (cost_with(arrays=[LOGITS]), "float32 logits of whole rows"),
     ],
-)  # fmt: skip
+)
 def test_what_must_not_be_is_named(tmp_path, cost, complaint):
     # Catches checks that cannot fail.
     plan = build.rl_plan(rl_config(tmp_path, **{"model.vocab_size": 32, "micro_batch_size": 8}))
     layout = Layout(make_mesh({}, jax.devices()[:1]))
-    bad = [text for holds, text in aot.checks(plan, layout, [cost], "v5e:2x2") if not holds]
+    bad = [text for holds, text in checks(plan, layout, [cost], "v5e:2x2") if not holds]
     assert len(bad) == 1 and re.search(complaint, bad[0]), bad
 
 
 def test_the_gradient_of_the_head_and_shards_of_experts_are_no_offence(tmp_path):
     # Catches an alarm at [D, V], and at the gather of the experts that one device holds.
-    fine = cost_with(collectives=[hlo.Collective("all-gather", 9, 1, 2, "bf16[1,2,16,8]", "moe")],
-                     arrays=[hlo.Array("f32", (16, 32), 2048, "dot", "gradient")])  # fmt: skip
-    config = rl_config(tmp_path, **{"model.vocab_size": 32, "micro_batch_size": 2})
-    assert all(
-        holds
-        for holds, _ in aot.checks(build.rl_plan(config), Layout(make_mesh({}, jax.devices()[:1])), [fine], "v5e:2x2")
-    )
+    shard = Collective("all-gather", 9, 1, 2, "bf16[1,2,16,8]", "moe", (GATE,))
+    fine = cost_with(collectives=[shard], arrays=[Array("f32", (16, 32), 2048, "dot", "gradient")])
+    plan = build.rl_plan(rl_config(tmp_path, **{"model.vocab_size": 32, "micro_batch_size": 2}))
+    assert all(holds for holds, _ in checks(plan, Layout(make_mesh({}, jax.devices()[:1])), [fine], "v5e:2x2"))
 
 
 # ---------------------------------------------------------------------------- mistakes, and a real compiler
@@ -182,8 +203,8 @@ def test_without_libtpu_the_report_says_what_to_install():
 def test_the_report_on_a_real_topology_ends_in_0_where_all_holds_and_in_1_where_it_does_not(tmp_path):
     # Catches a report that cannot say no, and one that no longer compiles.
     pytest.importorskip("libtpu")
-    options = ("--topology=v5e:2x2", "--config.mesh.data=2", "--config.mesh.expert=2", "--config.model.moe_backend=ragged",
-               "--config.logp_chunk=4", f"--json={tmp_path / 'x.json'}")  # fmt: skip
+    options = ["--topology=v5e:2x2", "--config.mesh.data=2", "--config.mesh.expert=2", f"--json={tmp_path / 'x.json'}"]
+    options += ["--config.model.moe_backend=ragged", "--config.logp_chunk=4"]
     code, stdout, _ = report(*options)
     assert code == 0 and stdout.count("\nyes") == 4 and (tmp_path / "x.json").exists(), stdout
     code, stdout, _ = report(*options, "--config.logp_chunk=128")

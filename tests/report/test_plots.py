@@ -9,6 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from gspo.report import plots
 from gspo.types import UserError
 from scripts import plot_curves as script
 
@@ -32,7 +33,7 @@ def write_run(folder, n=12, shift=0.0, **changes):
 def figures(monkeypatch):
     """The figures that are drawn, kept open."""
     kept = []
-    monkeypatch.setattr(script.plt, "close", kept.append)
+    monkeypatch.setattr(plots.plt, "close", kept.append)
     return kept
 
 
@@ -43,7 +44,7 @@ def titles(figure):
 def test_two_runs_give_four_lettered_panels_and_one_legend(tmp_path, figures):
     # Catches: a panel or a run that is left out, a legend per panel, axes without labels.
     workdirs = [write_run(tmp_path / "gspo"), write_run(tmp_path / "grpo", shift=-0.1)]
-    out = script.plot_curves(workdirs, ["GSPO", "GRPO"], tmp_path / "curves.png", title="toy")
+    out = plots.plot_curves(workdirs, ["GSPO", "GRPO"], tmp_path / "curves.png", title="toy")
     (figure,) = figures
     assert titles(figure) == ["Reward", "Clipped tokens", "Experts changed per rollout", "Entropy of the policy"]
     assert [axes.texts[-1].get_text() for axes in figure.axes] == list("abcd")
@@ -59,7 +60,7 @@ def test_two_runs_give_four_lettered_panels_and_one_legend(tmp_path, figures):
 
 def test_the_lines_carry_the_numbers_of_the_file_in_the_units_of_the_axis(tmp_path, figures):
     # Catches: fractions under a percent sign, smoothing applied to the raw line, the wrong metric in a panel.
-    script.plot_curves([write_run(tmp_path / "a")], None, tmp_path / "out.png", smooth=0.5)
+    plots.plot_curves([write_run(tmp_path / "a")], None, tmp_path / "out.png", smooth=0.5)
     reward, clipped, experts, _ = figures[0].axes
     raw, bold = reward.lines[:2]
     want = 0.3 + 0.05 * np.arange(12)
@@ -74,7 +75,7 @@ def test_workdirs_under_one_label_become_a_mean_with_a_band_over_their_common_ro
     # Catches: seeds drawn as separate runs; a mean that jumps where the shorter seed ends; a band that is not the
     # range.
     dirs = [write_run(tmp_path / "s0", n=12), write_run(tmp_path / "s1", n=9, shift=0.2)]
-    script.plot_curves(dirs, ["GSPO", "GSPO"], tmp_path / "out.png", smooth=0)
+    plots.plot_curves(dirs, ["GSPO", "GSPO"], tmp_path / "out.png", smooth=0)
     reward = figures[0].axes[0]
     np.testing.assert_allclose(reward.lines[0].get_ydata(), 0.4 + 0.05 * np.arange(9))
     corners = reward.collections[0].get_paths()[0].vertices
@@ -87,27 +88,27 @@ def test_a_run_keeps_its_colour_and_a_run_that_never_clips_is_named_on_the_log_p
     # Catches: colours by order of drawing within a panel; a line that vanishes without a word because log(0) cannot be
     # shown.
     dirs = [write_run(tmp_path / "grpo", **{"clip_ratio/tokens": lambda step: 0.0}), write_run(tmp_path / "gspo")]
-    script.plot_curves(dirs, None, tmp_path / "out.png")
+    plots.plot_curves(dirs, None, tmp_path / "out.png")
     _, clipped, experts, _ = figures[0].axes
     colors = [line.get_color() for line in experts.lines]
-    assert colors == [script.COLORS[0]] * 2 + [script.COLORS[1]] * 2
-    assert {line.get_color() for line in clipped.lines} == {script.COLORS[1]}
+    assert colors == [plots.COLORS[0]] * 2 + [plots.COLORS[1]] * 2
+    assert {line.get_color() for line in clipped.lines} == {plots.COLORS[1]}
     (note,) = [text for text in clipped.texts if text.get_text() == "grpo: none"]
-    assert note.get_color() == script.COLORS[0]
+    assert note.get_color() == plots.COLORS[0]
 
 
 def test_panels_without_data_are_dropped_and_length_stands_in_for_entropy(tmp_path, figures):
     # Catches: empty axes for a dense model; null and absent values drawn as zero.
     gone = dict.fromkeys(["routing/experts_changed", "eval/pass@1"], lambda step: "absent")
     run = write_run(tmp_path / "dense", **gone, entropy=lambda step: None)
-    script.plot_curves([run], None, tmp_path / "out.png")
+    plots.plot_curves([run], None, tmp_path / "out.png")
     assert titles(figures[0]) == ["Reward", "Clipped tokens", "Length of completions"]
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_run_that_has_just_begun_can_be_plotted(tmp_path, figures, n):
     # Catches: a log axis or a limit that fails on one point; a single value drawn as an invisible line.
-    script.plot_curves([write_run(tmp_path / "young", n=n)], None, tmp_path / "out.png")
+    plots.plot_curves([write_run(tmp_path / "young", n=n)], None, tmp_path / "out.png")
     assert (figures[0].axes[3].lines[-1].get_marker() == ".") == (n == 1)
 
 
@@ -117,8 +118,8 @@ def test_runs_are_given_as_folders_or_as_label_equals_folders(tmp_path):
     assert script.parse_run("runs/a") == (None, ["runs/a"])
     assert script.parse_run("GSPO=runs/a,runs/b") == ("GSPO", ["runs/a", "runs/b"])
     assert script.parse_run(str(tmp_path / "lr=1,b=2")) == (None, [str(tmp_path / "lr=1,b=2")])
-    assert script.short_names(["x/gspo", "x/grpo"]) == ["gspo", "grpo"]
-    assert script.short_names(["x/gspo", "y/gspo"]) == ["x/gspo", "y/gspo"]
+    assert plots.short_names(["x/gspo", "x/grpo"]) == ["gspo", "grpo"]
+    assert plots.short_names(["x/gspo", "y/gspo"]) == ["x/gspo", "y/gspo"]
     with pytest.raises(UserError, match="label=workdir"):
         script.parse_run("GSPO=")
 
@@ -150,7 +151,7 @@ def test_the_command_writes_the_figure(tmp_path):
     # Catches: a script that only works from inside the tests (imports, backend).
     write_run(tmp_path / "gspo")
     path = Path(script.__file__)
-    result = subprocess.run([sys.executable, str(path), "gspo", "GRPO=gspo", "--out=c.svg"], cwd=tmp_path, capture_output=True,
-                            text=True)  # fmt: skip
+    command = [sys.executable, str(path), "gspo", "GRPO=gspo", "--out=c.svg"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stdout.strip()) == (0, "c.svg"), result.stderr
     assert "GRPO" in (tmp_path / "c.svg").read_text()

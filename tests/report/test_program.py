@@ -16,7 +16,10 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gspo.report.hlo import Collective, analyse, by_kind, size_of, window_hits
+from gspo.report.collectives import Collective, by_kind
+from gspo.report.hlo import size_of
+from gspo.report.matmuls import window_hits
+from gspo.report.program import analyse
 
 
 def compiled(fn, *shapes, **options):
@@ -26,6 +29,11 @@ def compiled(fn, *shapes, **options):
         for s in shapes
     ]
     return analyse(jax.jit(fn).lower(*args).compile().as_text(), **options)
+
+
+def of(*arguments):
+    """The origins of a collective of one array of each argument."""
+    return tuple(frozenset({name}) for name in arguments)
 
 
 def layers(x, w_LDD):
@@ -218,13 +226,15 @@ def test_a_dot_with_batch_dimensions_that_became_a_convolution_costs_what_the_do
 %fused (p0: bf16[{lhs}], p1: bf16[{rhs}]) -> bf16[{out}] {{
   %p0 = bf16[{lhs}]{{3,1,4,2,0:T(8,128)(2,1)}} parameter(0)
   %p1 = bf16[{rhs}]{{4,1,3,2,0:T(8,128)(2,1)}} parameter(1)
-  ROOT %c = bf16[{out}]{{3,2,4,1,0:T(8,128)(2,1)}} convolution(%p0, %p1), window={window}, dim_labels={labels}, metadata={{op_name="f"}}
+  ROOT %c = bf16[{out}]{{3,2,4,1,0:T(8,128)(2,1)}} convolution(%p0, %p1), window={window}, dim_labels={labels}, \
+metadata={{op_name="f"}}
 }}
 
 ENTRY %main (a: bf16[{lhs}], b: bf16[{rhs}]) -> bf16[{out}] {{
   %a = bf16[{lhs}]{{3,1,4,2,0:T(8,128)(2,1)}} parameter(0)
   %b = bf16[{rhs}]{{4,1,3,2,0:T(8,128)(2,1)}} parameter(1)
-  ROOT %fusion = bf16[{out}]{{3,2,4,1,0:T(8,128)(2,1)}} fusion(%a, %b), kind=kOutput, calls=%fused, backend_config={{"flags":[]}}
+  ROOT %fusion = bf16[{out}]{{3,2,4,1,0:T(8,128)(2,1)}} fusion(%a, %b), kind=kOutput, calls=%fused, \
+backend_config={{"flags":[]}}
 }}
 """
     assert analyse(text).flops == 2 * B * T * S * K * R * H
@@ -265,7 +275,8 @@ RAGGED_DOT = """
   ROOT %select.2 = bf16[8,2048,512]{2,1,0:T(8,128)(2,1)} broadcast(%rows), dimensions={1,2}
 }
 
-%convolution_select_fusion (kernel.2: bf16[8,2048,768], activations.2: bf16[2048,512], output_mask: pred[8,2048]) -> bf16[8,512,768] {
+%convolution_select_fusion (kernel.2: bf16[8,2048,768], activations.2: bf16[2048,512], \
+output_mask: pred[8,2048]) -> bf16[8,512,768] {
   %activations.2 = bf16[2048,512]{1,0:T(8,128)(2,1)} parameter(1)
   %output_mask = pred[8,2048]{1,0:T(8,128)(4,1)S(1)} parameter(2)
   %fusion.2 = bf16[8,2048,512]{2,1,0:T(8,128)(2,1)} fusion(%activations.2, %output_mask), kind=kLoop, calls=%select
@@ -274,24 +285,30 @@ RAGGED_DOT = """
 window={size=8 stride=7 lhs_dilate=8}, dim_labels=0fb_0io->0bf
 }
 
-ENTRY %main (x: bf16[2048,512], w: bf16[8,512,768], sizes: s32[8], dy: bf16[8,2048,768], mask: pred[8,2048]) -> bf16[8,512,768] {
+ENTRY %main (x: bf16[2048,512], w: bf16[8,512,768], sizes: s32[8], dy: bf16[8,2048,768], \
+mask: pred[8,2048]) -> bf16[8,512,768] {
   %x = bf16[2048,512]{1,0:T(8,128)(2,1)} parameter(0), sharding={replicated}, metadata={op_name="x"}
   %w = bf16[8,512,768]{2,1,0:T(8,128)(2,1)} parameter(1), sharding={replicated}, metadata={op_name="w"}
   %sizes = s32[8]{0:T(128)} parameter(2), sharding={replicated}, metadata={op_name="sizes"}
   %dy = bf16[8,2048,768]{2,1,0:T(8,128)(2,1)} parameter(3)
   %mask = pred[8,2048]{1,0:T(8,128)(4,1)S(1)} parameter(4)
-  %ragged-dot-metadata = (s32[9]{0:T(128)}, s32[23]{0:T(128)}, s32[23]{0:T(128)}, s32[1]{0:T(128)}) custom-call(%sizes), \
-custom_call_target="tpu_custom_call", operand_layout_constraints={s32[8]{0}}, metadata={op_name="ragged-dot-metadata"}, \
+  %ragged-dot-metadata = (s32[9]{0:T(128)}, s32[23]{0:T(128)}, s32[23]{0:T(128)}, \
+s32[1]{0:T(128)}) custom-call(%sizes), \
+custom_call_target="tpu_custom_call", operand_layout_constraints={s32[8]{0}}, \
+metadata={op_name="ragged-dot-metadata"}, \
 backend_config={"custom_call_config":{"body":"bW9kdWxlIHsKICBmdW5jLmZ1bmM","needs_layout_passes":true}}
   %get-tuple-element = s32[1]{0:T(128)} get-tuple-element(%ragged-dot-metadata), index=3
   %get-tuple-element.1 = s32[9]{0:T(128)} get-tuple-element(%ragged-dot-metadata), index=0
   %get-tuple-element.2 = s32[23]{0:T(128)} get-tuple-element(%ragged-dot-metadata), index=1
   %get-tuple-element.3 = s32[23]{0:T(128)} get-tuple-element(%ragged-dot-metadata), index=2
   %ragged-dot-none.1 = bf16[2048,768]{1,0:T(8,128)(2,1)} custom-call(%get-tuple-element, %get-tuple-element.1, \
-%get-tuple-element.2, %get-tuple-element.3, %get-tuple-element, /*index=5*/%x, %w), custom_call_target="tpu_custom_call", \
-operand_layout_constraints={s32[1]{0}, s32[9]{0}, s32[23]{0}, s32[23]{0}, s32[1]{0}, bf16[2048,512]{1,0}, bf16[8,512,768]{2,1,0}}, \
+%get-tuple-element.2, %get-tuple-element.3, %get-tuple-element, /*index=5*/%x, %w), \
+custom_call_target="tpu_custom_call", \
+operand_layout_constraints={s32[1]{0}, s32[9]{0}, s32[23]{0}, s32[23]{0}, s32[1]{0}, bf16[2048,512]{1,0}, \
+bf16[8,512,768]{2,1,0}}, \
 frontend_attributes={mosaic_fusion_entry_point="true",ragged_dot_tiling="128,512,768"}, \
-metadata={op_name="jit(f)/ragged_dot_general/ragged-dot-none"}, backend_config={"custom_call_config":{"body":"bW9kdWxlIHsKICBmdW5jL"}}
+metadata={op_name="jit(f)/ragged_dot_general/ragged-dot-none"}, \
+backend_config={"custom_call_config":{"body":"bW9kdWxlIHsKICBmdW5jL"}}
   ROOT %fusion.4 = bf16[8,512,768]{2,1,0:T(8,128)(2,1)} fusion(%dy, %x, %mask), kind=kOutput, \
 calls=%convolution_select_fusion, backend_config={"mask_aggregator_config":{"mask_value":0,\
 "iteration_skipper_mode":"ITERATION_SKIPPER_MODE_ITERATION_INDICES"}}
@@ -320,7 +337,8 @@ ENTRY %main (x: bf16[2048,512], dy: bf16[2048,768], sizes: s32[8]) -> bf16[8,512
   %x = bf16[2048,512]{1,0} parameter(0)
   %dy = bf16[2048,768]{1,0} parameter(1)
   %sizes = s32[8]{0} parameter(2)
-  ROOT %k = bf16[8,512,768]{2,1,0} custom-call(%sizes, %x, %dy), custom_call_target="tpu_custom_call", metadata={op_name="a/ragged_dot"}
+  ROOT %k = bf16[8,512,768]{2,1,0} custom-call(%sizes, %x, %dy), custom_call_target="tpu_custom_call", \
+metadata={op_name="a/ragged_dot"}
 }
 """
     assert analyse(text).flops_by_kind == {"dot": 0, "ragged": 2 * 2048 * 512 * 768}
@@ -363,19 +381,23 @@ TPU_LOOP = f"""
 %wide.region_1.2_spmd (wide.param.1: (s32[], bf16[1024,512], /*index=2*/s32[])) -> pred[] {{
   %constant.13.clone.1 = s32[]{{:T(128)}} constant(6), metadata={{op_name="jit(moe)/shard_map" stack_frame_id=3}}
   %wide.param.1 = {STATE} parameter(0)
-  %get-tuple-element.53 = s32[]{{:T(128)}} get-tuple-element(%wide.param.1), index=0, metadata={{op_name="jit(moe)/shard_map"}}
+  %get-tuple-element.53 = s32[]{{:T(128)}} get-tuple-element(%wide.param.1), index=0, \
+metadata={{op_name="jit(moe)/shard_map"}}
   %get-tuple-element.54 = s32[]{{:T(128)}} get-tuple-element(%wide.param.1), index=2
-  ROOT %lt.3 = pred[]{{:T(512)}} compare(%get-tuple-element.53, %constant.13.clone.1), direction=LT, backend_config={{"flags":[]}}
+  ROOT %lt.3 = pred[]{{:T(512)}} compare(%get-tuple-element.53, %constant.13.clone.1), direction=LT, \
+backend_config={{"flags":[]}}
 }}
 
-%wide.region_0.1_spmd.sunk (wide.param.2: (s32[], bf16[1024,512], /*index=2*/s32[])) -> (s32[], bf16[1024,512], /*index=2*/s32[]) {{
+%wide.region_0.1_spmd.sunk (wide.param.2: (s32[], bf16[1024,512], /*index=2*/s32[])) -> (s32[], bf16[1024,512], \
+/*index=2*/s32[]) {{
   %wide.param.2 = {STATE} parameter(0)
   %get-tuple-element.93 = s32[]{{:T(128)}} get-tuple-element(%wide.param.2), index=0
   %get-tuple-element.94 = bf16[1024,512]{{1,0:T(8,128)(2,1)}} get-tuple-element(%wide.param.2), index=1
   %get-tuple-element.95 = s32[]{{:T(128)}} get-tuple-element(%wide.param.2), index=2
   %constant.6.sunk = s32[]{{:T(128)}} constant(1)
   %add.12 = s32[]{{:T(128)}} add(%get-tuple-element.93, %constant.6.sunk), backend_config={{"flag_configs":[]}}
-  %psum.1 = bf16[1024,512]{{1,0:T(8,128)(2,1)}} all-reduce(%get-tuple-element.94), replica_groups=[16,4]<=[64], to_apply=%add
+  %psum.1 = bf16[1024,512]{{1,0:T(8,128)(2,1)}} all-reduce(%get-tuple-element.94), replica_groups=[16,4]<=[64], \
+to_apply=%add
   ROOT %tuple.17 = {STATE} tuple(%add.12, %psum.1, /*index=2*/%get-tuple-element.95)
 }}
 
@@ -447,8 +469,10 @@ def test_a_loop_asks_its_condition_once_more_than_it_runs_its_body():
 ASYNC_ALL_GATHER = """
 %fused_computation.58 (param_0.166: bf16[2048,256]) -> (bf16[2048,256], bf16[2048,4096], u32[]) {
   %param_0.166 = bf16[2048,256]{1,0:T(8,128)(2,1)} parameter(0)
-  %all-gather.24 = bf16[2048,4096]{1,0:T(8,128)(2,1)} all-gather(%param_0.166), channel_id=2, replica_groups=[4,16]<=[16,4]T(1,0), \
-dimensions={1}, use_global_device_ids=true, frontend_attributes={chain_id="0"}, metadata={op_name="jit(loss)/while/body/squeeze"}
+  %all-gather.24 = bf16[2048,4096]{1,0:T(8,128)(2,1)} all-gather(%param_0.166), channel_id=2, \
+replica_groups=[4,16]<=[16,4]T(1,0), \
+dimensions={1}, use_global_device_ids=true, frontend_attributes={chain_id="0"}, \
+metadata={op_name="jit(loss)/while/body/squeeze"}
   ROOT %custom-call.8 = (bf16[2048,256]{1,0:T(8,128)(2,1)}, bf16[2048,4096]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) \
 custom-call(%all-gather.24), custom_call_target="AsyncCollectiveStart"
 }
@@ -459,17 +483,22 @@ bf16[8192,4096]) -> (bf16[8192,2048], bf16[2048,4096], u32[]) {
   %param_9.2 = bf16[4096,2048]{1,0:T(8,128)(2,1)} parameter(2)
   %convolution.39 = bf16[8192,2048]{1,0:T(8,128)(2,1)} convolution(%param_10.3, %param_9.2), dim_labels=bf_io->bf
   %param_0.170 = bf16[2048,256]{1,0:T(8,128)(2,1)} parameter(0)
-  %all-gather.26 = bf16[2048,4096]{1,0:T(8,128)(2,1)} all-gather(%param_0.170), channel_id=2, replica_groups=[4,16]<=[16,4]T(1,0), \
-dimensions={1}, use_global_device_ids=true, frontend_attributes={chain_id="0"}, metadata={op_name="jit(loss)/while/body/squeeze"}
+  %all-gather.26 = bf16[2048,4096]{1,0:T(8,128)(2,1)} all-gather(%param_0.170), channel_id=2, \
+replica_groups=[4,16]<=[16,4]T(1,0), \
+dimensions={1}, use_global_device_ids=true, frontend_attributes={chain_id="0"}, \
+metadata={op_name="jit(loss)/while/body/squeeze"}
   %param_3.36 = u32[]{:S(2)} parameter(1)
-  ROOT %tuple.65 = (bf16[8192,2048]{1,0:T(8,128)(2,1)}, bf16[2048,4096]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) tuple(%convolution.39, \
+  ROOT %tuple.65 = (bf16[8192,2048]{1,0:T(8,128)(2,1)}, bf16[2048,4096]{1,0:T(8,128)(2,1)}, \
+u32[]{:S(2)}) tuple(%convolution.39, \
 %all-gather.26, %param_3.36)
 }
 
 %fused_computation.60 (param_0.172: bf16[2048,256], param_3.38: u32[]) -> bf16[2048,4096] {
   %param_0.172 = bf16[2048,256]{1,0:T(8,128)(2,1)} parameter(0)
-  %all-gather.28 = bf16[2048,4096]{1,0:T(8,128)(2,1)} all-gather(%param_0.172), channel_id=2, replica_groups=[4,16]<=[16,4]T(1,0), \
-dimensions={1}, use_global_device_ids=true, frontend_attributes={chain_id="0"}, metadata={op_name="jit(loss)/while/body/squeeze"}
+  %all-gather.28 = bf16[2048,4096]{1,0:T(8,128)(2,1)} all-gather(%param_0.172), channel_id=2, \
+replica_groups=[4,16]<=[16,4]T(1,0), \
+dimensions={1}, use_global_device_ids=true, frontend_attributes={chain_id="0"}, \
+metadata={op_name="jit(loss)/while/body/squeeze"}
   %param_3.38 = u32[]{:S(2)} parameter(1)
   ROOT %custom-call.10 = bf16[2048,4096]{1,0:T(8,128)(2,1)} custom-call(%param_0.172, %all-gather.28, %param_3.38), \
 custom_call_target="AsyncCollectiveDone"
@@ -479,7 +508,8 @@ ENTRY %main (w: bf16[2048,256], wi: bf16[4096,2048], x: bf16[8192,4096]) -> bf16
   %w = bf16[2048,256]{1,0:T(8,128)(2,1)} parameter(0)
   %wi = bf16[4096,2048]{1,0:T(8,128)(2,1)} parameter(1)
   %x = bf16[8192,4096]{1,0:T(8,128)(2,1)} parameter(2)
-  %async-collective-start = (bf16[2048,256]{1,0:T(8,128)(2,1)}, bf16[2048,4096]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) fusion(%w), \
+  %async-collective-start = (bf16[2048,256]{1,0:T(8,128)(2,1)}, bf16[2048,4096]{1,0:T(8,128)(2,1)}, \
+u32[]{:S(2)}) fusion(%w), \
 kind=kCustom, output_to_operand_aliasing={{0}: (0, {})}, calls=%fused_computation.58, backend_config={"flag_configs":[]}
   %get-tuple-element.352 = u32[]{:S(2)} get-tuple-element(%async-collective-start), index=2
   %fusion.90 = (bf16[8192,2048]{1,0:T(8,128)(2,1)}, bf16[2048,4096]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) fusion(%w, \
@@ -495,7 +525,7 @@ def test_an_all_gather_spread_over_fusions_counts_once_and_the_matmul_it_hides_b
     # Catches three all-gathers for one, none at all, or a matmul lost with the links that are skipped.
     program = analyse(ASYNC_ALL_GATHER)
     assert program.collectives == (
-        Collective("all-gather", 2048 * 4096 * 2, 1, 16, "bf16[2048,4096]", "jit(loss)/while/body/squeeze"),
+        Collective("all-gather", 2048 * 4096 * 2, 1, 16, "bf16[2048,4096]", "jit(loss)/while/body/squeeze", of("w")),
     )
     assert program.flops == 2 * 8192 * 4096 * 2048
 
@@ -504,9 +534,11 @@ ONE_OF_EACH = """HloModule jit_f, is_scheduled=true, num_partitions=64
 
 %all-reduce-scatter (input: bf16[1024,1024]) -> bf16[512,1024] {
   %input = bf16[1024,1024]{1,0:T(8,128)(2,1)} parameter(0)
-  %all-reduce.45 = bf16[1024,1024]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=47, replica_groups={{0,2},{1,3}}, to_apply=%add
+  %all-reduce.45 = bf16[1024,1024]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=47, \
+replica_groups={{0,2},{1,3}}, to_apply=%add
   %constant.491 = u32[] constant(0)
-  ROOT %dynamic-slice.103 = bf16[512,1024]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.45, %constant.491, %constant.491), \
+  ROOT %dynamic-slice.103 = bf16[512,1024]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.45, %constant.491, \
+%constant.491), \
 dynamic_slice_sizes={512,1024}
 }
 
@@ -519,14 +551,18 @@ ENTRY %main (a: bf16[1024,1024], b: f32[4], c: f32[8]) -> f32[32] {
   %a = bf16[1024,1024]{1,0:T(8,128)(2,1)} parameter(0)
   %b = f32[4]{0} parameter(1)
   %c = f32[8]{0} parameter(2)
-  %fusion.2 = bf16[512,1024]{1,0:T(8,128)(2,1)} fusion(%a), kind=kCustom, calls=%all-reduce-scatter, metadata={op_name="scatter"}
-  %collective-permute-start = (bf16[1024,1024]{1,0:T(8,128)(2,1)}, bf16[1024,1024]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}, u32[]{:S(2)}) \
+  %fusion.2 = bf16[512,1024]{1,0:T(8,128)(2,1)} fusion(%a), kind=kCustom, calls=%all-reduce-scatter, \
+metadata={op_name="scatter"}
+  %collective-permute-start = (bf16[1024,1024]{1,0:T(8,128)(2,1)}, bf16[1024,1024]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}, \
+u32[]{:S(2)}) \
 collective-permute-start(%a), channel_id=39, source_target_pairs={{0,1},{1,2},{2,0}}, metadata={op_name="permute"}
   %collective-permute-done = bf16[1024,1024]{1,0:T(8,128)(2,1)} collective-permute-done(%collective-permute-start)
   %all-gather-start = ((f32[4]{0}, f32[8]{0}), (f32[16]{0}, f32[32]{0})) all-gather-start(%b, %c), \
-replica_groups=mesh['axis_0'=2,'axis_1'=4,'axis_2'=8] {'axis_0','axis_2':(4)2}, dimensions={0}, metadata={op_name="gather"}
+replica_groups=mesh['axis_0'=2,'axis_1'=4,'axis_2'=8] {'axis_0','axis_2':(4)2}, dimensions={0}, \
+metadata={op_name="gather"}
   %all-gather-done = (f32[16]{0}, f32[32]{0}) all-gather-done(%all-gather-start)
-  %all-reduce.27 = (f32[4]{0}, f32[8]{0}) all-reduce(%b, %c), replica_groups={}, to_apply=%add, metadata={op_name="reduce"}
+  %all-reduce.27 = (f32[4]{0}, f32[8]{0}) all-reduce(%b, %c), replica_groups={}, to_apply=%add, \
+metadata={op_name="reduce"}
   %async-start = ((f32[8]{0}), f32[32]{0}, s32[]) async-start(%c), calls=%wrapped
   ROOT %async-done = f32[32]{0} async-done(%async-start)
 }
@@ -539,9 +575,9 @@ def test_pairs_of_start_and_done_tuples_and_every_way_to_write_groups_are_read()
     assert analyse(ONE_OF_EACH).collectives == (
         Collective("reduce-scatter", 1024 * 1024 * 2, 1, 2, "bf16[1024,1024]", "scatter"),
         Collective("collective-permute", 1024 * 1024 * 2, 1, 3, "bf16[1024,1024]", "permute"),
-        Collective("all-gather", (16 + 32) * 4, 1, 4, "f32[16], f32[32]", "gather"),
-        Collective("all-reduce", (4 + 8) * 4, 1, 64, "f32[4], f32[8]", "reduce"),
-        Collective("all-gather", 32 * 4, 1, 4, "f32[32]", ""),
+        Collective("all-gather", (16 + 32) * 4, 1, 4, "f32[16], f32[32]", "gather", of("b", "c")),
+        Collective("all-reduce", (4 + 8) * 4, 1, 64, "f32[4], f32[8]", "reduce", of("b", "c")),
+        Collective("all-gather", 32 * 4, 1, 4, "f32[32]", "", of("c")),
     )
 
 
@@ -550,8 +586,11 @@ def test_arrays_are_those_that_are_stored_each_once():
     # each layer.
     arrays = analyse(ONE_OF_EACH).arrays
     assert [(a.opcode, a.dims) for a in arrays[:4]] == [
-        ("collective-permute-done", (1024, 1024)), ("parameter", (1024, 1024)), ("fusion", (512, 1024)), ("all-gather-done", (32,)),
-    ]  # fmt: skip
+        ("collective-permute-done", (1024, 1024)),
+        ("parameter", (1024, 1024)),
+        ("fusion", (512, 1024)),
+        ("all-gather-done", (32,)),
+    ]
 
 
 def test_a_megabyte_of_kernel_in_each_line_does_not_matter():
@@ -580,7 +619,8 @@ def experts(x, w, sizes):
 def layer(x, parts):
     q, w, sizes = parts
     x = attention(x.reshape(4, 128, 2, 2, 128), q, q).reshape(512, 512)
-    return jax.shard_map(experts, mesh=mesh, in_specs=(P(), P(None, "x"), P()), out_specs=P(), check_vma=False)(x, w, sizes), None
+    return jax.shard_map(experts, mesh=mesh, in_specs=(P(), P(None, "x"), P()), out_specs=P(), check_vma=False)(x, \
+w, sizes), None
 
 def loss(x, *parts):
     return jnp.sum(jax.lax.scan(layer, x, parts)[0].astype(jnp.float32) ** 2)
@@ -589,7 +629,8 @@ def array(dtype, spec, *shape):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 bf16, w_spec = jnp.bfloat16, P(None, None, "x")
-args = array(bf16, P(), 512, 512), array(bf16, P(), 6, 4, 128, 2, 128), array(bf16, w_spec, 6, 8, 512, 512), array(jnp.int32, P(), 6, 8)
+args = array(bf16, P(), 512, 512), array(bf16, P(), 6, 4, 128, 2, 128), array(bf16, w_spec, 6, 8, 512, 512), \
+array(jnp.int32, P(), 6, 8)
 print(jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args).compile().as_text())
 """
 

@@ -1,0 +1,115 @@
+"""Which tests run: all but the slow ones, a third of these by commit, or everything."""
+
+import itertools
+import subprocess
+import time
+
+import pytest
+
+from tests.tiny_runs import ROOT
+
+pytest_plugins = ["pytester"]
+
+COMMITS = ("0000000", "0000001", "0000002")  # of three consecutive numbers, each chooses another third
+FILE = """
+import pytest
+
+@pytest.fixture(scope="module")
+def costly():
+    print("made")
+
+@pytest.mark.parametrize("n", range(4))
+def test_quick(n): pass
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", range(12))
+def test_slow(n, costly): pass
+
+@pytest.mark.parametrize("n", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_mixed(n): pass
+"""
+
+
+@pytest.fixture
+def suite(pytester):
+    """Two files with 5 quick tests and 13 slow ones each, under this project's conftest.py and pytest options."""
+    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
+    text = (ROOT / "pyproject.toml").read_text()
+    options = text[text.index("[tool.pytest.ini_options]") : text.index("[tool.ruff]")]
+    pytester.makepyprojecttoml(options.replace('testpaths = ["tests"]', ""))
+    pytester.makepyfile(test_a=FILE, test_b=FILE)
+    return pytester
+
+
+def names_that_run(suite, *arguments):
+    result = suite.runpytest_inprocess("-rA", *arguments)
+    assert result.ret == 0, result.outlines
+    return [line.removeprefix("PASSED ") for line in result.outlines if line.startswith("PASSED ")]
+
+
+def is_slow(name):
+    return "test_slow" in name or "test_mixed[1]" in name
+
+
+def test_by_default_no_slow_test_runs_and_with_all_of_them_every_one_does(suite):
+    # Catches a hook that lets slow tests into the run that everybody waits for.
+    quick, everything = names_that_run(suite), names_that_run(suite, "-m", "")
+    assert len(quick) == 10 and not any(map(is_slow, quick))
+    assert len(everything) == 36 and set(quick) == {name for name in everything if not is_slow(name)}
+
+
+def test_the_thirds_of_three_commits_are_disjoint_and_together_all_slow_tests_and_quick_ones_run_in_each(suite):
+    # Catches a slow test that no commit ever runs, a hash that is another in each process, a third of everything.
+    everything = names_that_run(suite, "-m", "")
+    runs = [names_that_run(suite, f"--slow-third={commit}") for commit in COMMITS]
+    slow = [[name for name in run if is_slow(name)] for run in runs]
+    assert all(slow) and sorted(itertools.chain(*slow)) == sorted(filter(is_slow, everything))
+    for run, chosen in zip(runs, slow, strict=True):
+        assert len(run) - len(chosen) == 10 and not any(map(is_slow, run[:10])), "quick ones, and first"
+    again = suite.runpytest_subprocess("-rA", f"--slow-third={COMMITS[0]}")  # another process, another hash()
+    assert [line.removeprefix("PASSED ") for line in again.outlines if line.startswith("PASSED ")] == runs[0]
+
+
+def test_after_the_deadline_no_slow_test_starts_nor_its_fixtures_and_the_summary_says_how_many_there_were(suite):
+    # Catches a run that goes past its time, and one that passes without a word on what it has left out.
+    arguments = ("-rA", "-s", f"--slow-third={COMMITS[0]}")
+    late = suite.runpytest_inprocess(*arguments, f"--slow-before={time.time() - 1}")
+    count = late.parseoutcomes()["skipped"]
+    assert late.ret == 0 and late.parseoutcomes()["passed"] == 10 and 0 < count < 26
+    assert "made" not in late.stdout.str()
+    late.stdout.fnmatch_lines([f"slow tests: {count} chosen (third 1 of 3, by commit 0000000), {count} of them not*"])
+    in_time = suite.runpytest_inprocess(*arguments, f"--slow-before={time.time() + 600}")
+    assert "made" in in_time.stdout.str()
+    assert in_time.parseoutcomes()["passed"] == 10 + count and "skipped" not in in_time.parseoutcomes()
+    in_time.stdout.fnmatch_lines([f"slow tests: {count} chosen (third 1 of 3, by commit 0000000), 0 of them not run*"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--slow-third=main"], "not the hash of a commit"), (["--slow-third=0000000", "-m", "slow"], "leave -m out")],
+)
+def test_a_choice_that_cannot_be_made_is_refused(suite, arguments, words):
+    # Catches all slow tests run, or none, for a word that is no hash.
+    result = suite.runpytest_inprocess(*arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR and words in "\n".join(result.errlines)
+
+
+def test_what_continuous_integration_runs_is_the_documented_command():
+    # Catches a CI that tests something else than what the README tells everybody to run.
+    text = (ROOT / ".ci" / "run").read_text()
+    assert "bash scripts/test.sh --slow-third=" in text and "pytest" not in text
+    assert "bash scripts/test.sh " in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "passed_on"),
+    [([], ["-m", "pytest"]), (["--all", "-k", "a b"], ["-m", "pytest", "-m", "", "-k", "a b"])],
+)
+def test_the_test_command_lints_and_passes_all_on_as_every_mark(tmp_path, given, passed_on):
+    # Catches --all that pytest does not know, and words that fall apart on the way.
+    (tmp_path / "python").write_text('#!/usr/bin/env bash\nprintf "<%s>" "$@"; echo\n')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "setup_env.sh").write_text(f"PYTHON={tmp_path}/python\n")
+    (tmp_path / "test.sh").write_text((ROOT / "scripts" / "test.sh").read_text())
+    done = subprocess.run(["bash", tmp_path / "test.sh", *given], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["<-m><ruff><check><.>", "".join(f"<{word}>" for word in passed_on)]
