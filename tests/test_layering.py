@@ -21,7 +21,7 @@ TOWER = [
     "data.example", "data.hf_tokenizer", "data.tokenizer", "data.rewards",
     "data.tasks.task", "data.tasks.running_sum", "data.tasks.reasoning", "data.tasks.tfds", "data.tasks.jsonl", "data.tasks",
     "data.batches",
-    "run.writers", "run.progress", "run.profile", "run.checkpoint", "run.workdir", "run.cli",
+    "run.seal", "run.writers", "run.progress", "run.profile", "run.checkpoint", "run.workdir", "run.cli",
     "hf.families", "hf.folder",
     "report.hlo",
     "plans", "build", "steps", "generate", "collect", "evaluate", "resume", "sft", "rl",

@@ -582,7 +582,7 @@ count = {}
 def die_at(call, name):
     count[name] = count.get(name, 0) + 1
     if place == name and count[name] == call:
-        while place == "minibatch" and not (workdir / "checkpoints" / "2" / "SEAL").exists():
+        while place == "minibatch" and not (workdir / "checkpoints" / "2" / "SEAL.0").exists():
             time.sleep(0.01)  # so that one of the victims leaves a checkpoint to go on from
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -656,7 +656,7 @@ def test_a_run_killed_anywhere_and_resumed_ends_bit_equal_to_one_never_killed(fo
         assert victim.returncode == -signal.SIGKILL, (place, stderr)
     for place in places:
         assert {name for name in os.listdir(tmp_path / place / "checkpoints") if name.isdecimal()} == LEFT[place]
-        assert (tmp_path / place / "checkpoints" / "2" / "SEAL").exists() == (place in ("minibatch", "save"))
+        assert (tmp_path / place / "checkpoints" / "2" / "SEAL.0").exists() == (place in ("minibatch", "save"))
         rl.train(build.rl_plan(stateful_config(folder)), tmp_path / place)
         assert_ends_like(folder, tmp_path / place, unbroken)
 

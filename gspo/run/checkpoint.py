@@ -6,8 +6,7 @@ On disk, under <workdir>/checkpoints, one folder per step:
                     tuples and the node types of optax never reach the disk: they come back from the tree that the
                     caller restores into.
     <step>/meta/    JSON: the caller's meta, the metrics, and the dtype and shape of every array
-    <step>/SEAL     JSON: a digest of every file. Orbax and TensorStore do not notice a flipped bit, and answer a
-                    truncated file with hundreds of lines on stderr; the seal is checked before they are asked
+    <step>/SEAL.*   digests of all files, one seal per process that wrote some (gspo.run.seal)
 
 A folder takes its final name only when it is complete, so a killed process leaves at worst a temporary folder, which
 the next run removes, or a complete folder without a seal, which is read unchecked. A folder that was damaged later is
@@ -16,7 +15,6 @@ passed over with a warning and kept as <step>.broken.
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -32,6 +30,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from gspo.parallel import distributed
+from gspo.run.seal import check_seal, write_seal
 from gspo.types import UserError
 
 log = logging.getLogger(__name__)
@@ -81,30 +80,15 @@ def _step_dirs(root: Path) -> list[Path]:
     return sorted(found, key=lambda entry: int(entry.name), reverse=True)
 
 
-def _digests(step_dir: Path, names: Sequence[str]) -> dict[str, str]:
-    """{file name: digest}. Raises FileNotFoundError."""
-
-    def digest(name: str) -> str:
-        with open(step_dir / name, "rb") as file:
-            return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing leaves the interpreter lock
-        return dict(zip(names, pool.map(digest, names), strict=True))
-
-
-def _seal(step_dir: Path) -> None:
-    names = sorted(str(path.relative_to(step_dir)) for path in step_dir.rglob("*") if path.is_file())
-    (step_dir / "SEAL.tmp").write_text(json.dumps(_digests(step_dir, names), indent=0))
-    (step_dir / "SEAL.tmp").replace(step_dir / "SEAL")
-
-
-def _check_seal(step_dir: Path) -> None:
-    """Raises ValueError or FileNotFoundError if a file is not what it was when the checkpoint was complete."""
-    if (step_dir / "SEAL").exists():
-        sealed = json.loads((step_dir / "SEAL").read_text())
-        changed = [name for name, digest in _digests(step_dir, list(sealed)).items() if digest != sealed[name]]
-        if changed:
-            raise ValueError(f"{changed[0]} is damaged")
+def _check_seals(step_dir: Path) -> None:
+    """Each process checks its share. Raises in all of them where one has found damage: what is damaged is not read."""
+    found = None
+    try:
+        check_seal(step_dir, jax.process_index(), jax.process_count())
+    except Exception as error:  # a damaged file or seal: missing, cut short, not JSON
+        found = error
+    if distributed.any_process(found is not None):
+        raise found or ValueError("another process has found a damaged file")
 
 
 def _reader(handler: Any) -> ocp.Checkpointer:
@@ -152,7 +136,7 @@ def _read_latest(step_dirs: Sequence[Path], tree: Any, prefix: str = "", cast: b
     damaged = {}
     for step_dir in step_dirs:
         try:
-            _check_seal(step_dir)
+            _check_seals(step_dir)
             meta = _read_meta(step_dir)
             saved = {name: text for name, text in meta["arrays"].items() if name.startswith(prefix)}
             _check_fits(step_dir, saved, wanted, cast)
@@ -337,10 +321,11 @@ class Checkpointer:
         self.close()
 
     def _finish(self, step_dir: Path) -> None:
-        """In the background: waits until Orbax has written and renamed the folder, then seals it."""
+        """In the background: waits until Orbax has written and renamed the folder, then seals what this process wrote.
+        No process comes here before the folder has its name: Orbax has them all wait for one another."""
         self._manager.wait_until_finished()
-        if distributed.is_primary() and step_dir.exists():
-            _seal(step_dir)
+        if step_dir.exists():
+            write_seal(step_dir, jax.process_index())
 
     def _score(self, step: int, metrics: dict[str, float]) -> None:
         value = metrics.get(self._best_metric, math.nan)

@@ -193,7 +193,8 @@ def test_a_signal_to_one_process_and_the_loss_of_another_leave_a_run_that_resume
     code, _, stderr = launch(folder, broken, processes=2, devices=2, die=f"1 4 {int(signal.SIGTERM)}")
     assert code == 143 and stderr.count("stopped by SIGTERM: saved rollout") == 2, stderr
     saved = {line.rpartition("saved rollout ")[2].split()[0] for line in stderr.splitlines() if "saved rollout" in line}
-    assert len(saved) == 1 and (folder / broken / "checkpoints" / saved.pop() / "SEAL").exists()
+    (step,) = saved
+    assert all((folder / broken / "checkpoints" / step / f"SEAL.{process}").exists() for process in (0, 1))
 
     code, _, stderr = launch(folder, broken, processes=2, devices=2, die=f"{victim} 2 {int(signal.SIGKILL)}")
     assert code == 137 and f"process {victim} was ended by SIGKILL" in stderr, stderr
@@ -241,6 +242,102 @@ def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(folder,
     code, stdout, stderr = launch(folder, "unread", processes=2, devices=2, script=folder / "unread.py")
     assert code == 0 and "restored 2" in stdout and "[1] restored 2" in stderr, stdout + stderr
     assert {path.name for path in (folder / "unread" / "checkpoints").iterdir()} == {"2", "4.broken"}
+
+
+COUNTED = """
+import builtins
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gspo.parallel import distributed
+from gspo.run import cli
+from gspo.run.checkpoint import Checkpointer
+
+count, plain_open = [0], builtins.open
+
+
+class Counted:  # what Python reads of a checkpoint; TensorStore, which reads the arrays, does not come here
+    def __init__(self, file):
+        self.file = file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def read(self, *size):
+        data = self.file.read(*size)
+        count[0] += len(data)
+        return data
+
+    def readinto(self, buffer):
+        n = self.file.readinto(buffer)
+        count[0] += n
+        return n
+
+
+def counting_open(file, mode="r", *rest, **more):
+    opened = plain_open(file, mode, *rest, **more)
+    return Counted(opened) if mode == "rb" and "checkpoints" in str(file) else opened
+
+
+def damage(step_dir):
+    file = max((step_dir / "state" / "ocdbt.process_1").rglob("*"), key=lambda path: path.stat().st_size)
+    data = file.read_bytes()
+    file.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+
+
+def main():
+    builtins.open = counting_open
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    make = jax.jit(lambda seed: {"params": jax.random.normal(jax.random.key(seed), (4, 1 << 20))}, out_shardings=split)
+    wanted = {"params": jax.ShapeDtypeStruct((4, 1 << 20), jnp.float32, sharding=split)}
+    with Checkpointer(cli.FLAGS.workdir) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, make(step), {})
+        checkpointer.wait()
+        saving, count[0] = count[0], 0
+        distributed.barrier("all have sealed")
+        for _ in range(2):
+            step, state, _ = checkpointer.restore(wanted)
+            print("restored", step, bool((state["params"] == make(step)["params"]).all()), "hashed", saving, count[0])
+            if step == 2:
+                distributed.on_primary(lambda: damage(Path(cli.FLAGS.workdir) / "checkpoints" / "2"), "damage")
+
+
+cli.define_flags()
+cli.run(main, needs="num_rollouts")
+"""
+
+
+def test_no_process_reads_the_whole_checkpoint_to_seal_or_to_check_it(folder):
+    # Catches a host that hashes what all hosts have written (terabytes, in a real run), a share that nobody reads, and
+    # damage to what one process wrote that another, or nobody, would have to find.
+    (folder / "counted.py").write_text(COUNTED)
+    code, stdout, stderr = launch(folder, "counted", processes=2, devices=2, script=folder / "counted.py")
+    assert code == 0, stderr
+    lines = [line for line in (stdout + stderr).splitlines() if "restored" in line]
+    reads = [list(map(int, line.split()[-2:])) for line in lines if "restored 2 True" in line]
+    saving, restoring = np.array(reads).T
+    root = folder / "counted" / "checkpoints"
+    size = sum(path.stat().st_size for path in (root / "1").rglob("*") if path.is_file() and "SEAL" not in path.name)
+    assert len(reads) == 2 and size > 8e6
+    for read, whole in ((saving, 2 * size), (restoring, size)):
+        assert abs(read.sum() / whole - 1) < 0.01, (read, whole)
+        assert (0.3 * whole < read).all() and (read < 0.7 * whole).all(), (read, whole)
+    assert len(lines) == 4 and sum("restored 1 True" in line for line in lines) == 2, stderr
+    assert "state/ocdbt.process_1/" in stderr and "falling back to step 1" in stderr and "Traceback" not in stderr, (
+        stderr
+    )
+    assert (root / "2.broken").exists()
 
 
 def test_a_mistake_is_told_by_every_process_and_none_of_them_waits(folder, two):
