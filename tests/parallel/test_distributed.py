@@ -7,13 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gspo.parallel import distributed
+from gspo.parallel import distributed, peers
 from gspo.run.checkpoint import restore_params
 from gspo.run.writers import read_jsonl
 from gspo.types import UserError
@@ -28,12 +29,13 @@ DIVIDED = {
 }  # fmt: skip
 
 # The config of the runs below. It is read in every process, where it also notes how many completions the process
-# scores, and, at the call that DIE names, ends it.
+# scores, and, at the call that DIE names, ends it; at the checkpoint that DIE_WRITING names, while it is written.
 CONFIG = """
 import os, signal
 from pathlib import Path
 
 import jax
+from orbax.checkpoint._src.checkpointers import async_checkpointer
 
 from gspo.data import batches
 from tests.tiny_runs import rl_config
@@ -41,7 +43,9 @@ from tests.tiny_runs import rl_config
 FOLDER = Path({folder!r})
 score = batches.score_completions
 process, at, number = (int(word) for word in os.environ.get("DIE", "-1 0 0").split())
-calls = []
+calls, writes = [], []
+write = async_checkpointer._background_wait_for_commit_futures
+writer = tuple(int(word) for word in os.environ.get("DIE_WRITING", "-1 0").split())
 
 
 def watched(texts, *rest):
@@ -53,8 +57,16 @@ def watched(texts, *rest):
     return score(texts, *rest)
 
 
+def watched_write(*args, **options):
+    writes.append(args)
+    if (jax.process_index(), len(writes)) == writer:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(*args, **options)
+
+
 if score.__name__ != "watched":
     batches.score_completions = watched
+    async_checkpointer._background_wait_for_commit_futures = watched_write
 
 
 def get_config():
@@ -85,6 +97,7 @@ def test_tasks_of_slurm_and_open_mpi_join_by_themselves_and_a_lone_one_does_not(
     # Catches N independent runs in one workdir, and a single task that waits for a coordinator.
     joined = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: joined.append(arguments))
+    monkeypatch.setattr(peers, "watch", lambda *_: None)
     distributed.initialize()
     monkeypatch.setenv("SLURM_NTASKS", "2")  # of the job, seen in a shell that no srun started
     distributed.initialize()
@@ -130,12 +143,14 @@ def folder(tmp_path_factory):
     return path
 
 
-def launch(folder, name, *, processes, devices, die="", script="experiments/rl.py"):
+def launch(folder, name, *, processes, devices, die="", script="experiments/rl.py", **more):
     """Runs the script with the config by scripts/launch_local.sh in folder/name; returns (exit code, stdout,
     stderr)."""
     command = ["bash", "scripts/launch_local.sh", "-n", str(processes), "--devices-per-process", str(devices), "--"]
     command += [sys.executable, script, f"--config={folder / 'config.py'}", f"--workdir={folder / name}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "GRACE": "60"} | ({"DIE": die} if die else {})
+    environment = (
+        os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "GRACE": "60"} | ({"DIE": die} if die else {}) | more
+    )
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout, done.stderr
 
@@ -207,6 +222,22 @@ def test_a_signal_to_one_process_and_the_loss_of_another_leave_a_run_that_resume
         assert (folder / broken / name).read_bytes() == (two / name).read_bytes(), name
     states = [state_of(rl_config(folder, **DIVIDED), path)[1] for path in (folder / broken, two)]
     assert_bit_equal(*states)
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_process_lost_while_a_checkpoint_is_written_ends_the_others_with_a_line(folder, two, victim):
+    # Catches a process that waits at a barrier of the checkpoint until jax aborts it, with a stack trace and no word
+    # of what to do, and half a checkpoint taken for a whole one.
+    name = f"writing-{victim}"
+    start = time.monotonic()
+    code, _, stderr = launch(folder, name, processes=2, devices=2, DIE_WRITING=f"{victim} 2")
+    assert code == 137 and f"process {victim} was ended by SIGKILL" in stderr, stderr
+    lines = [line.removeprefix("[1] ") for line in stderr.splitlines() if "another process" in line]
+    assert lines == [f"error: {distributed.LOST}"] and "Traceback" not in stderr, stderr
+    assert "had not stopped" not in stderr and (victim == 0 or "Check failure" not in stderr), stderr
+    assert time.monotonic() - start < 120  # most of it is the run before
+    step, state = state_of(rl_config(folder, **DIVIDED), folder / name)
+    assert step == 2 and int(state.step) == 4
 
 
 def test_an_error_in_one_process_alone_ends_all_of_them(folder, two):
