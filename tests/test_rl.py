@@ -629,7 +629,7 @@ def steps_that_die(*args):
 
 rl.make_steps = steps_that_die
 hook(ocp.PyTreeCheckpointHandler, "finalize", 2, "save")  # the arrays of the second checkpoint are written, nothing is in place
-hook(checkpoint, "_seal", 1, "seal")  # the first checkpoint is complete, its seal is not written
+hook(checkpoint, "write_seal", 1, "seal")  # the first checkpoint is complete, its seal is not written
 rl.train(build.rl_plan(stateful_config(folder)), workdir)
 '''
 

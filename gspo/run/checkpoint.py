@@ -14,13 +14,14 @@ passed over with a warning and kept as <step>.broken.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from gspo.parallel import distributed
+from gspo.run import disk
 from gspo.run.seal import check_seal, write_seal
 from gspo.types import UserError
 
@@ -221,6 +223,8 @@ class Checkpointer:
         self._async_save = async_save
         self._finisher = concurrent.futures.ThreadPoolExecutor(1)
         self._unfinished: concurrent.futures.Future | None = None
+        self._needs = (0, 0)  # step and bytes of what is being written
+        self._failed = False
         self._keep = _Keep(keep_last, int(keep_best), {})
         # Orbax would read the metrics of every step here, and stop at a damaged one: the scores are read below instead.
         self._manager = ocp.CheckpointManager(self._root, options=ocp.CheckpointManagerOptions(
@@ -259,10 +263,12 @@ class Checkpointer:
                    "arrays": {name: _describe(leaf) for name, leaf in named.items()}}  # fmt: skip
         content = json.loads(json.dumps(content))  # a copy: the caller may change `meta` while the writer runs
         self._score(step, content["metrics"])
-        self._manager.save(step, force=True, args=ocp.args.Composite(
-            # Orbax refuses empty arrays
-            state=ocp.args.PyTreeSave({name: leaf for name, leaf in named.items() if leaf.size}),
-            meta=ocp.args.JsonSave(content)))  # fmt: skip
+        self._needs = step, sum(leaf.nbytes for leaf in named.values())
+        with self._full_disk_in_one_line():
+            self._manager.save(step, force=True, args=ocp.args.Composite(
+                # Orbax refuses empty arrays
+                state=ocp.args.PyTreeSave({name: leaf for name, leaf in named.items() if leaf.size}),
+                meta=ocp.args.JsonSave(content)))  # fmt: skip
         self._unfinished = self._finisher.submit(self._finish, self._root / str(step))
         if replaced or not self._async_save:
             self.wait()
@@ -301,10 +307,12 @@ class Checkpointer:
         return f"; the last good checkpoint is step {self.steps()[-1]}" if self.steps() else ""
 
     def wait(self) -> None:
-        """Returns when everything saved so far is on disk. Raises the error of the writer, if it had one."""
+        """Returns when everything saved so far is on disk. Raises the error of the writer, if it had one: a UserError
+        where the disk is full."""
         if self._unfinished is not None:
             unfinished, self._unfinished = self._unfinished, None  # an error is raised once
-            unfinished.result()
+            with self._full_disk_in_one_line():
+                unfinished.result()
 
     def close(self) -> None:
         """Waits, and ends the threads of the writer."""
@@ -312,13 +320,33 @@ class Checkpointer:
             self.wait()
         finally:
             self._finisher.shutdown()
-            self._manager.close()
+            if not self._failed:  # it would raise the error of the writer a second time
+                self._manager.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if not (isinstance(error, Exception) and distributed.lost_a_process(error)):  # which cannot finish its part
+            self.close()
+
+    @contextlib.contextmanager
+    def _full_disk_in_one_line(self) -> Iterator[None]:
+        """Makes a UserError of the writer's error where the disk is full, and room by removing the unfinished
+        folder."""
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            if not disk.is_full(error):
+                raise
+            step, needed = self._needs
+            partial = list(self._root.glob(f"{step}.orbax-checkpoint-tmp*"))
+            safe = f"; the last good checkpoint is step {self.steps()[-1]}" if self.steps() else "; there is none yet"
+            told = disk.full(f"checkpoint {step}", self._root, needed, sum(map(disk.size_of, partial)), safe)
+            for folder in partial if distributed.is_primary() else ():
+                shutil.rmtree(folder, ignore_errors=True)  # what is left of it, the next start removes
+            raise told from error
 
     def _finish(self, step_dir: Path) -> None:
         """In the background: waits until Orbax has written and renamed the folder, then seals what this process wrote.
@@ -349,11 +377,15 @@ class Checkpointer:
 
 
 def _quieten_orbax() -> None:
-    """Drops what Orbax logs below WARNING, about twenty lines per save; absl's other users keep their voice."""
+    """Drops what Orbax logs below WARNING, about twenty lines per save, and its tracebacks where the disk is full, of
+    which every thread of a save has one; absl's other users keep their voice."""
     logger = absl_logging.get_absl_logger()
     if _not_orbax_chatter not in logger.filters:
         logger.addFilter(_not_orbax_chatter)
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
+    if f"{os.sep}orbax{os.sep}" not in record.pathname:
+        return True
+    full = record.exc_info is not None and disk.is_full(record.exc_info[1])  # raised by `wait`, too, which says it
+    return record.levelno >= logging.WARNING and not full

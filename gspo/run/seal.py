@@ -18,6 +18,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from gspo.run.disk import write_whole
+
 BLOCK = 16 << 20
 CHUNK = 1 << 20  # read at once
 
@@ -43,9 +45,7 @@ def write_seal(step_dir: Path, process: int) -> None:
     seal = {name: {"size": size, "blocks": []} for name, size in sizes.items()}
     for block, digest in zip(blocks, _digests(step_dir, blocks), strict=True):
         seal[block.name]["blocks"].append(digest)
-    temporary = step_dir / f"SEAL.{process}.tmp"
-    temporary.write_text(json.dumps(seal, indent=0))
-    temporary.replace(step_dir / f"SEAL.{process}")
+    write_whole(step_dir / f"SEAL.{process}", json.dumps(seal, indent=0))
 
 
 def check_seal(step_dir: Path, process: int = 0, processes: int = 1) -> None:
