@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -18,6 +17,7 @@ from gspo.parallel import distributed, peers
 from gspo.run.checkpoint import restore_params
 from gspo.run.writers import read_jsonl
 from gspo.types import UserError
+from tests.processes import finished
 from tests.tiny_runs import ROOT, assert_bit_equal, kept_compiles, rl_config, state_of  # noqa: F401 - a fixture
 
 RESULTS = ("metrics.jsonl", "samples.jsonl")
@@ -151,7 +151,7 @@ def launch(folder, name, *, processes, devices, die="", script="experiments/rl.p
     environment = (
         os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "GRACE": "60"} | ({"DIE": die} if die else {}) | more
     )
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = finished(command, timeout=300, cwd=ROOT, env=environment)
     return done.returncode, done.stdout, done.stderr
 
 
