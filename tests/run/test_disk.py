@@ -11,7 +11,7 @@ import jax
 import pytest
 from orbax.checkpoint._src.checkpointers import async_checkpointer
 
-from gspo import rl
+from gspo import build, rl
 from gspo.data import batches
 from gspo.run import disk
 from gspo.run.checkpoint import Checkpointer
@@ -164,7 +164,7 @@ def test_a_run_on_a_disk_that_fills_up_stops_with_one_line_and_goes_on_bit_equal
     folder, workdir = Path(config.removeprefix("--config=")).parent, small_disk / "run"
     reduce, score, calls = rl.update_metrics, batches.score_completions, []
     monkeypatch.setattr(rl, "update_metrics", lambda steps: reduce(steps) | {"long": [0.5] * 3000})
-    rl.train(rl_config(folder), tmp_path / "unbroken")
+    rl.train(build.rl_plan(rl_config(folder)), tmp_path / "unbroken")
 
     def filling(*args):
         calls.append(args)
