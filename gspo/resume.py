@@ -1,11 +1,12 @@
 """A run begins, or goes on where it was stopped: its folder, its checkpoints, its state, its files of metrics."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gspo import plans
 from gspo.run.checkpoint import Checkpointer
-from gspo.run.workdir import open_workdir
+from gspo.run.workdir import hold_workdir, keep_config
 from gspo.run.writers import MetricsWriter
 from gspo.types import TrainState
 
@@ -17,6 +18,7 @@ class Opened(NamedTuple):
     state: TrainState
     meta: dict[str, Any]  # what was saved beside the state; {} in a new run
     resumed: bool
+    held: contextlib.ExitStack  # closes both, and lets other runs into the folder: the context of the loop
 
 
 def open_run(
@@ -29,19 +31,23 @@ def open_run(
 ) -> Opened:
     """The state of the latest good checkpoint in workdir, or a fresh one; metrics are cut to what it had seen.
 
-    The folder is claimed for this config only once nothing can fail any more. Raises UserError.
+    No other run can use the folder until `held` is closed. It is claimed for this config only once nothing can fail any
+    more. Raises UserError.
     """
-    claim = {"config": dict(plan.written), "allow_changed_config": allow_changed_config}
-    open_workdir(workdir, **claim, check_only=True)
-    checkpointer = Checkpointer(
-        workdir,
-        keep_last=plan.checkpoint.keep_last,
-        keep_best=plan.checkpoint.keep_best,
-        best_metric="eval/pass@1",
-    )
-    writer = MetricsWriter(workdir, tensorboard=plan.log.tensorboard, wandb=plan.log.wandb, config=dict(plan.written))
-    restored = checkpointer.restore(abstract)
-    first, state, meta = (0, fresh(), {}) if restored is None else restored
-    open_workdir(workdir, **claim)
-    writer.truncate(meta.get("offsets"))
-    return Opened(checkpointer, writer, first, state, meta, restored is not None)
+    written = dict(plan.written)
+    with contextlib.ExitStack() as held:  # given back at once where anything fails
+        held.enter_context(hold_workdir(workdir, written, allow_changed_config=allow_changed_config))
+        checkpointer = Checkpointer(
+            workdir,
+            keep_last=plan.checkpoint.keep_last,
+            keep_best=plan.checkpoint.keep_best,
+            best_metric="eval/pass@1",
+        )
+        held.enter_context(checkpointer)
+        writer = MetricsWriter(workdir, tensorboard=plan.log.tensorboard, wandb=plan.log.wandb, config=written)
+        held.enter_context(writer)
+        restored = checkpointer.restore(abstract)
+        first, state, meta = (0, fresh(), {}) if restored is None else restored
+        keep_config(workdir, written)
+        writer.truncate(meta.get("offsets"))
+        return Opened(checkpointer, writer, first, state, meta, restored is not None, held.pop_all())

@@ -65,7 +65,7 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
     # ------------------------------------------------------------------ loop
     timer = Timer()
     profiler = Profiler(workdir, plan.log.profile)
-    with StopSignal() as stop, progress, checkpointer, writer, profiler:
+    with StopSignal() as stop, progress, opened.held, profiler:
         for index in range(first, plan.num_rollouts + 1):
             last = index == plan.num_rollouts
             profiler.at(index)

@@ -63,7 +63,7 @@ def train(
 
     # ------------------------------------------------------------------ loop
     timer = Timer()
-    with StopSignal() as stop, progress, checkpointer, writer:
+    with StopSignal() as stop, progress, opened.held:
         for index in range(first, plan.num_updates + 1):
             last = index == plan.num_updates
             line, samples = {}, []

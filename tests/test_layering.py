@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A file imports from files above it in this list, never from one below it.
 TOWER = [
     "types", "masked",
-    "parallel.sharding", "parallel.distributed",
+    "parallel.sharding", "parallel.peers", "parallel.distributed",
     "objectives.ratios", "objectives.kl", "objectives.surrogates", "objectives.corrections", "objectives.aggregations",
     "objectives.advantages", "objectives.diagnostics", "objectives.presets", "objectives.compose", "objectives",
     "model.columns", "model.attention", "model.routing", "model.experts", "model.dispatch", "model.moe", "model.spec",
@@ -21,7 +21,7 @@ TOWER = [
     "data.example", "data.hf_tokenizer", "data.tokenizer", "data.rewards",
     "data.tasks.task", "data.tasks.running_sum", "data.tasks.reasoning", "data.tasks.tfds", "data.tasks.jsonl", "data.tasks",
     "data.batches",
-    "run.writers", "run.progress", "run.profile", "run.checkpoint", "run.workdir", "run.cli",
+    "run.disk", "run.seal", "run.writers", "run.progress", "run.profile", "run.checkpoint", "run.workdir", "run.cli",
     "hf.families", "hf.folder",
     "report.hlo", "report.collectives", "report.origins", "report.matmuls", "report.program",
     "report.plots", "report.tables",

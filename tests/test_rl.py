@@ -582,7 +582,7 @@ count = {}
 def die_at(call, name):
     count[name] = count.get(name, 0) + 1
     if place == name and count[name] == call:
-        while place == "minibatch" and not (workdir / "checkpoints" / "2" / "SEAL").exists():
+        while place == "minibatch" and not (workdir / "checkpoints" / "2" / "SEAL.0").exists():
             time.sleep(0.01)  # so that one of the victims leaves a checkpoint to go on from
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -629,7 +629,7 @@ def steps_that_die(*args):
 
 rl.make_steps = steps_that_die
 hook(ocp.PyTreeCheckpointHandler, "finalize", 2, "save")  # the arrays of the second checkpoint are written, nothing is in place
-hook(checkpoint, "_seal", 1, "seal")  # the first checkpoint is complete, its seal is not written
+hook(checkpoint, "write_seal", 1, "seal")  # the first checkpoint is complete, its seal is not written
 rl.train(build.rl_plan(stateful_config(folder)), workdir)
 '''
 
@@ -656,7 +656,7 @@ def test_a_run_killed_anywhere_and_resumed_ends_bit_equal_to_one_never_killed(fo
         assert victim.returncode == -signal.SIGKILL, (place, stderr)
     for place in places:
         assert {name for name in os.listdir(tmp_path / place / "checkpoints") if name.isdecimal()} == LEFT[place]
-        assert (tmp_path / place / "checkpoints" / "2" / "SEAL").exists() == (place in ("minibatch", "save"))
+        assert (tmp_path / place / "checkpoints" / "2" / "SEAL.0").exists() == (place in ("minibatch", "save"))
         rl.train(build.rl_plan(stateful_config(folder)), tmp_path / place)
         assert_ends_like(folder, tmp_path / place, unbroken)
 

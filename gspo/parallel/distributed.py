@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from gspo.parallel import peers
 from gspo.types import UserError
 
 HEARTBEAT_SECONDS = 30  # a process that was silent for so long is lost, and the others stop
@@ -69,6 +70,10 @@ def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = 
     except (RuntimeError, ValueError) as error:
         where = coordinator or "the processes that the environment describes"
         raise UserError(f"--distributed: could not join {where}: {str(error).splitlines()[0]}") from None
+    try:
+        peers.watch(HEARTBEAT_SECONDS, leave_lost)
+    except OSError as error:
+        raise UserError(f"--distributed: process 0 cannot be reached by the others: {error}") from None
 
 
 def _tasks() -> int:
@@ -219,6 +224,12 @@ def lost_a_process(error: Exception) -> bool:
     )
     kinds = (jax.errors.JaxRuntimeError, ValueError)  # jax has a ValueError for some
     return jax.process_count() > 1 and isinstance(error, kinds) and any(sign in text for sign in signs)
+
+
+def leave_lost() -> None:
+    """Ends this process with the line that says why: another one is gone."""
+    os.write(sys.stderr.fileno(), f"error: {LOST}\n".encode())  # at once: jax may be about to abort
+    os._exit(1)
 
 
 def leave_if_many(code: int) -> None:

@@ -6,8 +6,7 @@ On disk, under <workdir>/checkpoints, one folder per step:
                     tuples and the node types of optax never reach the disk: they come back from the tree that the
                     caller restores into.
     <step>/meta/    JSON: the caller's meta, the metrics, and the dtype and shape of every array
-    <step>/SEAL     JSON: a digest of every file. Orbax and TensorStore do not notice a flipped bit, and answer a
-                    truncated file with hundreds of lines on stderr; the seal is checked before they are asked
+    <step>/SEAL.*   digests of all files, one seal per process that wrote some (gspo.run.seal)
 
 A folder takes its final name only when it is complete, so a killed process leaves at worst a temporary folder, which
 the next run removes, or a complete folder without a seal, which is read unchecked. A folder that was damaged later is
@@ -15,14 +14,14 @@ passed over with a warning and kept as <step>.broken.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from gspo.parallel import distributed
+from gspo.run import disk
+from gspo.run.seal import check_seal, write_seal
 from gspo.types import UserError
 
 log = logging.getLogger(__name__)
@@ -81,30 +82,15 @@ def _step_dirs(root: Path) -> list[Path]:
     return sorted(found, key=lambda entry: int(entry.name), reverse=True)
 
 
-def _digests(step_dir: Path, names: Sequence[str]) -> dict[str, str]:
-    """{file name: digest}. Raises FileNotFoundError."""
-
-    def digest(name: str) -> str:
-        with open(step_dir / name, "rb") as file:
-            return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing leaves the interpreter lock
-        return dict(zip(names, pool.map(digest, names), strict=True))
-
-
-def _seal(step_dir: Path) -> None:
-    names = sorted(str(path.relative_to(step_dir)) for path in step_dir.rglob("*") if path.is_file())
-    (step_dir / "SEAL.tmp").write_text(json.dumps(_digests(step_dir, names), indent=0))
-    (step_dir / "SEAL.tmp").replace(step_dir / "SEAL")
-
-
-def _check_seal(step_dir: Path) -> None:
-    """Raises ValueError or FileNotFoundError if a file is not what it was when the checkpoint was complete."""
-    if (step_dir / "SEAL").exists():
-        sealed = json.loads((step_dir / "SEAL").read_text())
-        changed = [name for name, digest in _digests(step_dir, list(sealed)).items() if digest != sealed[name]]
-        if changed:
-            raise ValueError(f"{changed[0]} is damaged")
+def _check_seals(step_dir: Path) -> None:
+    """Each process checks its share. Raises in all of them where one has found damage: what is damaged is not read."""
+    found = None
+    try:
+        check_seal(step_dir, jax.process_index(), jax.process_count())
+    except Exception as error:  # a damaged file or seal: missing, cut short, not JSON
+        found = error
+    if distributed.any_process(found is not None):
+        raise found or ValueError("another process has found a damaged file")
 
 
 def _reader(handler: Any) -> ocp.Checkpointer:
@@ -152,7 +138,7 @@ def _read_latest(step_dirs: Sequence[Path], tree: Any, prefix: str = "", cast: b
     damaged = {}
     for step_dir in step_dirs:
         try:
-            _check_seal(step_dir)
+            _check_seals(step_dir)
             meta = _read_meta(step_dir)
             saved = {name: text for name, text in meta["arrays"].items() if name.startswith(prefix)}
             _check_fits(step_dir, saved, wanted, cast)
@@ -237,6 +223,8 @@ class Checkpointer:
         self._async_save = async_save
         self._finisher = concurrent.futures.ThreadPoolExecutor(1)
         self._unfinished: concurrent.futures.Future | None = None
+        self._needs = (0, 0)  # step and bytes of what is being written
+        self._failed = False
         self._keep = _Keep(keep_last, int(keep_best), {})
         # Orbax would read the metrics of every step here, and stop at a damaged one: the scores are read below instead.
         self._manager = ocp.CheckpointManager(self._root, options=ocp.CheckpointManagerOptions(
@@ -275,10 +263,12 @@ class Checkpointer:
                    "arrays": {name: _describe(leaf) for name, leaf in named.items()}}  # fmt: skip
         content = json.loads(json.dumps(content))  # a copy: the caller may change `meta` while the writer runs
         self._score(step, content["metrics"])
-        self._manager.save(step, force=True, args=ocp.args.Composite(
-            # Orbax refuses empty arrays
-            state=ocp.args.PyTreeSave({name: leaf for name, leaf in named.items() if leaf.size}),
-            meta=ocp.args.JsonSave(content)))  # fmt: skip
+        self._needs = step, sum(leaf.nbytes for leaf in named.values())
+        with self._full_disk_in_one_line():
+            self._manager.save(step, force=True, args=ocp.args.Composite(
+                # Orbax refuses empty arrays
+                state=ocp.args.PyTreeSave({name: leaf for name, leaf in named.items() if leaf.size}),
+                meta=ocp.args.JsonSave(content)))  # fmt: skip
         self._unfinished = self._finisher.submit(self._finish, self._root / str(step))
         if replaced or not self._async_save:
             self.wait()
@@ -317,10 +307,12 @@ class Checkpointer:
         return f"; the last good checkpoint is step {self.steps()[-1]}" if self.steps() else ""
 
     def wait(self) -> None:
-        """Returns when everything saved so far is on disk. Raises the error of the writer, if it had one."""
+        """Returns when everything saved so far is on disk. Raises the error of the writer, if it had one: a UserError
+        where the disk is full."""
         if self._unfinished is not None:
             unfinished, self._unfinished = self._unfinished, None  # an error is raised once
-            unfinished.result()
+            with self._full_disk_in_one_line():
+                unfinished.result()
 
     def close(self) -> None:
         """Waits, and ends the threads of the writer."""
@@ -328,19 +320,40 @@ class Checkpointer:
             self.wait()
         finally:
             self._finisher.shutdown()
-            self._manager.close()
+            if not self._failed:  # it would raise the error of the writer a second time
+                self._manager.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if not (isinstance(error, Exception) and distributed.lost_a_process(error)):  # which cannot finish its part
+            self.close()
+
+    @contextlib.contextmanager
+    def _full_disk_in_one_line(self) -> Iterator[None]:
+        """Makes a UserError of the writer's error where the disk is full, and room by removing the unfinished
+        folder."""
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            if not disk.is_full(error):
+                raise
+            step, needed = self._needs
+            partial = list(self._root.glob(f"{step}.orbax-checkpoint-tmp*"))
+            safe = f"; the last good checkpoint is step {self.steps()[-1]}" if self.steps() else "; there is none yet"
+            told = disk.full(f"checkpoint {step}", self._root, needed, sum(map(disk.size_of, partial)), safe)
+            for folder in partial if distributed.is_primary() else ():
+                shutil.rmtree(folder, ignore_errors=True)  # what is left of it, the next start removes
+            raise told from error
 
     def _finish(self, step_dir: Path) -> None:
-        """In the background: waits until Orbax has written and renamed the folder, then seals it."""
+        """In the background: waits until Orbax has written and renamed the folder, then seals what this process wrote.
+        No process comes here before the folder has its name: Orbax has them all wait for one another."""
         self._manager.wait_until_finished()
-        if distributed.is_primary() and step_dir.exists():
-            _seal(step_dir)
+        if step_dir.exists():
+            write_seal(step_dir, jax.process_index())
 
     def _score(self, step: int, metrics: dict[str, float]) -> None:
         value = metrics.get(self._best_metric, math.nan)
@@ -364,11 +377,15 @@ class Checkpointer:
 
 
 def _quieten_orbax() -> None:
-    """Drops what Orbax logs below WARNING, about twenty lines per save; absl's other users keep their voice."""
+    """Drops what Orbax logs below WARNING, about twenty lines per save, and its tracebacks where the disk is full, of
+    which every thread of a save has one; absl's other users keep their voice."""
     logger = absl_logging.get_absl_logger()
     if _not_orbax_chatter not in logger.filters:
         logger.addFilter(_not_orbax_chatter)
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
+    if f"{os.sep}orbax{os.sep}" not in record.pathname:
+        return True
+    full = record.exc_info is not None and disk.is_full(record.exc_info[1])  # raised by `wait`, too, which says it
+    return record.levelno >= logging.WARNING and not full

@@ -1,20 +1,22 @@
 """What every script needs: flags for a config and a workdir, and user mistakes as one line with exit code 2."""
 
 import argparse
+import contextlib
 import difflib
 import os
 import runpy
 import signal
 import sys
 import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from gspo.parallel import distributed
+from gspo.run import disk
 from gspo.types import UserError
 
 FLAGS = flags.FLAGS
@@ -54,12 +56,21 @@ def run(main: Callable[[], int | None], *, needs: str) -> None:
             raise UserError(f"--config: it has no field {needs!r}, so it was made for another script")
         if "workdir" in FLAGS:
             distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.distributed)
-        code = main()
+        with _only_first_errors():
+            code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         distributed.leave_if_many(2)
         code = 2
     except Exception as error:
+        if disk.is_full(error):
+            print(
+                f"error: the disk is full: {_first_line(error)}; make room, and start again",
+                file=sys.stderr,
+                flush=True,
+            )
+            distributed.leave_if_many(2)
+            sys.exit(2)
         if not jax.distributed.is_initialized():
             raise
         if distributed.lost_a_process(error):
@@ -68,6 +79,23 @@ def run(main: Callable[[], int | None], *, needs: str) -> None:
             traceback.print_exc()
         distributed.leave_if_many(1)
     sys.exit(code or 0)
+
+
+@contextlib.contextmanager
+def _only_first_errors() -> Iterator[None]:
+    """Where one write of a checkpoint has failed, those that come to an end after it find their event loop closed, and
+    Python prints a traceback of each. The first one's error is raised, and is the one that says what is wrong."""
+    before = sys.unraisablehook
+
+    def hook(told: Any) -> None:
+        if not (isinstance(told.exc_value, RuntimeError) and str(told.exc_value) == "Event loop is closed"):
+            before(told)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,6 +8,7 @@ Three files, because they are used differently:
 """
 
 import importlib
+import io
 import json
 import logging
 import math
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gspo.parallel import distributed
+from gspo.run import disk
 from gspo.types import UserError
 
 log = logging.getLogger(__name__)
@@ -73,7 +75,7 @@ class MetricsWriter:
         self._wandb_options = {"project": project, "config": config}
         if self._primary:
             self._workdir.mkdir(parents=True, exist_ok=True)
-            self._files = {name: open(self._workdir / name, "ab") for name in FILES}  # noqa: SIM115 closed by `close`
+            self._files = {name: open(self._workdir / name, "ab", buffering=0) for name in FILES}  # noqa: SIM115 closed by `close`
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl for rollout `step` (0-based): only values that are a function of the seed."""
@@ -127,8 +129,8 @@ class MetricsWriter:
     def _line(self, name: str, content: dict[str, Any]) -> None:
         if self._primary:
             # ASCII: a byte-level completion may hold half a character, which UTF-8 cannot.
-            self._files[name].write(json.dumps(plain(content), allow_nan=False).encode() + b"\n")
-            self._files[name].flush()
+            line = json.dumps(plain(content), allow_nan=False).encode() + b"\n"
+            _append(self._files[name], line, self._workdir / name)
 
     def _loggers(self, step: int, values: dict[str, Any]) -> None:
         """Scalars to TensorBoard and W&B. Both open at the first value: only then is the step known from which to go
@@ -145,10 +147,24 @@ class MetricsWriter:
             if self._wandb_run is None:
                 id_file = self._workdir / "wandb_id"
                 if not id_file.exists():
-                    id_file.write_text(secrets.token_hex(4))
+                    disk.write_whole(id_file, secrets.token_hex(4))
                 self._wandb_run = self._wandb.init(**self._wandb_options, dir=str(self._workdir), name=self._workdir.name,
                                                    id=id_file.read_text(), resume="allow")  # fmt: skip
             self._wandb_run.log(scalars, step=step)
+
+
+def _append(file: io.FileIO, line: bytes, path: Path) -> None:
+    """Writes a whole line or nothing of it. Raises UserError where the disk is full."""
+    start, left = file.tell(), line
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError as error:
+        file.truncate(start)
+        file.seek(start)
+        if not disk.is_full(error):
+            raise
+        raise disk.full(f"a line of {path.name}", path.parent, len(line)) from error
 
 
 def _require(package: str, option: str) -> Any:

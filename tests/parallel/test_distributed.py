@@ -5,18 +5,19 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gspo.parallel import distributed
-from gspo.run.checkpoint import restore_params
+from gspo.parallel import distributed, peers
+from gspo.run.checkpoint import Checkpointer, restore_params
 from gspo.run.writers import read_jsonl
 from gspo.types import UserError
+from tests.processes import finished
 from tests.tiny_runs import ROOT, assert_bit_equal, kept_compiles, rl_config, state_of  # noqa: F401 - a fixture
 
 RESULTS = ("metrics.jsonl", "samples.jsonl")
@@ -85,6 +86,7 @@ def test_tasks_of_slurm_and_open_mpi_join_by_themselves_and_a_lone_one_does_not(
     # Catches N independent runs in one workdir, and a single task that waits for a coordinator.
     joined = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: joined.append(arguments))
+    monkeypatch.setattr(peers, "watch", lambda *_: None)
     distributed.initialize()
     monkeypatch.setenv("SLURM_NTASKS", "2")  # of the job, seen in a shell that no srun started
     distributed.initialize()
@@ -130,13 +132,15 @@ def folder(tmp_path_factory):
     return path
 
 
-def launch(folder, name, *, processes, devices, die="", script="experiments/rl.py"):
+def launch(folder, name, *, processes, devices, die="", script="experiments/rl.py", **more):
     """Runs the script with the config by scripts/launch_local.sh in folder/name; returns (exit code, stdout,
     stderr)."""
     command = ["bash", "scripts/launch_local.sh", "-n", str(processes), "--devices-per-process", str(devices), "--"]
     command += [sys.executable, script, f"--config={folder / 'config.py'}", f"--workdir={folder / name}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "GRACE": "60"} | ({"DIE": die} if die else {})
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    environment = (
+        os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "GRACE": "60"} | ({"DIE": die} if die else {}) | more
+    )
+    done = finished(command, timeout=300, cwd=ROOT, env=environment)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -193,7 +197,8 @@ def test_a_signal_to_one_process_and_the_loss_of_another_leave_a_run_that_resume
     code, _, stderr = launch(folder, broken, processes=2, devices=2, die=f"1 4 {int(signal.SIGTERM)}")
     assert code == 143 and stderr.count("stopped by SIGTERM: saved rollout") == 2, stderr
     saved = {line.rpartition("saved rollout ")[2].split()[0] for line in stderr.splitlines() if "saved rollout" in line}
-    assert len(saved) == 1 and (folder / broken / "checkpoints" / saved.pop() / "SEAL").exists()
+    (step,) = saved
+    assert all((folder / broken / "checkpoints" / step / f"SEAL.{process}").exists() for process in (0, 1))
 
     code, _, stderr = launch(folder, broken, processes=2, devices=2, die=f"{victim} 2 {int(signal.SIGKILL)}")
     assert code == 137 and f"process {victim} was ended by SIGKILL" in stderr, stderr
@@ -206,6 +211,60 @@ def test_a_signal_to_one_process_and_the_loss_of_another_leave_a_run_that_resume
         assert (folder / broken / name).read_bytes() == (two / name).read_bytes(), name
     states = [state_of(rl_config(folder, **DIVIDED), path)[1] for path in (folder / broken, two)]
     assert_bit_equal(*states)
+
+
+WRITING = """
+import os, signal, time
+
+import jax
+from orbax.checkpoint._src.checkpointers import async_checkpointer
+
+from gspo.run import cli
+from gspo.run.checkpoint import Checkpointer
+
+write, writes = async_checkpointer._background_wait_for_commit_futures, []
+
+
+def dying(*args, **options):
+    writes.append(args)
+    if (jax.process_index(), len(writes)) == (int(os.environ["VICTIM"]), 2):
+        time.sleep(2)  # until all wait for the writers
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(*args, **options)
+
+
+def main():
+    async_checkpointer._background_wait_for_commit_futures = dying
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    make = jax.jit(lambda seed: {"params": jax.random.normal(jax.random.key(seed), (4, 1000))}, out_shardings=split)
+    with Checkpointer(cli.FLAGS.workdir) as checkpointer:
+        checkpointer.save(1, make(1), {})
+        checkpointer.save(2, make(2), {})
+        checkpointer.wait()
+
+
+cli.define_flags()
+cli.run(main, needs="num_rollouts")
+"""
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_process_lost_while_a_checkpoint_is_written_ends_the_others_with_a_line(folder, victim):
+    # Catches a process that waits at a barrier of the checkpoint until jax aborts it, with a stack trace and no word
+    # of what to do, and half a checkpoint taken for a whole one.
+    name = f"writing-{victim}"
+    (folder / "writing.py").write_text(WRITING)
+    start = time.monotonic()
+    code, _, stderr = launch(folder, name, processes=2, devices=2, script=folder / "writing.py", VICTIM=str(victim))
+    assert code == 137 and f"process {victim} was ended by SIGKILL" in stderr, stderr
+    lines = [line.removeprefix("[1] ") for line in stderr.splitlines() if "another process" in line]
+    assert lines == [f"error: {distributed.LOST}"] and "Traceback" not in stderr, stderr
+    assert "had not stopped" not in stderr and (victim == 0 or "Check failure" not in stderr), stderr
+    assert time.monotonic() - start < 60
+    with Checkpointer(folder / name) as checkpointer:
+        step, _, _ = checkpointer.restore({"params": jax.ShapeDtypeStruct((4, 1000), np.float32)})
+    assert step == 1
 
 
 def test_an_error_in_one_process_alone_ends_all_of_them(folder, two):
@@ -241,6 +300,102 @@ def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(folder,
     code, stdout, stderr = launch(folder, "unread", processes=2, devices=2, script=folder / "unread.py")
     assert code == 0 and "restored 2" in stdout and "[1] restored 2" in stderr, stdout + stderr
     assert {path.name for path in (folder / "unread" / "checkpoints").iterdir()} == {"2", "4.broken"}
+
+
+COUNTED = """
+import builtins
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gspo.parallel import distributed
+from gspo.run import cli
+from gspo.run.checkpoint import Checkpointer
+
+count, plain_open = [0], builtins.open
+
+
+class Counted:  # what Python reads of a checkpoint; TensorStore, which reads the arrays, does not come here
+    def __init__(self, file):
+        self.file = file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def read(self, *size):
+        data = self.file.read(*size)
+        count[0] += len(data)
+        return data
+
+    def readinto(self, buffer):
+        n = self.file.readinto(buffer)
+        count[0] += n
+        return n
+
+
+def counting_open(file, mode="r", *rest, **more):
+    opened = plain_open(file, mode, *rest, **more)
+    return Counted(opened) if mode == "rb" and "checkpoints" in str(file) else opened
+
+
+def damage(step_dir):
+    file = max((step_dir / "state" / "ocdbt.process_1").rglob("*"), key=lambda path: path.stat().st_size)
+    data = file.read_bytes()
+    file.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+
+
+def main():
+    builtins.open = counting_open
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    make = jax.jit(lambda seed: {"params": jax.random.normal(jax.random.key(seed), (4, 1 << 20))}, out_shardings=split)
+    wanted = {"params": jax.ShapeDtypeStruct((4, 1 << 20), jnp.float32, sharding=split)}
+    with Checkpointer(cli.FLAGS.workdir) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, make(step), {})
+        checkpointer.wait()
+        saving, count[0] = count[0], 0
+        distributed.barrier("all have sealed")
+        for _ in range(2):
+            step, state, _ = checkpointer.restore(wanted)
+            print("restored", step, bool((state["params"] == make(step)["params"]).all()), "hashed", saving, count[0])
+            if step == 2:
+                distributed.on_primary(lambda: damage(Path(cli.FLAGS.workdir) / "checkpoints" / "2"), "damage")
+
+
+cli.define_flags()
+cli.run(main, needs="num_rollouts")
+"""
+
+
+def test_no_process_reads_the_whole_checkpoint_to_seal_or_to_check_it(folder):
+    # Catches a host that hashes what all hosts have written (terabytes, in a real run), a share that nobody reads, and
+    # damage to what one process wrote that another, or nobody, would have to find.
+    (folder / "counted.py").write_text(COUNTED)
+    code, stdout, stderr = launch(folder, "counted", processes=2, devices=2, script=folder / "counted.py")
+    assert code == 0, stderr
+    lines = [line for line in (stdout + stderr).splitlines() if "restored" in line]
+    reads = [list(map(int, line.split()[-2:])) for line in lines if "restored 2 True" in line]
+    saving, restoring = np.array(reads).T
+    root = folder / "counted" / "checkpoints"
+    size = sum(path.stat().st_size for path in (root / "1").rglob("*") if path.is_file() and "SEAL" not in path.name)
+    assert len(reads) == 2 and size > 8e6
+    for read, whole in ((saving, 2 * size), (restoring, size)):
+        assert abs(read.sum() / whole - 1) < 0.01, (read, whole)
+        assert (0.3 * whole < read).all() and (read < 0.7 * whole).all(), (read, whole)
+    assert len(lines) == 4 and sum("restored 1 True" in line for line in lines) == 2, stderr
+    assert "state/ocdbt.process_1/" in stderr and "falling back to step 1" in stderr and "Traceback" not in stderr, (
+        stderr
+    )
+    assert (root / "2.broken").exists()
 
 
 def test_a_mistake_is_told_by_every_process_and_none_of_them_waits(folder, two):

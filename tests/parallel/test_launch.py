@@ -4,6 +4,7 @@ processes.
 Nothing here reaches a cluster: PATH holds a few named tools, and for gcloud, kubectl and the like a trap that notes
 that it was called."""
 
+import contextlib
 import json
 import os
 import re
@@ -16,6 +17,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from tests.processes import finished, in_session, started
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -85,8 +88,15 @@ def tools(tmp_path):
     return Tools(PATH=str(folder), HOME=str(tmp_path / "home"), TMPDIR=str(tmp_path / "home"))
 
 
+@pytest.fixture
+def start():
+    """subprocess.Popen of which nothing is left after the test, however that ends."""
+    with contextlib.ExitStack() as stack:
+        yield lambda words, **options: stack.enter_context(started(words, **options))
+
+
 def execute(words, **options):
-    return subprocess.run(words, **options, capture_output=True, text=True, timeout=60)
+    return finished(words, timeout=60, **options)
 
 
 def run(script, *arguments, env, cwd=None):
@@ -297,8 +307,24 @@ def test_a_killed_process_is_named_with_its_signal_and_the_others_are_killed_aft
     wait_for(lambda: not any(map(runs, pids.read_text().split())))
 
 
+def test_nothing_that_a_test_has_started_outlives_its_time(tools, tmp_path):
+    # Catches: processes of a launcher, each in a group of its own, that run on for minutes after a test has given up.
+    pids = tmp_path / "pids"
+    program = f'echo $$ >> {pids}; trap "" TERM INT; sleep 600 & echo $! >> {pids}; wait'
+    words = [BASH, SCRIPTS / "launch_local.sh", "-n", "2", "--", "bash", "-c", program]
+    with started(words, env=tools, stderr=subprocess.DEVNULL) as launcher:
+        wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 4)
+        assert set(map(int, pids.read_text().split())) < set(in_session(launcher.pid))
+        with pytest.raises(subprocess.TimeoutExpired):
+            finished([BASH, "-c", f"sleep 600 & echo $! >> {pids}; wait"], timeout=0.5, env=tools)
+    wait_for(lambda: not any(map(runs, [launcher.pid, *pids.read_text().split()])))
+    assert len(pids.read_text().split()) == 5
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_launcher_reaches_all_processes_as_sigterm_and_it_waits_for_them(number, tools, tmp_path):
+def test_a_signal_to_the_launcher_reaches_all_processes_as_sigterm_and_it_waits_for_them(
+    number, tools, tmp_path, start
+):
     # Catches: processes left behind, a launcher that ends before they have saved, SIGINT that is ignored in the
     # background.
     program = f"""
@@ -315,9 +341,8 @@ while True:
     time.sleep(0.05)
 """
     words = [BASH, SCRIPTS / "launch_local.sh", "-n", "2", "--", sys.executable, "-c", program]
-    launcher = subprocess.Popen(
-        words, env=tools, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = start(words, env=tools, preexec_fn=heed_interrupts, **pipes)
     wait_for(lambda: len(list(tmp_path.glob("ready*"))) == 2)
     launcher.send_signal(number)
     stdout, stderr = launcher.communicate(timeout=15)
@@ -326,12 +351,12 @@ while True:
     assert (stdout, stderr) == ("saved\n", "[1] saved\n")
 
 
-def test_a_second_ctrl_c_kills_processes_that_do_not_end(tools, tmp_path):
+def test_a_second_ctrl_c_kills_processes_that_do_not_end(tools, tmp_path, start):
     # Catches: a run that cannot be ended from the terminal.
     pids = tmp_path / "pids"
     program = f'trap "" TERM; echo $$ >> {pids}; while :; do sleep 0.1; done'
     words = [BASH, SCRIPTS / "launch_local.sh", "-n", "2", "--", "bash", "-c", program]
-    launcher = subprocess.Popen(words, env=tools, stderr=subprocess.DEVNULL, preexec_fn=heed_interrupts)
+    launcher = start(words, env=tools, stderr=subprocess.DEVNULL, preexec_fn=heed_interrupts)
     wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 2)
     launcher.send_signal(signal.SIGINT)
     time.sleep(0.3)
@@ -360,7 +385,7 @@ def test_the_slurm_job_starts_one_process_per_node_with_all_its_gpus(tools):
 
 
 @pytest.fixture
-def slurm_job(tools, tmp_path):
+def slurm_job(tools, tmp_path, start):
     """Starts the script as a job: function(code with which the processes end after SIGTERM) -> Popen, once srun
     runs."""
     project, pid = tmp_path / "project", tmp_path / "srun.pid"
@@ -373,7 +398,7 @@ def slurm_job(tools, tmp_path):
         f"{scancel}import os, signal\nos.kill(int(open({str(pid)!r}).read()), signal.SIGTERM)\n"
     )
 
-    def start(code):
+    def submit(code):
         trap = (
             f"sleep 0.3; kill %1; exit {code}"  # time in which the shell's wait is interrupted and the processes save
         )
@@ -383,11 +408,11 @@ def slurm_job(tools, tmp_path):
         )
         env = tools | {"SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(project), "SLURM_GPUS_ON_NODE": "2"}
         words = [BASH, SCRIPTS / "launch_slurm.sbatch", CONFIG, "/shared/x"]
-        job = subprocess.Popen(words, env=env, cwd=tmp_path, stderr=subprocess.PIPE)
+        job = start(words, env=env, cwd=tmp_path, stderr=subprocess.PIPE)
         wait_for(pid.exists)
         return job, int(pid.read_text())
 
-    return start
+    return submit
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(143, True), (0, False)])

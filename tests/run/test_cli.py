@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from gspo.run import cli
+from gspo.run.workdir import hold_workdir
 from tests.tiny_runs import ROOT, command, contents, kept_compiles  # noqa: F401 - fixtures
 
 CONFIG_FILE = """
@@ -224,6 +225,21 @@ def test_a_run_can_be_started_and_its_workdir_defends_itself(command, config, tm
     )
     refused(command("rl", config, workdir, "--config.num_promts=2", "--allow_changed_config"), "no such field")
     assert contents(tmp_path / "run") == before
+
+
+def test_a_second_run_in_a_workdir_is_refused_and_what_only_reads_it_is_not(command, config, tmp_path):  # noqa: F811
+    # Catches two runs whose metrics interleave without a word, and an evaluation that has to wait for the end of a run.
+    workdir = f"--workdir={tmp_path}/run"
+    assert command("rl", config, workdir, "--config.num_rollouts=1")[0] == 0
+    before = {name: data for name, data in contents(tmp_path / "run").items() if name != "LOCK"}
+    with hold_workdir(tmp_path / "run", {}, allow_changed_config=True):
+        for script, kind in (("rl", config), ("sft", f"{config}:sft")):
+            told = refused(command(script, kind, workdir, "--allow_changed_config"), "is in use: process [0-9]+ on")
+            assert f"process {os.getpid()} on" in told
+        code, stdout, stderr = command("evaluate", config, workdir)
+        assert (code, stderr) == (0, "") and '"step": 1' in stdout
+    after = {name: data for name, data in contents(tmp_path / "run").items() if name != "LOCK"}
+    assert before == after
 
 
 def test_a_process_ends_with_exit_code_2_and_without_a_traceback(tmp_path):
