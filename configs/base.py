@@ -8,26 +8,28 @@ from ml_collections.config_dict import placeholder
 
 
 def model() -> ConfigDict:
-    """The toy Mixture of Experts: 4 layers, 8 experts of which 2 run, about 450k parameters."""
+    """A model. None: as the weights of init_from have it, else as the toy Mixture of Experts has (in brackets): 4 layers, 8
+    experts of which 2 run, about 450k parameters."""
     return ConfigDict(
         dict(
-            vocab_size=0,  # 0: the tokenizer's; imported models may have rows that no token uses
-            num_layers=4,
-            d_model=64,
-            num_heads=4,
-            num_kv_heads=2,
-            head_width=16,
-            d_ff=0,  # width of dense feed-forward layers; used where num_experts = 0
-            num_experts=8,
-            experts_per_token=2,
-            d_expert=64,
-            norm_topk_prob=True,
-            rope_theta=1e4,
-            rope_scaling=(),  # Llama 3.1's (factor, low, high, trained length)
-            rms_eps=1e-6,
-            qk_norm=True,
-            qk_norm_over="head",  # head | projection
-            tie_embeddings=False,
+            vocab_size=placeholder(int),  # 0: the tokenizer's; imported models may have rows that no token uses
+            num_layers=placeholder(int),  # [4]
+            d_model=placeholder(int),  # [64]
+            num_heads=placeholder(int),  # [4]
+            num_kv_heads=placeholder(int),  # [2]
+            head_width=placeholder(int),  # [16]
+            d_ff=placeholder(int),  # width of dense feed-forward layers; used where num_experts = 0
+            num_experts=placeholder(int),  # [8]
+            experts_per_token=placeholder(int),  # [2]
+            d_expert=placeholder(int),  # [64]
+            norm_topk_prob=placeholder(bool),  # [True]
+            rope_theta=placeholder(float),  # [1e4]
+            rope_scaling=placeholder(tuple),  # Llama 3.1's (factor, low, high, trained length); () for none
+            rms_eps=placeholder(float),  # [1e-6]
+            qk_norm=placeholder(bool),  # [True]
+            qk_norm_over=placeholder(str),  # [head] | projection
+            tie_embeddings=placeholder(bool),  # [False]
+            # How it runs: free to choose, whatever the weights.
             dtype="float32",  # of the matmuls; router, softmax, log-probs and parameters are float32 always
             moe_backend="blocked",  # dense | blocked | ragged
             remat=False,
@@ -65,7 +67,8 @@ def common() -> ConfigDict:
             options=ConfigDict(dict(num_digits=12, modulus=10, error_rate=0.12)),
         )
     )
-    config.tokenizer = "chars:0123456789="  # bytes | chars:ALPHABET | path of a tokenizer.json or its folder
+    # bytes | chars:ALPHABET | path of a tokenizer.json or its folder. None: that of init_from, else the toy's.
+    config.tokenizer = placeholder(str)
     config.max_prompt_length = 13  # tokens
     config.max_completion_length = 16  # tokens, the end-of-sequence token included
     config.overlong_prompts = "error"  # error | drop

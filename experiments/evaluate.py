@@ -1,14 +1,18 @@
-"""Evaluates the latest checkpoint of a run on held-out prompts:
+"""Evaluates the latest checkpoint of a run on held-out prompts, by the config of the run:
 
-python experiments/evaluate.py --config=configs/gspo_running_sum.py --workdir=runs/gspo --config.eval.num_prompts=512
+python experiments/evaluate.py --workdir=runs/gspo --config.eval.num_prompts=512
 """
 
 import json
+import sys
+from pathlib import Path
 
 from gspo import build
 from gspo.evaluate import evaluate_workdir
 from gspo.parallel import distributed
 from gspo.run import cli
+
+FROM_RUN = Path(__file__).parent.parent / "configs" / "from_run.py"
 
 
 def main() -> None:
@@ -21,6 +25,16 @@ def main() -> None:
     print(json.dumps({"step": step} | metrics))
 
 
+def with_config(arguments: list[str]) -> list[str]:
+    """The command line with the config that the run left in its folder, where none is given."""
+    workdir = next((a.partition("=")[2] for a in arguments if a.lstrip("-").startswith("workdir=")), "")
+    given = any(a.lstrip("-").partition("=")[0] == "config" for a in arguments)
+    if given or not workdir or not (Path(workdir) / "config.json").is_file():
+        return arguments
+    return [f"--config={FROM_RUN}:{workdir}", *arguments]
+
+
 if __name__ == "__main__":
     cli.define_flags()
+    sys.argv[1:] = with_config(sys.argv[1:])
     cli.run(main, needs="eval")

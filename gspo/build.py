@@ -10,6 +10,9 @@ from ml_collections import ConfigDict
 from gspo import objectives, plans
 from gspo.learning.learner import UpdatePlan
 from gspo.model.distribution import Sampling
+from gspo.model.spec import TOY, TOY_TOKENIZER
+from gspo.run.identity import saved_identity, tokenizer_of
+from gspo.types import UserError
 
 
 def rl_plan(config: ConfigDict) -> plans.RLPlan:
@@ -65,13 +68,14 @@ def mesh_plan(config: ConfigDict) -> plans.MeshPlan:
 
 def _common(config: ConfigDict, *, total_steps: int, eval_at_a_time: int) -> dict[str, Any]:
     """The fields of `plans.RunPlan`. What only reinforcement learning has takes its neutral value elsewhere."""
+    model, tokenizer = _model_and_tokenizer(config)
     return {
         "written": config.to_dict(),
         "seed": config.seed,
         "init_from": config.init_from,
-        "data": _data(config),
+        "data": _data(config, tokenizer),
         "mesh": mesh_plan(config),
-        "model": plans.ModelPlan(config.model.to_dict()),
+        "model": model,
         "optimizer": plans.OptimizerPlan(config.optimizer.to_dict(), total_steps),
         "update": UpdatePlan(
             micro_batch_size=config.micro_batch_size,
@@ -93,13 +97,30 @@ def _common(config: ConfigDict, *, total_steps: int, eval_at_a_time: int) -> dic
     }
 
 
-def _data(config: ConfigDict) -> plans.DataPlan:
+def _model_and_tokenizer(config: ConfigDict) -> tuple[plans.ModelPlan, str]:
+    """What the config leaves open is that of init_from, else that of the toy. What it sets and init_from contradicts is an
+    error: the weights would mean something else. (A tokenizer is compared when it is made.)"""
+    fields = config.model.to_dict()
+    given = {name: fields[name] for name in fields if fields[name] is not None}
+    saved = saved_identity(config.init_from) if config.init_from else None
+    begun = {} if saved is None else {**saved["model"], "rope_scaling": tuple(saved["model"]["rope_scaling"])}
+    for name, value in given.items():
+        if name in begun and value != begun[name] and (name, value) != ("vocab_size", 0):
+            raise UserError(
+                f"model.{name}={value}: init_from={config.init_from} was trained with {begun[name]}; leave it out, or start "
+                "from other weights"
+            )
+    tokenizer = config.tokenizer or (saved and tokenizer_of(saved, config.init_from)) or TOY_TOKENIZER
+    return plans.ModelPlan({**TOY, **given, **begun}), tokenizer
+
+
+def _data(config: ConfigDict, tokenizer: str) -> plans.DataPlan:
     return plans.DataPlan(
         task=config.task.name,
         options=config.task.options.to_dict(),
         train_split=config.task.train_split,
         eval_split=config.task.eval_split,
-        tokenizer=config.tokenizer,
+        tokenizer=tokenizer,
         max_prompt_length=config.max_prompt_length,
         max_completion_length=config.max_completion_length,
         overlong_prompts=config.overlong_prompts,

@@ -12,6 +12,7 @@ from gspo.generate import Generator, judge, prompt_source, sample_line
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer, abstract_params
 from gspo.run.checkpoint import restore_params
+from gspo.run.identity import check_identity, identity, saved_identity
 from gspo.steps import make_layout, make_model, make_rollout_layout, make_rollout_params, sampler_of
 from gspo.types import Params, Rollout
 
@@ -85,7 +86,11 @@ def make_evaluator(
 
 def evaluate_workdir(plan: plans.RunPlan, workdir: str) -> tuple[int, dict[str, float], list[dict]]:
     """Evaluates the latest good checkpoint of a run. Returns (its step, metrics, samples)."""
-    layout, tokenizer = make_layout(plan.mesh), make_tokenizer(plan.data.tokenizer)
+    date = (saved_identity(workdir) or {}).get("date")
+    layout, tokenizer = make_layout(plan.mesh), make_tokenizer(plan.data.tokenizer, date=date)
     model = make_model(plan.model, tokenizer, layout)
-    step, params = restore_params(workdir, abstract_params(model, layout))
+    own = identity(model.spec, tokenizer)
+    step, params = restore_params(
+        workdir, abstract_params(model, layout), lambda where, saved: check_identity(where, saved, own)
+    )
     return step, *make_evaluator(plan, model, tokenizer)(params)

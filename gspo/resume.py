@@ -1,13 +1,21 @@
 """A run begins, or goes on where it was stopped: its folder, its checkpoints, its state, its files of metrics."""
 
 import contextlib
-from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from gspo import plans
+from gspo.data.hf_tokenizer import now
+from gspo.data.tokenizer import Tokenizer, make_tokenizer, save_files
+from gspo.learning.state import Start
+from gspo.model.spec import ModelSpec
+from gspo.parallel import distributed
 from gspo.run.checkpoint import Checkpointer
+from gspo.run.identity import TOKENIZER, check_identity, identity, saved_identity
 from gspo.run.workdir import hold_workdir, keep_config
 from gspo.run.writers import MetricsWriter
+from gspo.steps import initial_state
 from gspo.types import TrainState
 
 
@@ -21,11 +29,19 @@ class Opened(NamedTuple):
     held: contextlib.ExitStack  # closes both, and lets other runs into the folder: the context of the loop
 
 
+def tokenizer_of_run(plan: plans.RunPlan, workdir: str) -> Tokenizer:
+    """The tokenizer of the plan. The day that its chat template may write into prompts is that on which the run began, in all
+    its processes and after every resume."""
+    date = (saved_identity(workdir) or {}).get("date") or distributed.text_of_primary(now())
+    return make_tokenizer(plan.data.tokenizer, date=date)
+
+
 def open_run(
     plan: plans.RunPlan,
     workdir: str,
-    abstract: TrainState,
-    fresh: Callable[[], TrainState],
+    start: Start,
+    model: ModelSpec,
+    tokenizer: Tokenizer,
     *,
     allow_changed_config: bool,
 ) -> Opened:
@@ -34,7 +50,8 @@ def open_run(
     No other run can use the folder until `held` is closed. It is claimed for this config only once nothing can fail any
     more. Raises UserError.
     """
-    written = dict(plan.written)
+    written, own = dict(plan.written), identity(model, tokenizer)
+    check = partial(_check, own)
     with contextlib.ExitStack() as held:  # given back at once where anything fails
         held.enter_context(hold_workdir(workdir, written, allow_changed_config=allow_changed_config))
         checkpointer = Checkpointer(
@@ -42,12 +59,19 @@ def open_run(
             keep_last=plan.checkpoint.keep_last,
             keep_best=plan.checkpoint.keep_best,
             best_metric="eval/pass@1",
+            identity=own,
         )
         held.enter_context(checkpointer)
         writer = MetricsWriter(workdir, tensorboard=plan.log.tensorboard, wandb=plan.log.wandb, config=written)
         held.enter_context(writer)
-        restored = checkpointer.restore(abstract)
-        first, state, meta = (0, fresh(), {}) if restored is None else restored
+        restored = checkpointer.restore(start.abstract, check)
+        first, state, meta = (0, initial_state(plan, start, check), {}) if restored is None else restored
         keep_config(workdir, written)
+        if restored is None:  # from now on its tokenizer lies beside its weights
+            distributed.on_primary(lambda: save_files(tokenizer, Path(workdir) / TOKENIZER), f"copying to {workdir}")
         writer.truncate(meta.get("offsets"))
         return Opened(checkpointer, writer, first, state, meta, restored is not None, held.pop_all())
+
+
+def _check(own: dict[str, Any], where: Path, saved: dict[str, Any] | None) -> None:
+    check_identity(where, saved, own)

@@ -17,7 +17,7 @@ import numpy as np
 
 from gspo import plans
 from gspo.collect import Collector
-from gspo.data.tokenizer import make_tokenizer
+from gspo.data.tokenizer import Tokenizer, make_tokenizer
 from gspo.evaluate import Writer, make_evaluator
 from gspo.generate import check_splits, prompt_source
 from gspo.learning.agreement import Gap, complaint
@@ -28,12 +28,12 @@ from gspo.masked import Metrics, added, values
 from gspo.model.distribution import Sampling
 from gspo.objectives import warnings_of
 from gspo.parallel import distributed
-from gspo.resume import open_run
+from gspo.resume import open_run, tokenizer_of_run
 from gspo.run.checkpoint import Checkpointer
 from gspo.run.cli import StopSignal
 from gspo.run.profile import Profiler
 from gspo.run.progress import Progress, Timer, is_due
-from gspo.steps import Steps, describe, describe_layout, initial_state, make_layout, make_steps
+from gspo.steps import Steps, describe, describe_layout, make_layout, make_steps
 from gspo.types import Batch, TrainState, UserError
 
 ROLLOUT_STREAM = 1  # of the run's random keys
@@ -46,15 +46,10 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
     Raises UserError for mistakes in the plan, and when the loss is NaN or sampler and learner disagree.
     """
     # ------------------------------------------------------------------ parts and state
-    run = prepare(plan)
-    steps = run.steps
-    opened = open_run(
-        plan,
-        workdir,
-        steps.abstract,
-        lambda: initial_state(plan, steps.start),
-        allow_changed_config=allow_changed_config,
-    )
+    tokenizer = tokenizer_of_run(plan, workdir)
+    run = prepare(plan, tokenizer)
+    steps, spec = run.steps, run.steps.model.spec
+    opened = open_run(plan, workdir, steps.start, spec, tokenizer, allow_changed_config=allow_changed_config)
     checkpointer, writer, first, state = opened.checkpointer, opened.writer, opened.first, opened.state
     cursor = opened.meta.get("cursor", 0)
     run_key = jax.random.fold_in(jax.random.key(plan.seed), ROLLOUT_STREAM)
@@ -135,9 +130,10 @@ class Run(NamedTuple):
     notes: list[str]  # what the log says first
 
 
-def prepare(plan: plans.RLPlan) -> Run:
-    """Plan -> parts. Raises UserError for every mistake that can be seen before the first rollout."""
-    layout, tokenizer = make_layout(plan.mesh), make_tokenizer(plan.data.tokenizer)
+def prepare(plan: plans.RLPlan, tokenizer: Tokenizer | None = None) -> Run:
+    """Plan -> parts. tokenizer: that of the run, where it is made already. Raises UserError for every mistake that can be
+    seen before the first rollout."""
+    layout, tokenizer = make_layout(plan.mesh), tokenizer or make_tokenizer(plan.data.tokenizer)
     steps = make_steps(plan, layout, tokenizer)
     split_notes = check_splits(plan.data)
     source = prompt_source(plan.data, plan.data.train_split, tokenizer)

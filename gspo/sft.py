@@ -9,7 +9,6 @@ import numpy as np
 
 from gspo import plans
 from gspo.data.batches import DemonstrationSource
-from gspo.data.tokenizer import make_tokenizer
 from gspo.evaluate import make_evaluator
 from gspo.generate import check_splits, make_task
 from gspo.learning.learner import make_train_step
@@ -18,10 +17,10 @@ from gspo.masked import values
 from gspo.objectives import negative_log_likelihood
 from gspo.parallel import distributed
 from gspo.parallel.sharding import Layout
-from gspo.resume import open_run
+from gspo.resume import open_run, tokenizer_of_run
 from gspo.run.cli import StopSignal
 from gspo.run.progress import Progress, Timer, is_due
-from gspo.steps import check_rows, describe, initial_state, make_layout, make_model, optimizer_of
+from gspo.steps import check_rows, describe, make_layout, make_model, optimizer_of
 from gspo.types import Batch, LossInputs, UserError, completion_mask
 
 STOP_EVERY = 5  # updates between looks at whether any process was asked to stop: they all must take part
@@ -33,7 +32,7 @@ def train(
     """Runs, or resumes, supervised fine-tuning in workdir. Returns the last line of its metrics. Raises UserError."""
     # ------------------------------------------------------------------ layout, data, model
     micro = plan.update.micro_batch_size
-    layout, tokenizer = make_layout(plan.mesh), make_tokenizer(plan.data.tokenizer)
+    layout, tokenizer = make_layout(plan.mesh), tokenizer_of_run(plan, workdir)
     check_rows(layout, batch_size=micro or plan.batch_size)
     split_notes = check_splits(plan.data)
     source = demonstration_source(plan.data, tokenizer)
@@ -45,13 +44,7 @@ def train(
     evaluate = make_evaluator(plan, model, tokenizer)
 
     # ------------------------------------------------------------------ state
-    opened = open_run(
-        plan,
-        workdir,
-        start.abstract,
-        lambda: initial_state(plan, start),
-        allow_changed_config=allow_changed_config,
-    )
+    opened = open_run(plan, workdir, start, model.spec, tokenizer, allow_changed_config=allow_changed_config)
     checkpointer, writer, first, state = opened.checkpointer, opened.writer, opened.first, opened.state
     progress = Progress(plan.num_updates, start=first, title=title)
     for note in (describe(model, start.abstract), *split_notes):

@@ -25,7 +25,7 @@ from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer, param_shardings
 from gspo.objectives import Objective, make_objective
 from gspo.parallel.sharding import ONE_DEVICE, Layout, indivisible, make_mesh
-from gspo.run.checkpoint import restore_params
+from gspo.run.checkpoint import Check, restore_params
 from gspo.types import Batch, Params, Rollout, TrainState, UserError
 
 # ---------------------------------------------------------------------------- parts of a run
@@ -218,12 +218,12 @@ def _kept_scores(plan: plans.RLPlan, objective: Objective) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------- the state they begin with
 
 
-def initial_state(plan: plans.RunPlan, start: Start) -> TrainState:
+def initial_state(plan: plans.RunPlan, start: Start, check: Check | None = None) -> TrainState:
     """A fresh state; with init_from, one that begins with the parameters of that run, of which there is never a second
-    copy beside random ones."""
+    copy beside random ones. check: what compares them with the model before they are read."""
     if not plan.init_from:
         return start.init(jax.random.fold_in(jax.random.key(plan.seed), 0))
-    _, params = restore_params(plan.init_from, start.abstract.params)
+    _, params = restore_params(plan.init_from, start.abstract.params, check)
     return start.begin(params)
 
 

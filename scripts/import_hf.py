@@ -5,10 +5,11 @@
 The folder holds config.json and safetensors; Qwen3, Qwen3-MoE, Mixtral, Llama and OLMoE are known. Writes under --out:
 
     checkpoints/0/   the parameters, for config.init_from
-    hf/              config.json and the tokenizer's files, for config.tokenizer and for scripts/export_hf.py
+    tokenizer/       the tokenizer's files: --config.init_from alone starts a run from model and tokenizer
+    hf/              config.json and the files that scripts/export_hf.py takes over
     model.json       the fields of config.model
 
-and prints the flags that start a run from it. --mesh=fsdp=8 (axes data, fsdp, expert, tensor; -1: the rest) reads the
+and prints the flag that starts a run from it. --mesh=fsdp=8 (axes data, fsdp, expert, tensor; -1: the rest) reads the
 weights straight into their shardings over several devices.
 """
 
@@ -20,12 +21,14 @@ from pathlib import Path
 
 import jax
 
+from gspo.data.tokenizer import make_tokenizer, save_files
 from gspo.hf import folder as hf
 from gspo.hf.families import family_of, read_config, spec_from_hf
 from gspo.model.transformer import Transformer, abstract_params
 from gspo.parallel.sharding import Layout, make_mesh, parse_sizes
 from gspo.run import cli
 from gspo.run.checkpoint import Checkpointer
+from gspo.run.identity import TOKENIZER, identity
 from gspo.types import UserError
 
 
@@ -52,21 +55,18 @@ def main(argv: list[str]) -> int:
         shutil.copyfile(folder / "config.json", out / "hf" / "config.json")
         carried = hf.carry_over(folder, out / "hf")
         (out / "model.json").write_text(json.dumps(dataclasses.asdict(spec), indent=2) + "\n")
-        with Checkpointer(out, keep_last=1, async_save=False) as checkpointer:
+        tokenizer = make_tokenizer(str(out / "hf")) if "tokenizer.json" in carried else None
+        if tokenizer:
+            save_files(tokenizer, out / TOKENIZER)
+        own = identity(spec, tokenizer)
+        with Checkpointer(out, keep_last=1, async_save=False, identity=own) as checkpointer:
             checkpointer.save(0, {"params": params}, {"imported_from": str(folder)})
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror}") from None
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{out}: {family_of(spec)}, {spec.num_layers} layers, {count:,} parameters")
-    flags = {f"model.{field}": value for field, value in dataclasses.asdict(spec).items()}
-    flags |= {"init_from": str(out)} | ({"tokenizer": str(out / "hf")} if "tokenizer.json" in carried else {})
-    print("start from it with: " + " ".join(f"--config.{field}={_flag(value)}" for field, value in flags.items()))
+    print(f"start from it with: --config.init_from={out}" + ("" if tokenizer else " --config.tokenizer=..."))
     return 0
-
-
-def _flag(value) -> str:
-    """A value as the shell and config_flags read it."""
-    return f"'{value}'" if isinstance(value, tuple) else str(value)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("line", commands())
-def test_every_command_names_a_script_and_flags_that_exist(line, command, monkeypatch):  # noqa: F811
+def test_every_command_names_a_script_and_flags_that_exist(line, command, monkeypatch, tmp_path):  # noqa: F811
     # Catches a renamed script, config or field, and a flag that a script does not have.
     program, script, *arguments = shlex.split(line)
     assert program in ("python", "bash"), f"neither python nor bash: {line}"
@@ -36,7 +36,11 @@ def test_every_command_names_a_script_and_flags_that_exist(line, command, monkey
     if program == "bash":
         assert subprocess.run(["bash", "-n", ROOT / script]).returncode == 0
         return
-    monkeypatch.chdir(ROOT)
+    for name in ("configs", "experiments", "scripts"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "runs" / "gspo").mkdir(parents=True)  # as the commands before have left it
+    (tmp_path / "runs" / "gspo" / "config.json").write_text(base.rl().to_json())
+    monkeypatch.chdir(tmp_path)
     folder, _, name = script.removesuffix(".py").partition("/")
     if folder == "experiments":
         run = cli.run

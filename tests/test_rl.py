@@ -43,7 +43,7 @@ def parts_made_once():
     run: if they did, the resumed runs below would differ from the unbroken one."""
     made, prepare = {}, rl.prepare
 
-    def prepare_once(plan):
+    def prepare_once(plan, *tokenizer):
         key = (
             json.dumps(plan.written, sort_keys=True),
             steps.sampler_of,
@@ -52,7 +52,7 @@ def parts_made_once():
             rl.make_evaluator,
         )  # what the tests replace
         if key not in made:
-            made[key] = prepare(plan)
+            made[key] = prepare(plan, *tokenizer)
         return made[key]._replace(notes=list(made[key].notes))
 
     rl.prepare = prepare_once

@@ -8,6 +8,14 @@ from gspo.model.attention import KVCache
 from gspo.model.experts import BACKENDS
 from gspo.types import UserError
 
+# The model of a run that names none and starts from none: about 450k parameters. And its tokenizer.
+TOY = {
+    "vocab_size": 0, "num_layers": 4, "d_model": 64, "num_heads": 4, "num_kv_heads": 2, "head_width": 16, "d_ff": 0,
+    "num_experts": 8, "experts_per_token": 2, "d_expert": 64, "norm_topk_prob": True, "rope_theta": 1e4,
+    "rope_scaling": (), "rms_eps": 1e-6, "qk_norm": True, "qk_norm_over": "head", "tie_embeddings": False,
+}  # fmt: skip
+TOY_TOKENIZER = "chars:0123456789="
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:

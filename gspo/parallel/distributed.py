@@ -197,13 +197,22 @@ def on_primary(work: Callable[[], None], name: str) -> None:
             work()
         except Exception as error:  # the others wait below, whatever it is
             message, failed = (str(error) or name).encode()[:1000], error
-    told = multihost_utils.broadcast_one_to_all(np.frombuffer(message.ljust(1000, b"\0"), np.uint8))
-    message = bytes(np.asarray(told, np.uint8)).rstrip(b"\0")
+    told = _from_primary(message)
     if failed is not None:
         raise failed
-    if message:
-        raise UserError(message.decode(errors="ignore"))
+    if told:
+        raise UserError(told.decode(errors="ignore"))
     return None
+
+
+def text_of_primary(text: str) -> str:
+    """The text that the first process has, at most 1,000 bytes of it. Every process must call."""
+    return text if jax.process_count() == 1 else _from_primary(text.encode()).decode(errors="ignore")
+
+
+def _from_primary(message: bytes) -> bytes:
+    told = multihost_utils.broadcast_one_to_all(np.frombuffer(message.ljust(1000, b"\0"), np.uint8))
+    return bytes(np.asarray(told, np.uint8)).rstrip(b"\0")
 
 
 # ---------------------------------------------------------------------------------------------------- loss

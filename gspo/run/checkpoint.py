@@ -21,7 +21,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from gspo.run.seal import check_seal, write_seal
 from gspo.types import UserError
 
 log = logging.getLogger(__name__)
+Check = Callable[[Path, dict[str, Any] | None], None]  # (folder, the identity saved there); raises UserError
 
 
 # ---------------------------------------------------------------------------------------------------- trees by name
@@ -129,10 +130,12 @@ def _read_arrays(step_dir: Path, wanted: dict[str, Any]) -> dict[str, jax.Array]
     return jax.block_until_ready(arrays)
 
 
-def _read_latest(step_dirs: Sequence[Path], tree: Any, prefix: str = "", cast: bool = False):
+def _read_latest(
+    step_dirs: Sequence[Path], tree: Any, prefix: str = "", cast: bool = False, check: Check | None = None
+):
     """The latest checkpoint that can be read -> (folder, tree, meta, damaged folders that were passed over).
 
-    Raises: UserError if it does not fit `tree`, or if every folder is damaged.
+    Raises: UserError if it does not fit `tree`, or what `check` raises, or if every folder is damaged.
     """
     wanted = {prefix + name: leaf for name, leaf in _named(tree).items()}
     damaged = {}
@@ -141,6 +144,8 @@ def _read_latest(step_dirs: Sequence[Path], tree: Any, prefix: str = "", cast: b
             _check_seals(step_dir)
             meta = _read_meta(step_dir)
             saved = {name: text for name, text in meta["arrays"].items() if name.startswith(prefix)}
+            if check is not None:
+                check(step_dir, meta.get("identity"))
             _check_fits(step_dir, saved, wanted, cast)
             arrays = _read_arrays(step_dir, wanted)
         except UserError:
@@ -162,22 +167,40 @@ def _read_latest(step_dirs: Sequence[Path], tree: Any, prefix: str = "", cast: b
     raise UserError(f"no checkpoint in {step_dirs[0].parent} can be read; move them away to start again ({reasons})")
 
 
-def restore_params(path: str | os.PathLike, abstract_params: Any) -> tuple[int, Any]:
+def read_content(path: str | os.PathLike) -> dict[str, Any] | None:
+    """What the latest readable checkpoint of a workdir, its checkpoints folder, or the folder of one step holds beside its
+    arrays; None where there is none."""
+    _quieten_orbax()
+    for step_dir in _steps_at(Path(path).absolute()):
+        try:
+            return _read_meta(step_dir)
+        except Exception:  # damaged: whoever restores it will say so
+            continue
+    return None
+
+
+def _steps_at(path: Path) -> list[Path]:
+    """The folders of the steps of a workdir or its checkpoints folder, latest first; or that of the one step given."""
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    return [path] if path.name.isdecimal() and (path / "meta").exists() else _step_dirs(root)
+
+
+def restore_params(path: str | os.PathLike, abstract_params: Any, check: Check | None = None) -> tuple[int, Any]:
     """The parameters of another run, for `init_from` and for evaluation: (step, params). Reads only, changes nothing on
     disk.
 
     path             a workdir, its checkpoints folder, or the folder of one step
     abstract_params  tree of jax.ShapeDtypeStruct; the arrays come back with its dtypes (cast where they were saved in
                      another) and its shardings (the first device where it names none)
+    check            called with the folder and the identity that was saved there, before anything is read
     Raises: UserError if there is no checkpoint, none can be read, or the latest one is of another model shape.
     """
     _quieten_orbax()
     path = Path(path).absolute()
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    step_dirs = [path] if path.name.isdecimal() and (path / "meta").exists() else _step_dirs(root)
+    step_dirs = _steps_at(path)
     if not step_dirs:
         raise UserError(f"no checkpoint in {path}: " + ("it holds none yet" if path.exists() else "no such folder"))
-    step_dir, params, _, _ = _read_latest(step_dirs, abstract_params, prefix="params/", cast=True)
+    step_dir, params, _, _ = _read_latest(step_dirs, abstract_params, prefix="params/", cast=True, check=check)
     return int(step_dir.name), params
 
 
@@ -207,19 +230,21 @@ class Checkpointer:
     keep_last    number of latest checkpoints kept, at least 1. With 1 there is nothing to fall back to
     keep_best    number of best ones kept besides (True: one), by `best_metric`, the name of an entry of `metrics`;
                  higher is better; a checkpoint saved without it, or with NaN, has no rank
+    identity     what is saved, as JSON values: given to whoever takes the weights (`gspo.run.identity`)
     async_save   write in the background; an error of a write is raised by the next `save`, `wait` or `close`
     Raises: UserError on settings that contradict each other.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, keep_last: int = 2, keep_best: bool | int = False,
-                 best_metric: str | None = None, async_save: bool = True):  # fmt: skip
+                 best_metric: str | None = None, identity: dict[str, Any] | None = None,
+                 async_save: bool = True):  # fmt: skip
         if keep_last < 1:
             raise UserError(f"keep_last is {keep_last}: at least one checkpoint must be kept")
         if keep_best and not best_metric:
             raise UserError("keep_best needs best_metric, the metric that ranks checkpoints")
         _quieten_orbax()
         self._root = Path(workdir).absolute() / "checkpoints"
-        self._best_metric = best_metric
+        self._best_metric, self._identity = best_metric, identity
         self._async_save = async_save
         self._finisher = concurrent.futures.ThreadPoolExecutor(1)
         self._unfinished: concurrent.futures.Future | None = None
@@ -260,7 +285,8 @@ class Checkpointer:
             )
         replaced = self._set_aside(target, "replaced") if target.exists() else None
         content = {"meta": meta, "metrics": {name: float(value) for name, value in (metrics or {}).items()},
-                   "arrays": {name: _describe(leaf) for name, leaf in named.items()}}  # fmt: skip
+                   "arrays": {name: _describe(leaf) for name, leaf in named.items()},
+                   "identity": self._identity}  # fmt: skip
         content = json.loads(json.dumps(content))  # a copy: the caller may change `meta` while the writer runs
         self._score(step, content["metrics"])
         self._needs = step, sum(leaf.nbytes for leaf in named.values())
@@ -276,7 +302,7 @@ class Checkpointer:
             shutil.rmtree(replaced)
         return True
 
-    def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    def restore(self, abstract_state: Any, check: Check | None = None) -> tuple[int, Any, dict[str, Any]] | None:
         """The latest checkpoint that can be read: (step, state, meta), or None if there is none at all.
 
         abstract_state  tree of jax.ShapeDtypeStruct; its shardings need not be those of the run that saved (no
@@ -292,7 +318,7 @@ class Checkpointer:
             )
         if not step_dirs:
             return None
-        step_dir, state, content, damaged = _read_latest(step_dirs, abstract_state)
+        step_dir, state, content, damaged = _read_latest(step_dirs, abstract_state, check=check)
         for broken in damaged:
             self._set_aside(broken, "broken")
         return int(step_dir.name), state, content["meta"]

@@ -18,15 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 
 from configs import base, models
 from gspo import build
-from gspo.data.tokenizer import CharTokenizer
+from gspo.data.tokenizer import CharTokenizer, make_tokenizer
 from gspo.hf import folder as hf
 from gspo.hf.families import FAMILIES, family_of, hf_config, read_config, spec_from_hf
 from gspo.learning.sampler import make_sampler
 from gspo.model.distribution import Sampling
-from gspo.model.spec import ModelSpec
+from gspo.model.spec import TOY, ModelSpec
 from gspo.model.transformer import Transformer, abstract_params
 from gspo.parallel.sharding import Layout, make_mesh
 from gspo.run.checkpoint import restore_params
@@ -481,7 +482,7 @@ def published(**changes):
 
 
 def spec_of(name: str) -> ModelSpec:
-    fields = models.model(name).to_dict()
+    fields = TOY | {field: value for field, value in models.model(name).to_dict().items() if value is not None}
     return ModelSpec(**fields | {"vocab_size": fields["vocab_size"] or 8192})
 
 
@@ -572,26 +573,25 @@ def test_all_models_are_counted_and_an_unknown_name_lists_them():
 def test_the_scripts_bring_a_folder_in_and_out_again_unchanged(tmp_path, capsys):
     # Catches a checkpoint that init_from cannot read, flags that describe another model, tokenizer files left behind.
     spec, params, folder = exported(tmp_path / "hf", "LlamaForCausalLM", shard_bytes=5000)
-    (folder / "tokenizer.json").write_text("{}")
+    ids = {token: i for i, token in enumerate(["<unk>", "</s>", "a", "b"])}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     assert import_hf.main(["--model-dir", str(folder), "--out", str(tmp_path / "ckpt"), "--mesh=fsdp=2,tensor=2"]) == 0
     printed = capsys.readouterr().out
-    assert (
-        f"--config.init_from={tmp_path / 'ckpt'}" in printed
-        and "--config.model.rope_scaling='(8.0, 1.0, 4.0, 64.0)'" in printed
-    )
+    assert printed.endswith(f"--config.init_from={tmp_path / 'ckpt'}\n")
     config = base.rl()
-    fields = json.loads((tmp_path / "ckpt" / "model.json").read_text())
-    config.model.update({key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
-    assert (
-        dataclasses.replace(make_model(build.rl_plan(config).model, CharTokenizer("0123")).spec, moe_backend="dense")
-        == spec
-    )
+    config.init_from = str(tmp_path / "ckpt")  # alone: model and tokenizer come with it
+    plan = build.rl_plan(config)
+    tokenizer = make_tokenizer(plan.data.tokenizer)
+    assert tokenizer.encode("a") == [2] and tokenizer.eos_ids == (1,)
+    assert dataclasses.replace(make_model(plan.model, tokenizer).spec, moe_backend="dense") == spec
     step, restored = restore_params(tmp_path / "ckpt", abstract_params(Transformer(spec)))
     assert step == 0
     assert_bit_equal(restored, params)
 
     assert export_hf.main(["--checkpoint", str(tmp_path / "ckpt"), "--out", str(tmp_path / "out")]) == 0
-    assert "tokenizer.json" in capsys.readouterr().out and (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert "tokenizer.json" in capsys.readouterr().out and (tmp_path / "out" / "tokenizer.json").is_file()
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
     assert_bit_equal(hf.import_params(tmp_path / "out", spec, abstract_params(Transformer(spec))), params)
 
 

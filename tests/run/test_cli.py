@@ -221,7 +221,7 @@ def test_a_run_can_be_started_and_its_workdir_defends_itself(command, config, tm
     )
     refused(
         command("rl", config, workdir, "--config.model.num_layers=2", "--allow_changed_config"),
-        "of another model or optimizer",
+        r"model\.num_layers=2: the weights in .* were trained with 1",
     )
     refused(command("rl", config, workdir, "--config.num_promts=2", "--allow_changed_config"), "no such field")
     assert contents(tmp_path / "run") == before

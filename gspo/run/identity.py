@@ -1,0 +1,70 @@
+"""A checkpoint knows its model: what was trained, and by which tokenizer, is saved with the weights and compared wherever
+they are taken. The same weights under another top-k of experts, RoPE base or alphabet have the same shapes and say
+something else.
+"""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gspo.data.tokenizer import Tokenizer, difference, fingerprint
+from gspo.model.spec import ModelSpec
+from gspo.run.checkpoint import read_content
+from gspo.types import UserError
+
+log = logging.getLogger(__name__)
+HOW_IT_RUNS = ("dtype", "moe_backend", "remat", "attention_chunk")  # fields of a spec that change no weight's meaning
+TOKENIZER = "tokenizer"  # the folder of a run that holds a copy of its tokenizer's files
+
+
+def identity(spec: ModelSpec, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """JSON values: {"model": the fields of the spec that give weights their meaning, "tokenizer": its fingerprint,
+    "date": the day that its chat template writes}. Without a tokenizer the last two are None."""
+    fields = {name: value for name, value in dataclasses.asdict(spec).items() if name not in HOW_IT_RUNS}
+    fields["rope_scaling"] = list(fields["rope_scaling"])
+    known = None if tokenizer is None else fingerprint(tokenizer)
+    return {"model": fields, "tokenizer": known, "date": getattr(tokenizer, "date", None)}
+
+
+def check_identity(where: str | os.PathLike, saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
+    """Raises UserError with the first field in which the weights at `where` were trained otherwise. Weights that were
+    saved without an identity are taken as they are, with a warning."""
+    if saved is None:
+        log.warning("%s does not say what model its weights are of: only shapes can be compared", where)
+        return
+    for name, value in now["model"].items():
+        if name in saved["model"] and saved["model"][name] != value:
+            raise UserError(
+                f"model.{name}={value}: the weights in {where} were trained with {saved['model'][name]}; leave it out, or "
+                "take other weights"
+            )
+    if saved["tokenizer"] is not None and now["tokenizer"] is not None:
+        found = difference(now["tokenizer"], saved["tokenizer"])
+        if found:
+            raise UserError(
+                f"tokenizer={now['tokenizer']['spec']}: the weights in {where} were trained with another one; its {found}"
+            )
+
+
+def saved_identity(path: str | os.PathLike) -> dict[str, Any] | None:
+    """What the latest checkpoint of a workdir (or a folder of checkpoints, or that of one step) says of its model; None
+    where there is none, or where it does not say."""
+    content = read_content(path)
+    return None if content is None else content.get("identity")
+
+
+def tokenizer_of(saved: Mapping[str, Any], path: str | os.PathLike) -> str | None:
+    """The tokenizer of a saved identity as a config would name it: itself, or the folder of files beside the weights."""
+    if saved["tokenizer"] is None:
+        return None
+    own = saved["tokenizer"]["spec"]
+    return own if own == "bytes" or own.startswith("chars:") else str(run_folder(path) / TOKENIZER)
+
+
+def run_folder(path: str | os.PathLike) -> Path:
+    """The workdir of a checkpoint: of itself, of its folder of checkpoints, or of one step in it."""
+    path = Path(path).absolute()
+    return next((p for p in (path, *path.parents[:2]) if (p / "checkpoints").is_dir()), path)
