@@ -3,8 +3,8 @@
     scored   p = softmax(logits / temperature)                                 sampler and learner alike
     drawn    q = p cut by top-k, then top-p, then min-p, and renormalised      the sampler only
 
-A ratio π_θ/π_old is a ratio of p on both sides, and the log-probs that the sampler records are those of p, whatever cuts
-it applied. Why not of q:
+A ratio π_θ/π_old is a ratio of p on both sides, and the log-probs that the sampler records are those of p, whatever
+cuts it applied. Why not of q:
 
 - A cut flips by rounding. Sampler and learner compute the same logits in another order; a token that sits on the edge
   of a cut is kept by one and removed by the other, and every log-prob of that row then moves by the log of its mass: a
@@ -53,8 +53,8 @@ class Sampling:
 
 
 def scored_logits(logits: chex.Array, sampling: Sampling) -> chex.Array:
-    """float32 logits [..., V] -> logits of p: divided by the temperature, uncut. Greedy tokens are scored at temperature
-    1: the limit would give log-prob 0 to every one of them, which says nothing."""
+    """float32 logits [..., V] -> logits of p: divided by the temperature, uncut. Greedy tokens are scored at
+    temperature 1: the limit would give log-prob 0 to every one of them, which says nothing."""
     chex.assert_type(logits, jnp.float32)
     return logits / (sampling.temperature or 1.0)
 

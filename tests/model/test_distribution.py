@@ -121,8 +121,8 @@ def test_temperature_zero_draws_the_argmax_and_scores_it_at_temperature_one():
 
 
 def on_the_edge(names, vocab):
-    """(logits, Sampling) with these options, so that in every row the eighth token sits exactly on the edge of each cut:
-    it ties with the seventh, those before it reach top_p, and it has min_p of the likeliest one's probability."""
+    """(logits, Sampling) with these options, so that in every row the eighth token sits exactly on the edge of each
+    cut: it ties with the seventh, those before it reach top_p, and it has min_p of the likeliest one's probability."""
     rng, temperature = np.random.default_rng(9), 1.6 if "temperature" in names else 1.0
     z = np.sort(1.5 * rng.standard_normal(vocab))[::-1]
     z[7] = z[6]

@@ -294,7 +294,8 @@ def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(folder,
         "        return read(*args)\n\n"
         "    checkpoint._read_arrays = failing\n"
         "    with checkpoint.Checkpointer(cli.FLAGS.workdir) as checkpointer:\n"
-        "        print('restored', checkpointer.restore(rl.prepare(build.rl_plan(cli.FLAGS.config)).steps.abstract)[0])\n\n\n"
+        "        abstract = rl.prepare(build.rl_plan(cli.FLAGS.config)).steps.abstract\n"
+        "        print('restored', checkpointer.restore(abstract)[0])\n\n\n"
         "cli.define_flags()\ncli.run(main, needs='num_rollouts')\n"
     )
     code, stdout, stderr = launch(folder, "unread", processes=2, devices=2, script=folder / "unread.py")

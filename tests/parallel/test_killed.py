@@ -1,4 +1,5 @@
-"""One of two processes is killed at ten random moments, saves included; started again each time, the run ends bit-equal."""
+"""One of two processes is killed at ten random moments, saves included; started again each time, the run ends
+bit-equal."""
 
 import numpy as np
 import pytest
