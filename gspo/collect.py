@@ -74,8 +74,7 @@ class Collector:
             params = self.steps.rollout_params(self.rounding(policy))
         found: list[Judged] = []
         while not found or (self.plan.filter_groups and not self._enough(found)):
-            own_key = jax.random.fold_in(key, len(found)) if found else key
-            found.append(self.draw(params, cursor, own_key, timer))
+            found.append(self.draw(params, cursor, jax.random.fold_in(key, len(found)), timer))
             cursor += self.rollout.num_prompts
         return found, cursor
 

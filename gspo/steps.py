@@ -54,11 +54,11 @@ def make_model(plan: plans.ModelPlan, tokenizer: Tokenizer, layout: Layout = ONE
     return Transformer(spec, layout=layout)
 
 
-def optimizer_of(plan: plans.OptimizerPlan) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW, and its learning rate as a function of the update."""
-    schedule = {name: plan.fields[name] for name in ("learning_rate", "schedule", "warmup_steps")}
-    steps = plan.total_steps
-    return make_optimizer(total_steps=steps, **plan.fields), make_schedule(total_steps=steps, **schedule)
+def optimizer_of(plan: plans.OptimizerPlan, **changes: float) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW, and its learning rate as a function of the update. changes: fields that are not those of the plan."""
+    fields, steps = {**plan.fields, **changes}, plan.total_steps
+    schedule = {name: fields[name] for name in ("learning_rate", "schedule", "warmup_steps")}
+    return make_optimizer(total_steps=steps, **fields), make_schedule(total_steps=steps, **schedule)
 
 
 def sampler_of(
@@ -148,7 +148,7 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
     value_fn = critic_step = None
     if plan.critic:
         critic = Critic(model.spec, layout)
-        critic_optimizer = make_optimizer(learning_rate=plan.critic.learning_rate)
+        critic_optimizer, _ = optimizer_of(plan.optimizer, learning_rate=plan.critic.learning_rate)
         start = add_critic(layout, critic, critic_optimizer, start)
         width = plan.data.max_completion_length
         value_fn = make_value_fn(critic, completion_width=width, micro_batch_size=rows_at_a_time)

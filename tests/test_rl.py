@@ -352,6 +352,72 @@ def test_a_kl_term_holds_a_reference_that_starts_equal_and_stays(folder, tmp_pat
     )
 
 
+def watch_states(monkeypatch):
+    """The states in which the rollouts of a test begin their updates, on the host."""
+    seen, update = [], rl.update
+
+    def watched(steps, state, batch):
+        seen.append(jax.tree.map(np.array, state))
+        return update(steps, state, batch)
+
+    monkeypatch.setattr(rl, "update", watched)
+    return seen
+
+
+def test_the_reference_follows_the_policy_at_the_rollouts_that_were_asked_for_and_by_the_share(
+    folder, tmp_path, monkeypatch
+):
+    # Catches a reference that follows at every rollout whatever the period, one rollout early or late, or by 1 - α.
+    seen = watch_states(monkeypatch)
+    changes = {"num_rollouts": 5, "objective.beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 3}
+    rl.train(build.rl_plan(rl_config(folder, ref_model_mixup_alpha=0.25, **FAST | changes)), tmp_path)
+    first = seen[0].params
+    for state in seen[:3]:
+        assert_bit_equal(state.ref_params, first)
+    mixed = jax.tree.map(lambda p, r: 0.25 * p + 0.75 * r, seen[3].params, first)
+    for state in seen[3:]:
+        jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-6), state.ref_params, mixed)
+    assert np.abs(seen[3].params["embedding"] - first["embedding"]).max() > 0.01
+
+
+def test_a_sampler_that_lags_two_rollouts_behind_has_the_parameters_of_two_rollouts_ago(folder, tmp_path, monkeypatch):
+    # Catches a shift after the updates instead of before them, and a lag of one or three.
+    seen, drawn = watch_states(monkeypatch), []
+
+    def recording(sample, *_):
+        def sample_recorded(params, *args):
+            drawn.append(np.array(params["embedding"]))
+            return sample(params, *args)
+
+        return sample_recorded
+
+    replace_sampler(monkeypatch, recording)
+    changes = {"num_rollouts": 5, "old_logps": "learner", "mismatch.stale_rollouts": 2}
+    rl.train(build.rl_plan(rl_config(folder, **FAST | changes)), tmp_path)
+    policies = [state.params["embedding"] for state in seen]
+    assert len({policy.tobytes() for policy in policies}) == 5
+    for rollout in range(5):
+        np.testing.assert_array_equal(drawn[rollout], policies[max(rollout - 2, 0)])
+
+
+def test_tokens_per_second_are_what_was_generated_over_the_time_that_it_took(plain):
+    # Catches a rate that leaves out a phase, or counts the padding.
+    lines, timings = (read_jsonl(plain / name) for name in ("metrics.jsonl", "timings.jsonl"))
+    assert len(timings) == 3
+    for line, times in zip(lines, timings, strict=False):
+        seconds = times["rollout"] + times["reward"] + times["old_logps"] + times["update"]
+        assert times["tokens_per_second"] == pytest.approx(line["num_tokens"] / seconds)
+
+
+def test_the_critic_has_the_optimizer_of_the_run_with_a_learning_rate_of_its_own(folder, tmp_path):
+    # Catches a critic without the warm-up of the run: Adam's first step is its learning rate, here a quarter of 0.1.
+    changes = {"critic.enable": True, "critic.learning_rate": 0.1, "optimizer.warmup_steps": 4, "optimizer.eps": 1e-30}
+    config = rl_config(folder, **FAST | changes | {"num_rollouts": 1, "updates_per_rollout": 1})
+    rl.train(build.rl_plan(config), tmp_path)
+    critic = state_of(config, tmp_path)[1].critic
+    np.testing.assert_allclose(np.abs(critic.params["value"]), 0.025, rtol=1e-4)
+
+
 def test_without_a_kl_term_no_reference_is_held(folder, plain):
     # Catches a third tree of parameters that nothing reads.
     _, state = state_of(rl_config(folder), plain)
