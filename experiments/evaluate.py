@@ -27,7 +27,11 @@ def main() -> None:
 
 def with_config(arguments: list[str]) -> list[str]:
     """The command line with the config that the run left in its folder, where none is given."""
-    workdir = next((a.partition("=")[2] for a in arguments if a.lstrip("-").startswith("workdir=")), "")
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)  # --workdir=RUN, or --workdir RUN
+    named = (
+        a.partition("=")[2] if "=" in a else after for a, after in pairs if a.lstrip("-").partition("=")[0] == "workdir"
+    )
+    workdir = next(named, "")
     given = any(a.lstrip("-").partition("=")[0] == "config" for a in arguments)
     if given or not workdir or not (Path(workdir) / "config.json").is_file():
         return arguments

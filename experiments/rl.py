@@ -9,7 +9,7 @@ from gspo.run import cli
 
 def main() -> None:
     flags = cli.FLAGS
-    rl.train(build.rl_plan(flags.config), flags.workdir, allow_changed_config=flags.allow_changed_config)
+    rl.train(build.rl_plan(flags.config, flags.workdir), flags.workdir, allow_changed_config=flags.allow_changed_config)
 
 
 if __name__ == "__main__":

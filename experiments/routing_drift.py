@@ -47,10 +47,10 @@ def main() -> None:
     config, workdir = cli.FLAGS.config, Path(cli.FLAGS.workdir)
     options = {"allow_changed_config": cli.FLAGS.allow_changed_config}
     cold = workdir / "cold"
-    sft.train(build.sft_plan(config.cold_start), str(cold), title="cold start", **options)
+    sft.train(build.sft_plan(config.cold_start, str(cold)), str(cold), title="cold start", **options)
 
     drift = laid_over(config.base, {}, init_from=str(cold))
-    rl.train(build.rl_plan(drift), str(workdir / "drift"), title="drift", **options)
+    rl.train(build.rl_plan(drift, str(workdir / "drift")), str(workdir / "drift"), title="drift", **options)
     by_length = variance_by_length(drift, rollouts=config.mismatch_rollouts)
     if distributed.is_primary():
         (workdir / "by_length.json").write_text(json.dumps(by_length))
@@ -67,7 +67,7 @@ def main() -> None:
             arm.eval.num_prompts = arm.num_prompts
             arm.optimizer.update(schedule="constant", warmup_steps=config.base.updates_per_rollout)
             folder = workdir / f"{injection} {mode}".replace(" ", "_").replace("%", "")
-            rl.train(build.rl_plan(arm), str(folder), title=f"{injection}, {mode}", **options)
+            rl.train(build.rl_plan(arm, str(folder)), str(folder), title=f"{injection}, {mode}", **options)
             if distributed.is_primary():
                 rows.append(row(injection, mode, read_jsonl(folder / "metrics.jsonl")))
                 (workdir / "replay.md").write_text(tables.markdown(rows, COLUMNS))

@@ -6,7 +6,9 @@ from gspo.run import cli
 
 def main() -> None:
     flags = cli.FLAGS
-    sft.train(build.sft_plan(flags.config), flags.workdir, allow_changed_config=flags.allow_changed_config)
+    sft.train(
+        build.sft_plan(flags.config, flags.workdir), flags.workdir, allow_changed_config=flags.allow_changed_config
+    )
 
 
 if __name__ == "__main__":

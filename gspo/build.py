@@ -15,8 +15,9 @@ from gspo.run.identity import saved_identity, tokenizer_of
 from gspo.types import UserError
 
 
-def rl_plan(config: ConfigDict) -> plans.RLPlan:
-    """Raises UserError for every mistake that can be seen in the config alone."""
+def rl_plan(config: ConfigDict, workdir: str = "") -> plans.RLPlan:
+    """Raises UserError for every mistake that can be seen in the config alone, and beside the weights that the run begins
+    with: those in workdir where it goes on, else those of init_from."""
     updates, eval_at_a_time = config.num_rollouts * config.updates_per_rollout, config.num_prompts
     critic = config.critic.to_dict()
     with_critic = critic.pop("enable")
@@ -24,7 +25,7 @@ def rl_plan(config: ConfigDict) -> plans.RLPlan:
     if config.sync_ref_model:
         plans.need(steps > 0, "ref_model_sync_steps", steps, "must be positive")
     return plans.RLPlan(
-        **_common(config, total_steps=updates, eval_at_a_time=eval_at_a_time),
+        **_common(config, workdir, total_steps=updates, eval_at_a_time=eval_at_a_time),
         num_rollouts=config.num_rollouts,
         updates_per_rollout=config.updates_per_rollout,
         rollout=plans.RolloutPlan(
@@ -42,10 +43,10 @@ def rl_plan(config: ConfigDict) -> plans.RLPlan:
     )
 
 
-def sft_plan(config: ConfigDict) -> plans.SFTPlan:
-    """Raises UserError for every mistake that can be seen in the config alone."""
+def sft_plan(config: ConfigDict, workdir: str = "") -> plans.SFTPlan:
+    """As `rl_plan`."""
     return plans.SFTPlan(
-        **_common(config, total_steps=config.num_updates, eval_at_a_time=config.eval.num_prompts),
+        **_common(config, workdir, total_steps=config.num_updates, eval_at_a_time=config.eval.num_prompts),
         num_updates=config.num_updates,
         batch_size=config.batch_size,
     )
@@ -66,9 +67,9 @@ def mesh_plan(config: ConfigDict) -> plans.MeshPlan:
     )
 
 
-def _common(config: ConfigDict, *, total_steps: int, eval_at_a_time: int) -> dict[str, Any]:
+def _common(config: ConfigDict, workdir: str, *, total_steps: int, eval_at_a_time: int) -> dict[str, Any]:
     """The fields of `plans.RunPlan`. What only reinforcement learning has takes its neutral value elsewhere."""
-    model, tokenizer = _model_and_tokenizer(config)
+    model, tokenizer = _model_and_tokenizer(config, workdir)
     return {
         "written": config.to_dict(),
         "seed": config.seed,
@@ -97,20 +98,27 @@ def _common(config: ConfigDict, *, total_steps: int, eval_at_a_time: int) -> dic
     }
 
 
-def _model_and_tokenizer(config: ConfigDict) -> tuple[plans.ModelPlan, str]:
+def _model_and_tokenizer(config: ConfigDict, workdir: str) -> tuple[plans.ModelPlan, str]:
     """What the config leaves open is that of init_from, else that of the toy. What it sets and init_from contradicts is an
     error: the weights would mean something else. (A tokenizer is compared when it is made.)"""
     fields = config.model.to_dict()
     given = {name: fields[name] for name in fields if fields[name] is not None}
-    saved = saved_identity(config.init_from) if config.init_from else None
+    # A run that goes on knows its own model, whatever has become of what it began with.
+    own = saved_identity(workdir) if workdir else None
+    saved = own or (saved_identity(config.init_from) if config.init_from else None)
+    where = f"the run in {workdir}" if own else f"init_from={config.init_from}"
     begun = {} if saved is None else {**saved["model"], "rope_scaling": tuple(saved["model"]["rope_scaling"])}
     for name, value in given.items():
         if name in begun and value != begun[name] and (name, value) != ("vocab_size", 0):
             raise UserError(
-                f"model.{name}={value}: init_from={config.init_from} was trained with {begun[name]}; leave it out, or start "
-                "from other weights"
+                f"model.{name}={value}: {where} was trained with {begun[name]}; leave it out, or start from other weights"
             )
-    tokenizer = config.tokenizer or (saved and tokenizer_of(saved, config.init_from)) or TOY_TOKENIZER
+    tokenizer = config.tokenizer
+    if not tokenizer and saved is not None:
+        tokenizer = tokenizer_of(saved, workdir if own else config.init_from)
+        if tokenizer is None:
+            raise UserError(f"tokenizer: the weights of {where} were saved without one; name it")
+    tokenizer = tokenizer or TOY_TOKENIZER
     return plans.ModelPlan({**TOY, **given, **begun}), tokenizer
 
 

@@ -7,13 +7,15 @@ import jax
 import numpy as np
 
 from gspo import plans
+from gspo.data.hf_tokenizer import now
 from gspo.data.tokenizer import Tokenizer, make_tokenizer
 from gspo.generate import Generator, judge, prompt_source, sample_line
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer, abstract_params
+from gspo.parallel import distributed
 from gspo.run.checkpoint import restore_params
 from gspo.run.identity import check_identity, identity, saved_identity
-from gspo.steps import make_layout, make_model, make_rollout_layout, make_rollout_params, sampler_of
+from gspo.steps import check_rows, make_layout, make_model, make_rollout_layout, make_rollout_params, sampler_of
 from gspo.types import Params, Rollout
 
 SOLVED = 1.0 - 1e-6  # a completion is correct when the task's own reward is 1
@@ -54,6 +56,7 @@ def make_evaluator(
     # dropped.
     parts = model.layout.parts("rows")
     width = -(-min(count, plan.evaluation.at_a_time) // parts) * parts
+    check_rows(model.layout, **{"eval.num_prompts": width})
     generate = Generator(model.layout, source, writer.sampler, k)
     key = jax.random.fold_in(jax.random.key(plan.seed), EVAL_STREAM)
 
@@ -86,7 +89,7 @@ def make_evaluator(
 
 def evaluate_workdir(plan: plans.RunPlan, workdir: str) -> tuple[int, dict[str, float], list[dict]]:
     """Evaluates the latest good checkpoint of a run. Returns (its step, metrics, samples)."""
-    date = (saved_identity(workdir) or {}).get("date")
+    date = distributed.text_of_primary((saved_identity(workdir) or {}).get("date") or now())
     layout, tokenizer = make_layout(plan.mesh), make_tokenizer(plan.data.tokenizer, date=date)
     model = make_model(plan.model, tokenizer, layout)
     own = identity(model.spec, tokenizer)

@@ -11,12 +11,12 @@ from gspo.data.tokenizer import Tokenizer, make_tokenizer, save_files
 from gspo.learning.state import Start
 from gspo.model.spec import ModelSpec
 from gspo.parallel import distributed
-from gspo.run.checkpoint import Checkpointer
+from gspo.run.checkpoint import Checkpointer, read_content
 from gspo.run.identity import TOKENIZER, check_identity, identity, saved_identity
 from gspo.run.workdir import hold_workdir, keep_config
 from gspo.run.writers import MetricsWriter
 from gspo.steps import initial_state
-from gspo.types import TrainState
+from gspo.types import TrainState, UserError
 
 
 class Opened(NamedTuple):
@@ -30,9 +30,14 @@ class Opened(NamedTuple):
 
 
 def tokenizer_of_run(plan: plans.RunPlan, workdir: str) -> Tokenizer:
-    """The tokenizer of the plan. The day that its chat template may write into prompts is that on which the run began, in all
-    its processes and after every resume."""
-    date = (saved_identity(workdir) or {}).get("date") or distributed.text_of_primary(now())
+    """The tokenizer of the plan. The day that its chat template may write into prompts is that on which the run began, in
+    all its processes and after every resume. UserError where the run is to begin from what cannot be read.
+    """
+    saved = saved_identity(workdir)
+    if saved is None and plan.init_from and read_content(workdir) is None and read_content(plan.init_from) is None:
+        there = "no checkpoint can be read in it" if Path(plan.init_from).exists() else "no such folder"
+        raise UserError(f"init_from={plan.init_from}: {there}")
+    date = distributed.text_of_primary((saved or {}).get("date") or now())
     return make_tokenizer(plan.data.tokenizer, date=date)
 
 
@@ -68,10 +73,19 @@ def open_run(
         first, state, meta = (0, initial_state(plan, start, check), {}) if restored is None else restored
         keep_config(workdir, written)
         if restored is None:  # from now on its tokenizer lies beside its weights
-            distributed.on_primary(lambda: save_files(tokenizer, Path(workdir) / TOKENIZER), f"copying to {workdir}")
+            distributed.on_primary(
+                lambda: _keep_tokenizer(tokenizer, Path(workdir) / TOKENIZER), f"writing to {workdir}"
+            )
         writer.truncate(meta.get("offsets"))
         return Opened(checkpointer, writer, first, state, meta, restored is not None, held.pop_all())
 
 
 def _check(own: dict[str, Any], where: Path, saved: dict[str, Any] | None) -> None:
     check_identity(where, saved, own)
+
+
+def _keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    try:
+        save_files(tokenizer, folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from None

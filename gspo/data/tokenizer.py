@@ -177,7 +177,11 @@ def save_files(tokenizer: Tokenizer, folder: str | Path) -> list[str]:
         return []
     source, folder = tokenizer.file.parent, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {name: source / name for name in FILES if (source / name).is_file()} | {"tokenizer.json": tokenizer.file}
+    if source.absolute() == folder.absolute():
+        return [name for name in FILES if (source / name).is_file()]
+    # config.json is the model's: an export takes over what of it is no matter of ours.
+    names = (*FILES, "config.json")
+    files = {name: source / name for name in names if (source / name).is_file()} | {"tokenizer.json": tokenizer.file}
     for name, file in files.items():
         shutil.copyfile(file, folder / name)
     return list(files)

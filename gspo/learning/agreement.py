@@ -42,15 +42,16 @@ def gap_between(sampler_logp_BC: chex.Array, learner_logp_BC: chex.Array, mask_B
 def complaint(gap: Gap, dtype: str, tolerance: float | None) -> str | None:
     """What is wrong with a gap, or None. tolerance: check_tolerance of the config; None: by the dtype."""
     most = TOLERANCE[dtype] if tolerance is None else tolerance
+    mean = MEAN_TOLERANCE[dtype] * max(most / TOLERANCE[dtype], 1)  # who allows more of tokens allows more of the mean
     causes = "the old log-probs are not those of this policy (stale weights, another temperature, a wrong mask)"
     if not gap.abs_most <= most:
         return (
             f"before the first update sampler and learner differ by {gap.abs_most:.2e} in the log-prob of more than one "
             f"token in a thousand, which is above check_tolerance={most:g}; {causes}"
         )
-    if not gap.k3 <= MEAN_TOLERANCE[dtype]:
+    if not gap.k3 <= mean:
         return (
             f"before the first update sampler and learner differ by a KL of {gap.k3:.2e} per token, more than "
-            f"{MEAN_TOLERANCE[dtype]:g} as rounding makes in {dtype}; {causes}"
+            f"the {mean:g} that goes with check_tolerance={most:g} in {dtype}; {causes}"
         )
     return None

@@ -16,12 +16,12 @@ def train_arms(config: Any, workdir: Path, **options: Any) -> dict[str, list[Pat
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise UserError(f"seeds={config.seeds}: give one number or more, each once")
     cold = workdir / "cold"
-    sft.train(build.sft_plan(config.cold_start), str(cold), title="cold start", **options)
+    sft.train(build.sft_plan(config.cold_start, str(cold)), str(cold), title="cold start", **options)
     folders = {arm: [workdir / folder_name(arm, seed, config.seeds) for seed in config.seeds] for arm in config.arms}
     for arm, seeds in folders.items():
         for seed, folder in zip(config.seeds, seeds, strict=True):
             changed = laid_over(config.base, config.arms[arm], seed=seed, init_from=str(cold))
-            rl.train(build.rl_plan(changed), str(folder), title=f"{arm} (seed {seed})", **options)
+            rl.train(build.rl_plan(changed, str(folder)), str(folder), title=f"{arm} (seed {seed})", **options)
     return folders
 
 

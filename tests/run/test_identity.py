@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from gspo import build, rl, sft
 from gspo.data.tokenizer import make_tokenizer
 from gspo.evaluate import evaluate_workdir
 from gspo.model.spec import ModelSpec
+from gspo.run.checkpoint import Checkpointer
 from gspo.run.identity import HOW_IT_RUNS, check_identity, identity, saved_identity
 from gspo.types import UserError
 from tests.tiny_runs import (  # noqa: F401 - fixtures
@@ -128,3 +131,31 @@ def test_a_run_is_evaluated_without_its_config(cold, command):  # noqa: F811
     assert code == 0, stderr
     assert json.loads(stdout.splitlines()[-1])["step"] == 2 and len(stdout.splitlines()) == 4
     assert np.isfinite(json.loads(stdout.splitlines()[-1])["eval/pass@1"])
+
+
+def test_a_run_goes_on_without_what_it_began_with(cold, tmp_path):
+    # Catches a run that turns into the toy, or is refused, once the folder of its cold start is gone.
+    start = tmp_path / "cold"
+    shutil.copytree(cold, start)
+    config = open_config(cold)
+    config.init_from = str(start)
+    rl.train(build.rl_plan(config, str(tmp_path / "run")), tmp_path / "run")
+    shutil.rmtree(start)
+    config.num_rollouts = 2
+    plan = build.rl_plan(config, str(tmp_path / "run"))
+    rl.train(plan, tmp_path / "run", allow_changed_config=True)
+    assert plan.model.fields["rope_theta"] == 5e3
+    with pytest.raises(UserError, match=r"^init_from=.*cold: no such folder"):
+        rl.train(build.rl_plan(config, str(tmp_path / "other")), tmp_path / "other")
+
+
+def test_weights_without_a_tokenizer_ask_for_one(cold, tmp_path):
+    # Catches the toy's alphabet under the vocabulary of a released model.
+    with Checkpointer(tmp_path, identity=identity(SPEC, None)) as checkpointer:
+        checkpointer.save(0, {"params": {"embedding": jnp.zeros((8, 16))}}, {})
+    config = open_config(cold)
+    config.init_from = str(tmp_path)
+    with pytest.raises(UserError, match=r"^tokenizer: the weights of init_from=.* were saved without one; name it"):
+        build.rl_plan(config)
+    config.tokenizer = TEN
+    assert build.rl_plan(config).data.tokenizer == TEN
