@@ -85,3 +85,15 @@ def test_the_vocabulary_is_the_tokenizers_unless_a_larger_one_is_asked_for(tmp_p
     assert vocab_size() == 6 and vocab_size(tokenizer="bytes") == 258 and vocab_size(**{"model.vocab_size": 16}) == 16
     with pytest.raises(UserError, match=r"model\.vocab_size=5: the tokenizer has 6 ids"):
         vocab_size(**{"model.vocab_size": 5})
+
+
+@pytest.mark.parametrize("name", ["gspo", "rspo"])
+def test_the_old_policy_is_remembered_by_all_that_the_objective_compares_with(tmp_path, name):
+    # Catches an objective on the routers whose rollouts do not keep what the old ones said: it would stop at its first
+    # update, after the first rollout was paid for. And the memory of it where nothing reads it.
+    steps = rl.prepare(build.rl_plan(rl_config(tmp_path, **{"objective.preset": name}))).steps
+    tokens, lengths = jax.ShapeDtypeStruct((16, 10), jnp.int32), jax.ShapeDtypeStruct((16,), jnp.int32)
+    kept = jax.eval_shape(steps.scorer, steps.abstract.params, tokens, lengths)
+    assert kept.logp_BC.shape == (16, 6)
+    assert ("old_router_logp_LBCX" in steps.objective.needs) == (name == "rspo")
+    assert (kept.router_logp_LBCX is not None) == (name == "rspo")

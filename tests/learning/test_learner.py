@@ -20,6 +20,7 @@ from gspo.model.transformer import Transformer
 from gspo.objectives import negative_log_likelihood, preset
 from gspo.types import Batch, LossInputs, TrainState
 from tests import model_oracle as oracle
+from tests import oracles
 from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 DENSE, MOE = oracle.DENSE, oracle.MOE
@@ -362,6 +363,52 @@ def test_entropy_is_averaged_over_completion_tokens():
     _, metrics = gradients(*GSPO_MOE, make_batch())
     entropies = np.concatenate([oracle.score(exact, MOE, *row, temperature=0.8)[1] for row in rows_of()])
     assert metrics["entropy"] == pytest.approx(entropies.mean(), rel=1e-5)
+
+
+def test_rspo_through_a_step_sees_how_far_the_routers_moved_from_those_that_sampled():
+    # Catches a router shift that is dropped on its way to the loss, or taken over the policy's own choices in place of
+    # the old routers' (they differ here), at other columns than those that predict, or with a gradient.
+    logps, _, router_logits = old_policy()
+    exact, rows, batch = oracle.float64(oracle.build(MOE)[1]), rows_of(), make_batch()
+    real = np.asarray(batch.inputs.mask_BC)
+    routes, old_router = np.full_like(batch.old_routes_LBTX, -1), np.full((2, B, C, 2), np.nan, np.float32)
+    router = np.zeros((2, B, C, 2))
+    for b, (prompt, completion) in enumerate(rows):
+        new_LTE = oracle.decoder(exact, MOE, [*prompt, *completion])[2]
+        for l, t in np.ndindex(new_LTE.shape[:2]):
+            chosen, c = oracle.top_k(router_logits[b][l, t], 2), t - len(prompt) + 1
+            routes[l, b, P - len(prompt) + t] = chosen
+            if 0 <= c < len(completion):
+                old_router[l, b, c] = np.log(oracle.softmax(router_logits[b][l, t]))[chosen]
+                router[l, b, c] = np.log(oracle.softmax(new_LTE[l, t]))[chosen]
+    assert (routes[routes >= 0] != batch.old_routes_LBTX[routes >= 0]).any()
+    gamma = oracles.router_gamma(router, old_router, real)[real]
+    assert gamma.min() == 0.8 < np.median(gamma) < 0.95  # some at the floor, some above it
+
+    def framed(rows):
+        frame_BC = np.zeros((B, C))
+        frame_BC[real] = np.concatenate(rows)
+        return frame_BC
+
+    def exact_loss(params):
+        new_BC = framed([oracle.score(params, MOE, *row, temperature=0.8)[0] for row in rows])
+        return oracles.rspo(new_BC, new_BC, framed(logps), batch.inputs.advantages_BC, real, router, old_router)
+
+    inputs = batch.inputs.replace(old_router_logp_LBCX=old_router)
+    batch = batch.replace(old_routes_LBTX=routes, replayed_routes_LBTX=None, inputs=inputs)
+    grads, metrics = gradients(MOE, preset("rspo"), batch)
+    assert metrics["loss"] == pytest.approx(exact_loss(exact), rel=1e-5)
+    # One direction through all parameters at once: that of a single leaf has tests above.
+    rng, eps = np.random.default_rng(3), 1e-5
+    direction = jax.tree.map(lambda x: rng.standard_normal(x.shape), exact)
+
+    def along(step):
+        return exact_loss(jax.tree.map(lambda x, d: x + step * d, exact, direction))
+
+    slope = sum(
+        np.sum(g.astype(np.float64) * d) for g, d in zip(*map(jax.tree.leaves, (grads, direction)), strict=True)
+    )
+    assert slope == pytest.approx((along(eps) - along(-eps)) / (2 * eps), rel=1e-3) and abs(slope) > 1e-2
 
 
 # ---------------------------------------------------------------- several updates per rollout
