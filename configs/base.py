@@ -8,8 +8,8 @@ from ml_collections.config_dict import placeholder
 
 
 def model() -> ConfigDict:
-    """A model. None: as the weights of init_from have it, else as the toy Mixture of Experts has (in brackets): 4 layers, 8
-    experts of which 2 run, about 450k parameters."""
+    """A model. None: as the weights of init_from have it, else as the toy Mixture of Experts has (in brackets): 4
+    layers, 8 experts of which 2 run, about 450k parameters."""
     return ConfigDict(
         dict(
             vocab_size=placeholder(int),  # 0: the tokenizer's; imported models may have rows that no token uses

@@ -1,5 +1,5 @@
-"""The config of a run that was made, from its config.json: --config=configs/from_run.py:RUN. experiments/evaluate.py takes it by
-itself, so that --workdir=RUN is enough."""
+"""The config of a run that was made, from its config.json: --config=configs/from_run.py:RUN.
+experiments/evaluate.py takes it by itself, so that --workdir=RUN is enough."""
 
 import json
 from pathlib import Path

@@ -99,8 +99,8 @@ def _common(config: ConfigDict, workdir: str, *, total_steps: int, eval_at_a_tim
 
 
 def _model_and_tokenizer(config: ConfigDict, workdir: str) -> tuple[plans.ModelPlan, str]:
-    """What the config leaves open is that of init_from, else that of the toy. What it sets and init_from contradicts is an
-    error: the weights would mean something else. (A tokenizer is compared when it is made.)"""
+    """What the config leaves open is that of init_from, else that of the toy. What it sets and init_from contradicts
+    is an error: the weights would mean something else. (A tokenizer is compared when it is made.)"""
     fields = config.model.to_dict()
     given = {name: fields[name] for name in fields if fields[name] is not None}
     # A run that goes on knows its own model, whatever has become of what it began with.

@@ -23,8 +23,8 @@ EVAL_STREAM = 2  # of the run's random keys; the loops use 1, initialisation 0
 
 
 class Writer(NamedTuple):
-    """What writes the completions that are judged: the map from the policy's parameters to those that the jitted sampler
-    reads, and the sampler."""
+    """What writes the completions that are judged: the map from the policy's parameters to those that the jitted
+    sampler reads, and the sampler."""
 
     rollout_params: Callable[[Params], Params]
     sampler: Callable[..., Rollout]

@@ -1,4 +1,5 @@
-"""What a run will do, as frozen records of plain values. `gspo.build` makes them from a config, and is the only one to read it.
+"""What a run will do, as frozen records of plain values. `gspo.build` makes them from a config, and is the only one to
+read it.
 
 Each record checks itself where it is made. Its fields carry the names that the user writes, so that a mistake is one
 line that names the field, before anything is compiled.
@@ -82,8 +83,8 @@ class ModelPlan:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutPlan:
-    """How completions are drawn in training. stale_rollouts, params, router_noise, expert_swap: a sampler that differs from
-    the learner on purpose (`gspo.learning.mismatch`)."""
+    """How completions are drawn in training. stale_rollouts, params, router_noise, expert_swap: a sampler that differs
+    from the learner on purpose (`gspo.learning.mismatch`)."""
 
     num_prompts: int
     num_generations: int
@@ -131,7 +132,8 @@ class CriticPlan:
 
 @dataclasses.dataclass(frozen=True)
 class ExperiencePlan:
-    """From completions to a batch: rewards, what is added to them, what they are compared with, whose log-probs are old."""
+    """From completions to a batch: rewards, what is added to them, what they are compared with, whose log-probs are
+    old."""
 
     rewards: tuple[str, ...]
     reward_weights: tuple[float, ...]

@@ -1,4 +1,5 @@
-"""Reinforcement learning: rollout -> rewards -> advantages -> several updates against a fixed old policy. Start reading here.
+"""Reinforcement learning: rollout -> rewards -> advantages -> several updates against a fixed old policy. Start reading
+here.
 
     for each rollout
         sample G completions per prompt from the policy, with their log-probs and routes
@@ -131,8 +132,8 @@ class Run(NamedTuple):
 
 
 def prepare(plan: plans.RLPlan, tokenizer: Tokenizer | None = None) -> Run:
-    """Plan -> parts. tokenizer: that of the run, where it is made already. Raises UserError for every mistake that can be
-    seen before the first rollout."""
+    """Plan -> parts. tokenizer: that of the run, where it is made already. Raises UserError for every mistake that can
+    be seen before the first rollout."""
     layout, tokenizer = make_layout(plan.mesh), tokenizer or make_tokenizer(plan.data.tokenizer)
     steps = make_steps(plan, layout, tokenizer)
     split_notes = check_splits(plan.data)

@@ -39,8 +39,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def describe(checkpoint: Path) -> tuple[ModelSpec, Path | None]:
-    """The model of a checkpoint and the folder of its tokenizer: what was saved with the weights, else the model.json or
-    config.json at or above them."""
+    """The model of a checkpoint and the folder of its tokenizer: what was saved with the weights, else the model.json
+    or config.json at or above them."""
     saved = saved_identity(checkpoint)
     if saved is not None:
         fields = {**saved["model"], "rope_scaling": tuple(saved["model"]["rope_scaling"])}

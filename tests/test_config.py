@@ -104,13 +104,14 @@ def test_every_field_is_read(tmp_path, train, plan_of, config_of):
 
 # A value for each field of config.model that must change the program; fields that it needs beside it.
 OTHER_MODELS = {
-    "vocab_size": {"vocab_size": 16}, "num_layers": {"num_layers": 2}, "d_model": {"d_model": 8}, "num_heads": {"num_heads": 4},
-    "num_kv_heads": {"num_kv_heads": 2}, "head_width": {"head_width": 4}, "d_ff": {"num_experts": 0, "d_ff": 8},
+    "vocab_size": {"vocab_size": 16}, "num_layers": {"num_layers": 2}, "d_model": {"d_model": 8},
+    "num_heads": {"num_heads": 4}, "num_kv_heads": {"num_kv_heads": 2}, "head_width": {"head_width": 4},
+    "d_ff": {"num_experts": 0, "d_ff": 8},
     "num_experts": {"num_experts": 8}, "experts_per_token": {"experts_per_token": 1}, "d_expert": {"d_expert": 4},
     "norm_topk_prob": {"norm_topk_prob": False}, "rope_theta": {"rope_theta": 1e5}, "rms_eps": {"rms_eps": 1e-3},
     "rope_scaling": {"rope_scaling": (8.0, 1.0, 4.0, 8192.0)}, "qk_norm": {"qk_norm": False},
-    "qk_norm_over": {"qk_norm_over": "projection"}, "tie_embeddings": {"tie_embeddings": True}, "dtype": {"dtype": "bfloat16"},
-    "moe_backend": {"moe_backend": "ragged"}, "remat": {"remat": True},
+    "qk_norm_over": {"qk_norm_over": "projection"}, "tie_embeddings": {"tie_embeddings": True},
+    "dtype": {"dtype": "bfloat16"}, "moe_backend": {"moe_backend": "ragged"}, "remat": {"remat": True},
     "attention_chunk": {"attention_chunk": 2},
 }  # fmt: skip
 
@@ -155,8 +156,9 @@ def test_every_field_of_the_optimizer_changes_the_update():
 
 OTHER_OBJECTIVES = {
     "preset": {"preset": "grpo"}, "importance_sampling_level": {"importance_sampling_level": "token"},
-    "surrogate": {"surrogate": "cispo"}, "epsilon": {"epsilon": 0.1}, "epsilon_high": {"epsilon_high": 0.1}, "delta": {"delta": 5.0},
-    "temperature_pos": {"surrogate": "sapo", "temperature_pos": 2.0}, "temperature_neg": {"surrogate": "sapo", "temperature_neg": 2.0},
+    "surrogate": {"surrogate": "cispo"}, "epsilon": {"epsilon": 0.1}, "epsilon_high": {"epsilon_high": 0.1},
+    "delta": {"delta": 5.0}, "temperature_pos": {"surrogate": "sapo", "temperature_pos": 2.0},
+    "temperature_neg": {"surrogate": "sapo", "temperature_neg": 2.0},
     "cap": {"preset": "minirl", "cap": 2.0}, "loss_agg_mode": {"loss_agg_mode": "token-mean"},
     "loss_norm_length": {"loss_agg_mode": "seq-mean-token-sum-norm", "loss_norm_length": 3}, "beta": {"beta": 0.5},
     "kl_loss_type": {"beta": 0.1, "kl_loss_type": "k2"}, "kl_importance": {"beta": 0.1, "kl_importance": "stopped"},

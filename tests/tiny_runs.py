@@ -70,7 +70,8 @@ def stateful_config(folder: Path, **changes) -> ConfigDict:
     return rl_config(folder, **{
         "seed": 1, "num_rollouts": 4, "checkpoint.every": 2, "checkpoint.keep_best": True, "optimizer.learning_rate": 0.01,
         "optimizer.schedule": "cosine", "optimizer.warmup_steps": 2, "objective.beta": 0.01, "sync_ref_model": True,
-        "ref_model_sync_steps": 1, "entropy_target": 2.0, "filter_groups.enable": True, "filter_groups.max_num_gen_batches": 3,
+        "ref_model_sync_steps": 1, "entropy_target": 2.0, "filter_groups.enable": True,
+        "filter_groups.max_num_gen_batches": 3,
         "overlong_buffer.len": 2, "model.moe_backend": "blocked", "critic.enable": True, "old_logps": "learner",
         "mismatch.stale_rollouts": 1, "log.router_kl": True,
     } | changes)  # fmt: skip
@@ -81,7 +82,8 @@ def sft_config(folder: Path, **changes) -> ConfigDict:
     config = base.sft()
     config.update(num_updates=30, batch_size=8)
     return common(config, folder, {
-        "optimizer.learning_rate": 0.02, "optimizer.schedule": "cosine", "eval.every": 5, "checkpoint.every": 10, "log.num_samples": 3,
+        "optimizer.learning_rate": 0.02, "optimizer.schedule": "cosine", "eval.every": 5, "checkpoint.every": 10,
+        "log.num_samples": 3,
     } | changes)  # fmt: skip
 
 

@@ -1,10 +1,10 @@
 """The invariant that is always on: before the first update of a rollout, sampler and learner give the same tokens the
 same log-probs, up to rounding.
 
-It catches stale sampler weights, a temperature that slipped, rows that were moved, wrong masks. Two numbers are bounded,
-since each misses what the other sees. The largest difference, but for one token in a thousand: a router whose experts
-nearly tie may choose another one by rounding, and moves few tokens far (measured in float32: about one token in a
-million; in tests/learning/test_router_ties.py). And the mean, as KL(sampler ‖ learner) by k3, which sees weights one
+It catches stale sampler weights, a temperature that slipped, rows that were moved, wrong masks. Two numbers are
+bounded, since each misses what the other sees. The largest difference, but for one token in a thousand: a router whose
+experts nearly tie may choose another one by rounding, and moves few tokens far (measured in float32: about one token in
+a million; in tests/learning/test_router_ties.py). And the mean, as KL(sampler ‖ learner) by k3, which sees weights one
 rollout old also in bfloat16, where rounding hides them from a bound on single tokens.
 """
 
@@ -46,8 +46,8 @@ def complaint(gap: Gap, dtype: str, tolerance: float | None) -> str | None:
     causes = "the old log-probs are not those of this policy (stale weights, another temperature, a wrong mask)"
     if not gap.abs_most <= most:
         return (
-            f"before the first update sampler and learner differ by {gap.abs_most:.2e} in the log-prob of more than one "
-            f"token in a thousand, which is above check_tolerance={most:g}; {causes}"
+            f"before the first update sampler and learner differ by {gap.abs_most:.2e} in the log-prob of more than "
+            f"one token in a thousand, which is above check_tolerance={most:g}; {causes}"
         )
     if not gap.k3 <= mean:
         return (

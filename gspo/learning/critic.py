@@ -84,8 +84,8 @@ def make_critic_step(
     micro_batch_size: int = 0,
     state_shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns jitted `critic_step(state, batch) -> (state, metrics)` on batch.returns_BC and batch.old_values_BC; the state is
-    donated.
+    """Returns jitted `critic_step(state, batch) -> (state, metrics)` on batch.returns_BC and batch.old_values_BC; the
+    state is donated.
 
     The loss is the clipped value loss, a mean over tokens (PPO; verl's `cliprange_value`). state_shardings: as in
     `make_train_step`."""

@@ -11,8 +11,8 @@ from gspo.masked import Last, Mean, Metrics, over_updates
 from gspo.model.routing import by_layer, changed, experts_changed, load_by_layer, recorded, variance_share
 from gspo.types import Batch
 
-# A distance from the policy that sampled: a rollout's line has it after all but one of its updates (the last minibatch),
-# and under the name `..._per_update` after one (the second minibatch).
+# A distance from the policy that sampled: a rollout's line has it after all but one of its updates (the last
+# minibatch), and under the name `..._per_update` after one (the second minibatch).
 DISTANCES = ("routing/experts_changed", "routing/tokens_changed")
 
 

@@ -66,8 +66,8 @@ class UpdatePlan:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Update:
     """The parts of an update: what is trained, by which optimizer, towards what, and how. sampling: how the sampler
-    shapes the distribution whose log-probs are taken. shardings: a TrainState of them, where the new state lies; None on
-    one device."""
+    shapes the distribution whose log-probs are taken. shardings: a TrainState of them, where the new state lies; None
+    on one device."""
 
     model: Transformer
     optimizer: optax.GradientTransformation

@@ -49,9 +49,12 @@ def minibatch(batch: Batch, index: int, count: int) -> Batch:
 
 
 def accumulated_gradient(
-    loss_fn: Callable[[Params, Batch], tuple[chex.Array, tuple[chex.Array, Any]]], params: Params, batch: Batch, micro_batch_size: int,
+    loss_fn: Callable[[Params, Batch], tuple[chex.Array, tuple[chex.Array, Any]]],
+    params: Params,
+    batch: Batch,
+    micro_batch_size: int,
     shardings: Params | None = None,
-) -> tuple[Params, Any]:  # fmt: skip
+) -> tuple[Params, Any]:
     """Gradient of Σ total / Σ count over the micro-batches, and the auxiliary named tuple of all rows.
 
     loss_fn: (params, rows) -> (total, (count, named tuple of arrays with a row axis)); the count must not depend on

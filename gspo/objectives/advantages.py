@@ -107,12 +107,6 @@ ADVANTAGES = {
 }
 
 
-def zero_variance(rewards_B: chex.Array, num_generations: int) -> chex.Array:
-    """[B] bool: rows of groups whose rewards are all equal, and which therefore teach nothing. Its mean is TRL's
-    `frac_reward_zero_std`. Give it the raw reward: a length penalty makes every group look mixed."""
-    return jnp.repeat(_constant(_groups(rewards_B, num_generations)), num_generations)
-
-
 def weighted_by_sign(advantages: chex.Array, positive: float, negative: float) -> chex.Array:
     """positive · Â where Â > 0, negative · Â elsewhere. Weights ≥ 0, so that no clip condition changes. positive < 1
     slows the loss of entropy ("The Surprising Effectiveness of Negative Reinforcement", 2506.01347)."""

@@ -69,8 +69,8 @@ def ratio_summary(log_ratio_BC: chex.Array, mask_BC: chex.Array) -> Metrics:
 
 
 def all_but_few(x_BC: chex.Array, mask_BC: chex.Array, share: float = 1e-3) -> chex.Array:
-    """The least value that at most this share of the tokens exceed, in fewer than 1 / share tokens at most one; 0 without
-    tokens."""
+    """The least value that at most this share of the tokens exceed, in fewer than 1 / share tokens at most one; 0
+    without tokens."""
     value = jnp.nanquantile(jnp.where(mask_BC, x_BC, jnp.nan), 1 - share, method="lower")
     return jnp.where(jnp.any(mask_BC), value, 0)
 

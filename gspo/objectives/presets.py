@@ -56,21 +56,26 @@ OBJECTIVES = {
     "dapo": {"importance_sampling_level": "token", "epsilon": 0.2, "epsilon_high": 0.28, "loss_agg_mode": "token-mean"},
     # Dr. GRPO: also scale_rewards = "none".
     "dr_grpo": {
-        "importance_sampling_level": "token", "epsilon": 0.2, "epsilon_high": 0.2, "loss_agg_mode": "seq-mean-token-sum-norm",
+        "importance_sampling_level": "token", "epsilon": 0.2, "epsilon_high": 0.2,
+        "loss_agg_mode": "seq-mean-token-sum-norm",
     },
     "cispo": {
         "importance_sampling_level": "token", "surrogate": "cispo", "epsilon": 1.0, "epsilon_high": 4.0,
         "loss_agg_mode": "token-mean",
     },
     "gmpo": {"importance_sampling_level": "token", "surrogate": "gmpo", "epsilon": 0.4, "epsilon_high": 0.4},
-    "sapo": {"importance_sampling_level": "token", "surrogate": "sapo", "temperature_pos": 1.0, "temperature_neg": 1.05},
+    "sapo": {
+        "importance_sampling_level": "token", "surrogate": "sapo", "temperature_pos": 1.0, "temperature_neg": 1.05,
+    },
     # LUSPO is GSPO with every sequence weighted by its length: the aggregation says it all.
     "luspo": {
-        "importance_sampling_level": "sequence", "epsilon": 2e-3, "epsilon_high": 2.5e-3, "loss_agg_mode": "seq-mean-token-sum",
+        "importance_sampling_level": "sequence", "epsilon": 2e-3, "epsilon_high": 2.5e-3,
+        "loss_agg_mode": "seq-mean-token-sum",
     },
     # RSPO is GMPO on ratios that the router shift scales down.
     "rspo": {
-        "importance_sampling_level": "token", "surrogate": "gmpo", "epsilon": 0.4, "epsilon_high": 0.4, "router_shift_floor": 0.8,
+        "importance_sampling_level": "token", "surrogate": "gmpo", "epsilon": 0.4, "epsilon_high": 0.4,
+        "router_shift_floor": 0.8,
     },
     # MiniRL: also scale_rewards = "none".
     "minirl": {
@@ -80,7 +85,9 @@ OBJECTIVES = {
     # PPO: also a critic and its advantages, `advantages.gae`.
     "ppo": {"importance_sampling_level": "token", "epsilon": 0.2, "epsilon_high": 0.2, "loss_agg_mode": "token-mean"},
     # REINFORCE: for one update per rollout. Its log-likelihood is a sum over the tokens of a sequence.
-    "reinforce": {"importance_sampling_level": "token", "surrogate": "reinforce", "loss_agg_mode": "seq-mean-token-sum"},
+    "reinforce": {
+        "importance_sampling_level": "token", "surrogate": "reinforce", "loss_agg_mode": "seq-mean-token-sum",
+    },
 }  # fmt: skip
 
 

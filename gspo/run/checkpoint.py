@@ -168,8 +168,8 @@ def _read_latest(
 
 
 def read_content(path: str | os.PathLike) -> dict[str, Any] | None:
-    """What the latest readable checkpoint of a workdir, its checkpoints folder, or the folder of one step holds beside its
-    arrays; None where there is none."""
+    """What the latest readable checkpoint of a workdir, its checkpoints folder, or the folder of one step holds
+    beside its arrays; None where there is none."""
     _quieten_orbax()
     for step_dir in _steps_at(Path(path).absolute()):
         try:
@@ -328,7 +328,8 @@ class Checkpointer:
         return [int(step_dir.name) for step_dir in reversed(_step_dirs(self._root))]
 
     def last_good(self) -> str:
-        """ "; the last good checkpoint is step 3", for the message of a run that has to stop. Empty if there is none."""
+        """ "; the last good checkpoint is step 3", for the message of a run that has to stop. Empty if there is
+        none."""
         self.wait()
         return f"; the last good checkpoint is step {self.steps()[-1]}" if self.steps() else ""
 

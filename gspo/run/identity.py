@@ -1,6 +1,6 @@
-"""A checkpoint knows its model: what was trained, and by which tokenizer, is saved with the weights and compared wherever
-they are taken. The same weights under another top-k of experts, RoPE base or alphabet have the same shapes and say
-something else.
+"""A checkpoint knows its model: what was trained, and by which tokenizer, is saved with the weights and compared
+wherever they are taken. The same weights under another top-k of experts, RoPE base or alphabet have the same shapes and
+say something else.
 """
 
 import dataclasses
@@ -38,14 +38,15 @@ def check_identity(where: str | os.PathLike, saved: Mapping[str, Any] | None, no
     for name, value in now["model"].items():
         if name in saved["model"] and saved["model"][name] != value:
             raise UserError(
-                f"model.{name}={value}: the weights in {where} were trained with {saved['model'][name]}; leave it out, or "
-                "take other weights"
+                f"model.{name}={value}: the weights in {where} were trained with {saved['model'][name]}; leave it out, "
+                "or take other weights"
             )
     if saved["tokenizer"] is not None and now["tokenizer"] is not None:
         found = difference(now["tokenizer"], saved["tokenizer"])
         if found:
             raise UserError(
-                f"tokenizer={now['tokenizer']['spec']}: the weights in {where} were trained with another one; its {found}"
+                f"tokenizer={now['tokenizer']['spec']}: the weights in {where} were trained with another one; its "
+                f"{found}"
             )
 
 
@@ -57,7 +58,8 @@ def saved_identity(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def tokenizer_of(saved: Mapping[str, Any], path: str | os.PathLike) -> str | None:
-    """The tokenizer of a saved identity as a config would name it: itself, or the folder of files beside the weights."""
+    """The tokenizer of a saved identity as a config would name it: itself, or the folder of files beside the
+    weights."""
     if saved["tokenizer"] is None:
         return None
     own = saved["tokenizer"]["spec"]

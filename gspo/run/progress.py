@@ -75,8 +75,15 @@ class Progress:
     shown  (column, metric, format) to show, where the metric is present; the value last seen stays (evaluations are
     rare)"""
 
-    def __init__(self, total: int, *, start: int = 0, title: str = "rollout", shown: Sequence[tuple[str, str, str]] = SHOWN,
-                 console: Console | None = None):  # fmt: skip
+    def __init__(
+        self,
+        total: int,
+        *,
+        start: int = 0,
+        title: str = "rollout",
+        shown: Sequence[tuple[str, str, str]] = SHOWN,
+        console: Console | None = None,
+    ):
         self._total, self._start, self._title, self._shown = total, start, title, shown
         self._done, self._latest, self._sample = start, {}, None
         self._began = time.perf_counter()

@@ -60,8 +60,8 @@ def _lock(workdir: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise UserError(
-                f"--workdir={workdir} is in use: {holder} is running in it; wait for its end or stop it, or use another "
-                "--workdir"
+                f"--workdir={workdir} is in use: {holder} is running in it; wait for its end or stop it, or use "
+                "another --workdir"
             ) from None
         except OSError as error:
             log.warning("%s: no locks on this file system (%s); see to it that no other run uses this folder",

@@ -65,8 +65,15 @@ class MetricsWriter:
     Raises: UserError if a package that was asked for is not installed.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, tensorboard: bool = False, wandb: bool = False, project: str = "gspo",
-                 config: dict[str, Any] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        tensorboard: bool = False,
+        wandb: bool = False,
+        project: str = "gspo",
+        config: dict[str, Any] | None = None,
+    ):
         self._workdir = Path(workdir).absolute()
         self._primary = distributed.is_primary()
         self._tensorboardX = _require("tensorboardX", "tensorboard") if tensorboard else None
@@ -148,8 +155,13 @@ class MetricsWriter:
                 id_file = self._workdir / "wandb_id"
                 if not id_file.exists():
                     disk.write_whole(id_file, secrets.token_hex(4))
-                self._wandb_run = self._wandb.init(**self._wandb_options, dir=str(self._workdir), name=self._workdir.name,
-                                                   id=id_file.read_text(), resume="allow")  # fmt: skip
+                self._wandb_run = self._wandb.init(
+                    **self._wandb_options,
+                    dir=str(self._workdir),
+                    name=self._workdir.name,
+                    id=id_file.read_text(),
+                    resume="allow",
+                )
             self._wandb_run.log(scalars, step=step)
 
 

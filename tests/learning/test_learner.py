@@ -249,7 +249,13 @@ def test_loss_and_gradient_of_a_step_equal_the_float64_loss_of_the_float64_model
     [
         pytest.param(*case, keywords, marks=pytest.mark.slow)
         for case in (GSPO_MOE, SFT_DENSE)
-        for keywords in ({"micro_batch_size": 0}, {"micro_batch_size": 1}, {"micro_batch_size": 4}, {"chunk": 1}, {"chunk": 6})
+        for keywords in (
+            {"micro_batch_size": 0},
+            {"micro_batch_size": 1},
+            {"micro_batch_size": 4},
+            {"chunk": 1},
+            {"chunk": 6},
+        )
     ]
     + [
         pytest.param(dataclasses.replace(MOE, moe_backend=backend, remat=True), gspo, {}, marks=pytest.mark.slow)

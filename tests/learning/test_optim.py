@@ -71,7 +71,8 @@ def test_a_constant_rate_needs_no_steps_and_large_step_counts_stay_exact():
 
 def test_weight_decay_spares_scales_and_biases_by_name_whatever_their_rank():
     # Catches: the stacked [L, D] scales of scanned layers decayed because they look like matrices.
-    params = {"layers": {"norm": {"scale": jnp.ones((3, 4))}, "query": {"kernel": jnp.ones((3, 4, 4)), "bias": jnp.ones((3, 4))},
+    params = {"layers": {"norm": {"scale": jnp.ones((3, 4))},
+                         "query": {"kernel": jnp.ones((3, 4, 4)), "bias": jnp.ones((3, 4))},
                          "scale": {"kernel": jnp.ones(2)}}, "embedding": jnp.ones((5, 4))}  # fmt: skip
     assert decays(params) == {"layers": {"norm": {"scale": False}, "query": {"kernel": True, "bias": False},
                                          "scale": {"kernel": True}}, "embedding": True}  # fmt: skip

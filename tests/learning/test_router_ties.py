@@ -80,10 +80,10 @@ def test_a_near_tie_that_flips_moves_log_probs_by_tenths_of_a_nat_and_replay_und
 
 
 def test_the_share_of_tokens_that_flip_is_some_ten_times_the_relative_error_of_the_numbers():
-    # Catches an estimate of the share by which a check of sampler against learner may be loosened. Random weights, 4,096
-    # tokens, all parameters moved by a relative error: at 1e-4 and at 1e-3 the share of tokens that flip in one of two
-    # layers is in proportion to it, so at float32's rounding, 1e-7 to 1e-6, it is 1e-5 at most. Each flip is seen by the
-    # later tokens of its row: the share of log-probs that move is larger than that of flips.
+    # Catches an estimate of the share by which a check of sampler against learner may be loosened. Random weights,
+    # 4,096 tokens, all parameters moved by a relative error: at 1e-4 and at 1e-3 the share of tokens that flip in one
+    # of two layers is in proportion to it, so at float32's rounding, 1e-7 to 1e-6, it is 1e-5 at most. Each flip is
+    # seen by the later tokens of its row: the share of log-probs that move is larger than that of flips.
     params = oracle.build(MOE)[1]
     rng = np.random.default_rng(0)
     tokens, lengths = rng.integers(0, V, (64, 64)).astype(np.int32), np.full(64, 64 - C, np.int32)

@@ -92,12 +92,6 @@ def test_groups_of_one_are_an_error_that_names_the_field(name):
         advantages.ADVANTAGES[name](np.ones(5), 2)
 
 
-# Catches a share counted over rows that are not repeated, and groups taken for mixed because of rounding.
-def test_groups_that_teach_nothing_are_marked_row_by_row():
-    rewards = np.array([0.1, 0.1, 0.1, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0], np.float32)
-    np.testing.assert_array_equal(advantages.zero_variance(rewards, 3), [True] * 3 + [False] * 3 + [True] * 3)
-
-
 # Catches weights on the wrong sign.
 def test_weights_by_sign_scale_each_side():
     np.testing.assert_allclose(

@@ -195,8 +195,10 @@ def test_hello_world_has_the_ratios_of_the_example():
     "ratio, advantage, weight, slope",
     [
         (1.0, 1, 1.0, 1), (1.0, -1, 1.0, 1),
-        (1 + 3.9e-4, 1, 1 + 3.9e-4, 1), (1 + 4.1e-4, 1, 1 + 4e-4, 0), (1 + 4.1e-4, -1, 1 + 4.1e-4, 1), (2.0, -1, 2.0, 1),
-        (1 - 2.9e-4, -1, 1 - 2.9e-4, 1), (1 - 3.1e-4, -1, 1 - 3e-4, 0), (1 - 3.1e-4, 1, 1 - 3.1e-4, 1), (0.5, 1, 0.5, 1),
+        (1 + 3.9e-4, 1, 1 + 3.9e-4, 1), (1 + 4.1e-4, 1, 1 + 4e-4, 0), (1 + 4.1e-4, -1, 1 + 4.1e-4, 1),
+        (2.0, -1, 2.0, 1),
+        (1 - 2.9e-4, -1, 1 - 2.9e-4, 1), (1 - 3.1e-4, -1, 1 - 3e-4, 0), (1 - 3.1e-4, 1, 1 - 3.1e-4, 1),
+        (0.5, 1, 0.5, 1),
     ],
 )  # fmt: skip
 def test_gspo_clips_around_one_and_only_where_the_advantage_pushes(ratio, advantage, weight, slope):
@@ -504,7 +506,8 @@ def kl(p_logits, q_logits):
 @pytest.mark.parametrize(
     "estimator, weight, on_policy, value_exact, gradient_of",
     [
-        ("k1", "none", True, True, "nothing"), ("k2", "none", True, False, "reverse"), ("k3", "none", True, True, "forward"),
+        ("k1", "none", True, True, "nothing"), ("k2", "none", True, False, "reverse"),
+        ("k3", "none", True, True, "forward"),
         ("k1", "stopped", False, True, "nothing"), ("k2", "stopped", False, False, "reverse"),
         ("k3", "stopped", False, True, "forward"),
         ("k1", "differentiable", False, True, "reverse"), ("k2", "differentiable", False, False, "neither"),
@@ -678,8 +681,8 @@ def test_ratio_metrics_equal_a_brute_force_count():
             np.testing.assert_allclose(metrics[key], value, rtol=1e-3, err_msg=key)
 
 
-# Catches a mean of means, and an extreme that is averaged or takes the 0 of an empty part: the parts hold 13 tokens in 3
-# rows, 7 in 3, 1 in 1 and none at all.
+# Catches a mean of means, and an extreme that is averaged or takes the 0 of an empty part: the parts hold 13 tokens in
+# 3 rows, 7 in 3, 1 in 1 and none at all.
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
 def test_metrics_of_unequal_minibatches_add_up_to_those_of_the_whole(name):
     logp, old, advantages, _ = arrays(rows=8, width=6)

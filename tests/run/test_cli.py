@@ -139,7 +139,8 @@ RL_MISTAKES = [
     ("task.name=jsonl:{folder}/empty.jsonl", "empty.jsonl': split 'train' is an empty data set"),
     ("task.eval_split=test", "training and evaluation would read the same lines; .*task.eval_split='train'"),
     ("task.name=running_sums", "task.name='running_sums': unknown.*did you mean 'running_sum'"),
-    ("task.name=tfds:gsm8k", "task.name='tfds:gsm8k': not in {folder}; set TFDS_DATA_DIR .*or prepare it there once with: python -c"),
+    ("task.name=tfds:gsm8k", "task.name='tfds:gsm8k': not in {folder}; set TFDS_DATA_DIR .*or prepare it there once "
+                             "with: python -c"),
     ("task.name=running_sum task.train_split=dev", "task.train_split.*running_sum has 'train' and 'test', not 'dev'"),
     ("rewards=exact_mach", "no reward named 'exact_mach'; choose from task, exact_match"),
     ("reward_weights=(1.0,2.0)", "reward_weights: 2 weights for 1 rewards"),
@@ -147,7 +148,8 @@ RL_MISTAKES = [
     ("tokenizer=runs/nowhere", "tokenizer='runs/nowhere': unknown"),
     ("tokenizer=chars:01", "tokenizer='chars:01': character '=' of .* is not in the alphabet"),
     ("objective.preset=gspoo", "objective.preset: no 'gspoo'; did you mean 'gspo'"),
-    ("objective.importance_sampling_level=sequences", "importance_sampling_level: no 'sequences'; did you mean 'sequence'"),
+    ("objective.importance_sampling_level=sequences", "importance_sampling_level: no 'sequences'; did you mean "
+                                                      "'sequence'"),
     ("objective.epsilon=-0.1", "objective.epsilon: -0.1 will not do"),
     ("objective.sampler_is=tis", "objective.sampler_is: .*old_logps='learner'"),
     ("scale_rewards=std", "scale_rewards='std': choose one of group, batch, none"),

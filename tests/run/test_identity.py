@@ -126,7 +126,8 @@ def test_weights_that_do_not_say_what_they_are_are_taken_with_a_warning(caplog):
 
 
 def test_a_run_is_evaluated_without_its_config(cold, command):  # noqa: F811
-    # Catches an evaluation that needs the flags of the run repeated, and one that cannot change how many prompts it takes.
+    # Catches an evaluation that needs the flags of the run repeated, and one that cannot change how many prompts it
+    # takes.
     code, stdout, stderr = command("evaluate", f"--workdir={cold}", "--config.eval.num_prompts=3")
     assert code == 0, stderr
     assert json.loads(stdout.splitlines()[-1])["step"] == 2 and len(stdout.splitlines()) == 4

@@ -102,8 +102,13 @@ def test_a_second_run_is_refused_with_a_line_that_names_the_first_until_that_is_
     # Catches: two runs that interleave their metrics and remove each other's checkpoints; a lock that outlives a
     # killed run, so that nobody can resume it; one that does not say whom to stop.
     root = Path(__file__).parents[2]
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], cwd=root, stdout=subprocess.PIPE, text=True,
-                              env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)})  # fmt: skip
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
+    )
     try:
         assert holder.stdout.readline() == "held\n"
         who = f"is in use: process {holder.pid} on {socket.gethostname()}, since 20[0-9-]+ [0-9:]+ .*, is running in it"
