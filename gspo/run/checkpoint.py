@@ -28,106 +28,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 
 from gspo.parallel import distributed
-from gspo.run import disk
-from gspo.run.seal import check_seal, write_seal
+from gspo.run import disk, stored
+from gspo.run.seal import write_seal
 from gspo.types import UserError
 
 log = logging.getLogger(__name__)
 Check = Callable[[Path, dict[str, Any] | None], None]  # (folder, the identity saved there); raises UserError
 
 
-# ---------------------------------------------------------------------------------------------------- trees by name
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """Tree -> {"params/layers/query": leaf}, in the order of the leaves. None and empty nodes have no leaves."""
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-    if len(named) != len(flat):
-        raise ValueError("two leaves of the state have the same name: a key contains '/'")
-    return named
-
-
 @jax.jit
 def _all_finite(named: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: jnp.isfinite(leaf).all() for name, leaf in named.items()}
-
-
-def _describe(leaf: Any) -> str:
-    """float32[3, 4]"""
-    return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
-
-
-def _check_fits(where: Path, saved: dict[str, str], wanted: dict[str, Any], cast: bool) -> None:
-    """UserError with the first arrays that differ in presence, shape or (unless `cast`) dtype."""
-    key = (lambda text: text[text.index("[") :]) if cast else (lambda text: text)
-    now = {name: _describe(leaf) for name, leaf in wanted.items()}
-    differ = [f"{name}: saved {saved.get(name, 'nothing')}, now {now.get(name, 'absent')}"
-              for name in dict.fromkeys([*now, *saved])
-              if name not in saved or name not in now or key(saved[name]) != key(now[name])]  # fmt: skip
-    if differ:
-        more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
-        raise UserError(f"{where} is of another model or optimizer: {'; '.join(differ[:3])}{more}. "
-                        "Use the config that it was saved with, or another folder")  # fmt: skip
-
-
-# ---------------------------------------------------------------------------- reading one folder
-
-
-def _step_dirs(root: Path) -> list[Path]:
-    """The folders of all steps, latest first, the damaged ones included and the temporary ones not."""
-    found = [entry for entry in root.iterdir() if entry.is_dir() and entry.name.isdecimal()] if root.is_dir() else []
-    return sorted(found, key=lambda entry: int(entry.name), reverse=True)
-
-
-def _check_seals(step_dir: Path) -> None:
-    """Each process checks its share. Raises in all of them where one has found damage: what is damaged is not read."""
-    found = None
-    try:
-        check_seal(step_dir, jax.process_index(), jax.process_count())
-    except Exception as error:  # a damaged file or seal: missing, cut short, not JSON
-        found = error
-    if distributed.any_process(found is not None):
-        raise found or ValueError("another process has found a damaged file")
-
-
-def _reader(handler: Any) -> ocp.Checkpointer:
-    """Reads without waiting for other processes: what one of them cannot read, the others must not wait for
-    (`_read_latest` has all processes agree afterwards)."""
-    alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
-
-
-def _read_meta(step_dir: Path) -> dict[str, Any]:
-    """{"meta", "metrics", "arrays"} of one checkpoint. Raises anything if it is damaged."""
-    with _reader(ocp.JsonCheckpointHandler()) as reader:
-        content = reader.restore(step_dir / "meta", args=ocp.args.JsonRestore())
-    if not {"meta", "metrics", "arrays"} <= content.keys():
-        raise ValueError("meta is not complete")
-    return content
-
-
-def _read_arrays(step_dir: Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
-    """The named arrays, with the dtype and sharding of `wanted` (the first device where it has none)."""
-
-    def target(leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    targets = {name: target(leaf) for name, leaf in wanted.items()}
-    stored = {name: leaf for name, leaf in targets.items() if leaf.size}  # the empty ones were left out by `save`
-    arrays = {
-        name: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding) for name, leaf in targets.items() if not leaf.size
-    }
-    args = ocp.args.PyTreeRestore(
-        stored, restore_args=ocp.checkpoint_utils.construct_restore_args(stored), partial_restore=True
-    )
-    with _reader(ocp.PyTreeCheckpointHandler()) as reader:
-        arrays |= reader.restore(step_dir / "state", args=args)
-    return jax.block_until_ready(arrays)
 
 
 def _read_latest(
@@ -137,17 +50,17 @@ def _read_latest(
 
     Raises: UserError if it does not fit `tree`, or what `check` raises, or if every folder is damaged.
     """
-    wanted = {prefix + name: leaf for name, leaf in _named(tree).items()}
+    wanted = {prefix + name: leaf for name, leaf in stored.named(tree).items()}
     damaged = {}
     for step_dir in step_dirs:
         try:
-            _check_seals(step_dir)
-            meta = _read_meta(step_dir)
+            stored.check_seals(step_dir)
+            meta = stored.read_meta(step_dir)
             saved = {name: text for name, text in meta["arrays"].items() if name.startswith(prefix)}
             if check is not None:
                 check(step_dir, meta.get("identity"))
-            _check_fits(step_dir, saved, wanted, cast)
-            arrays = _read_arrays(step_dir, wanted)
+            stored.check_fits(step_dir, saved, wanted, cast)
+            arrays = stored.read_arrays(step_dir, wanted)
         except UserError:
             raise
         except Exception as error:  # a damaged folder fails in many ways: JSON, missing files, TensorStore
@@ -167,24 +80,6 @@ def _read_latest(
     raise UserError(f"no checkpoint in {step_dirs[0].parent} can be read; move them away to start again ({reasons})")
 
 
-def read_content(path: str | os.PathLike) -> dict[str, Any] | None:
-    """What the latest readable checkpoint of a workdir, its checkpoints folder, or the folder of one step holds
-    beside its arrays; None where there is none."""
-    _quieten_orbax()
-    for step_dir in _steps_at(Path(path).absolute()):
-        try:
-            return _read_meta(step_dir)
-        except Exception:  # damaged: whoever restores it will say so
-            continue
-    return None
-
-
-def _steps_at(path: Path) -> list[Path]:
-    """The folders of the steps of a workdir or its checkpoints folder, latest first; or that of the one step given."""
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    return [path] if path.name.isdecimal() and (path / "meta").exists() else _step_dirs(root)
-
-
 def restore_params(path: str | os.PathLike, abstract_params: Any, check: Check | None = None) -> tuple[int, Any]:
     """The parameters of another run, for `init_from` and for evaluation: (step, params). Reads only, changes nothing on
     disk.
@@ -195,9 +90,9 @@ def restore_params(path: str | os.PathLike, abstract_params: Any, check: Check |
     check            called with the folder and the identity that was saved there, before anything is read
     Raises: UserError if there is no checkpoint, none can be read, or the latest one is of another model shape.
     """
-    _quieten_orbax()
+    stored.quieten_orbax()
     path = Path(path).absolute()
-    step_dirs = _steps_at(path)
+    step_dirs = stored.steps_at(path)
     if not step_dirs:
         raise UserError(f"no checkpoint in {path}: " + ("it holds none yet" if path.exists() else "no such folder"))
     step_dir, params, _, _ = _read_latest(step_dirs, abstract_params, prefix="params/", cast=True, check=check)
@@ -242,7 +137,7 @@ class Checkpointer:
             raise UserError(f"keep_last is {keep_last}: at least one checkpoint must be kept")
         if keep_best and not best_metric:
             raise UserError("keep_best needs best_metric, the metric that ranks checkpoints")
-        _quieten_orbax()
+        stored.quieten_orbax()
         self._root = Path(workdir).absolute() / "checkpoints"
         self._best_metric, self._identity = best_metric, identity
         self._async_save = async_save
@@ -255,9 +150,9 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(self._root, options=ocp.CheckpointManagerOptions(
             preservation_policy=self._keep, enable_async_checkpointing=async_save, cleanup_tmp_directories=True,
             lightweight_initialize=True))  # fmt: skip
-        for step_dir in _step_dirs(self._root) if keep_best else []:
+        for step_dir in stored.step_dirs(self._root) if keep_best else []:
             try:
-                self._score(int(step_dir.name), _read_meta(step_dir)["metrics"])
+                self._score(int(step_dir.name), stored.read_meta(step_dir)["metrics"])
             except Exception:  # damaged: `restore` will say so
                 continue
 
@@ -277,7 +172,7 @@ class Checkpointer:
         target = self._root / str(step)
         if target.exists() and not force:
             return False
-        named = _named(state)
+        named = stored.named(state)
         finite = jax.device_get(_all_finite({name: leaf for name, leaf in named.items() if name.startswith("params/")}))
         if not all(finite.values()):
             raise UserError(
@@ -285,7 +180,7 @@ class Checkpointer:
             )
         replaced = self._set_aside(target, "replaced") if target.exists() else None
         content = {"meta": meta, "metrics": {name: float(value) for name, value in (metrics or {}).items()},
-                   "arrays": {name: _describe(leaf) for name, leaf in named.items()},
+                   "arrays": {name: stored.describe(leaf) for name, leaf in named.items()},
                    "identity": self._identity}  # fmt: skip
         content = json.loads(json.dumps(content))  # a copy: the caller may change `meta` while the writer runs
         self._score(step, content["metrics"])
@@ -311,7 +206,7 @@ class Checkpointer:
         again. Raises: UserError if none can be read, or if the latest one is of another model; nothing on disk is
         touched then."""
         self.wait()
-        step_dirs = _step_dirs(self._root)
+        step_dirs = stored.step_dirs(self._root)
         if not distributed.all_equal(int(step_dirs[0].name) if step_dirs else -1):
             raise UserError(
                 f"{self._root}: the processes see different checkpoints; put --workdir on storage that all hosts share"
@@ -325,7 +220,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The steps on disk, in rising order; one that is still being written is not among them."""
-        return [int(step_dir.name) for step_dir in reversed(_step_dirs(self._root))]
+        return [int(step_dir.name) for step_dir in reversed(stored.step_dirs(self._root))]
 
     def last_good(self) -> str:
         """ "; the last good checkpoint is step 3", for the message of a run that has to stop. Empty if there is
@@ -401,18 +296,3 @@ class Checkpointer:
         distributed.barrier("set aside")
         self._manager.reload()
         return aside
-
-
-def _quieten_orbax() -> None:
-    """Drops what Orbax logs below WARNING, about twenty lines per save, and its tracebacks where the disk is full, of
-    which every thread of a save has one; absl's other users keep their voice."""
-    logger = absl_logging.get_absl_logger()
-    if _not_orbax_chatter not in logger.filters:
-        logger.addFilter(_not_orbax_chatter)
-
-
-def _not_orbax_chatter(record: logging.LogRecord) -> bool:
-    if f"{os.sep}orbax{os.sep}" not in record.pathname:
-        return True
-    full = record.exc_info is not None and disk.is_full(record.exc_info[1])  # raised by `wait`, too, which says it
-    return record.levelno >= logging.WARNING and not full

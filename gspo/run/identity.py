@@ -12,7 +12,7 @@ from typing import Any
 
 from gspo.data.tokenizer import Tokenizer, difference, fingerprint
 from gspo.model.spec import ModelSpec
-from gspo.run.checkpoint import read_content
+from gspo.run.stored import read_content
 from gspo.types import UserError
 
 log = logging.getLogger(__name__)

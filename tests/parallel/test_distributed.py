@@ -287,12 +287,12 @@ def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(folder,
     # another.
     shutil.copytree(two, folder / "unread")
     (folder / "unread.py").write_text(
-        "import jax\nfrom gspo import build, rl\nfrom gspo.run import checkpoint, cli\n\n\ndef main():\n"
-        "    read, calls = checkpoint._read_arrays, []\n\n"
+        "import jax\nfrom gspo import build, rl\nfrom gspo.run import checkpoint, cli, stored\n\n\ndef main():\n"
+        "    read, calls = stored.read_arrays, []\n\n"
         "    def failing(*args):\n        calls.append(args)\n"
         "        if len(calls) == 1 and jax.process_index() == 1:\n            raise ValueError('unreadable here')\n"
         "        return read(*args)\n\n"
-        "    checkpoint._read_arrays = failing\n"
+        "    stored.read_arrays = failing\n"
         "    with checkpoint.Checkpointer(cli.FLAGS.workdir) as checkpointer:\n"
         "        abstract = rl.prepare(build.rl_plan(cli.FLAGS.config)).steps.abstract\n"
         "        print('restored', checkpointer.restore(abstract)[0])\n\n\n"

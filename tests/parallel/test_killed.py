@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint._src.checkpointers import async_checkpointer
 
 from gspo.data import batches
-from gspo.run import checkpoint, writers
+from gspo.run import checkpoint, stored, writers
 from tests.tiny_runs import rl_config
 
 PLACES = {{
@@ -30,7 +30,7 @@ PLACES = {{
     "finalize": (ocp.PyTreeCheckpointHandler, "finalize"),
     "seal": (checkpoint, "write_seal"),
     "line": (writers.MetricsWriter, "write"),
-    "restore": (checkpoint, "_read_arrays"),
+    "restore": (stored, "read_arrays"),
 }}
 victim, event, number, delay = os.environ.get("MOMENT", "-1 none 0 0").split()
 count = []
