@@ -1,11 +1,12 @@
-"""Config -> plans. Every field of a config is read here, once, and nowhere else.
+"""Config -> plans. Every field of a config is read here, once, and nowhere else; what a config is, nobody else knows.
 
 A plan is a frozen record of plain values (`gspo.plans`); everything after this file takes plans and numbers.
 """
 
 from typing import Any
 
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from gspo import objectives, plans
 from gspo.learning.learner import UpdatePlan
@@ -13,6 +14,26 @@ from gspo.model.distribution import Sampling
 from gspo.model.spec import TOY, TOY_TOKENIZER
 from gspo.run.identity import saved_identity, tokenizer_of
 from gspo.types import UserError
+
+flags.disclaim_key_flags()  # --config is a flag of the file that asks for it: --help lists it there
+
+
+def define_config_flag(help_text: str) -> None:
+    """--config=FILE, with --config.a.b=value for its fields; those that the file does not have are refused."""
+    config_flags.DEFINE_config_file("config", None, help_text, lock_config=True)
+
+
+def is_config(value: Any) -> bool:
+    """Whether a config file has returned what one must return."""
+    return isinstance(value, ConfigDict)
+
+
+def leaf_fields(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Dotted names of all leaves of a config."""
+    names = []
+    for key, value in config.items():
+        names += leaf_fields(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [prefix + key]
+    return names
 
 
 def rl_plan(config: ConfigDict, workdir: str = "") -> plans.RLPlan:

@@ -14,7 +14,6 @@ from configs import base
 from gspo import build, rl, sft
 from gspo.learning.optim import make_optimizer
 from gspo.learning.scores import score_completions
-from gspo.run.cli import leaf_fields
 from gspo.steps import objective_of
 from tests.tiny_runs import ROOT, kept_compiles, parts_of, rl_config, sft_config, stateful_config  # noqa: F401 - a fixture
 
@@ -97,7 +96,7 @@ def test_every_field_is_read(tmp_path, train, plan_of, config_of):
     # Catches a field that a user sets and nothing heeds.
     config, read = config_of(tmp_path), set()
     train(plan_of(Watched(config, read)), tmp_path / "run")
-    assert read == set(leaf_fields(config))
+    assert read == set(build.leaf_fields(config))
 
 
 # ---------------------------------------------------------------------------- every field has an effect
@@ -202,7 +201,7 @@ def assert_like(config: ConfigDict, model: ConfigDict, where: str):
     """The same fields with values of the same types; None where the base has a placeholder. A task brings its own
     options."""
     free = "task.options."
-    fields, wanted = ({f for f in leaf_fields(c) if not f.startswith(free)} for c in (config, model))
+    fields, wanted = ({f for f in build.leaf_fields(c) if not f.startswith(free)} for c in (config, model))
     assert fields == wanted, where
     values, defaults = (ConfigDict(c.to_dict()) for c in (config, model))
     for field in wanted:
@@ -228,7 +227,7 @@ def test_every_config_file_loads_with_the_fields_and_types_of_the_base(name):
     for part in parts:
         assert part.is_locked
     field = (
-        next(field for field in leaf_fields(config) if field.split(".")[-1] == "seed")
+        next(field for field in build.leaf_fields(config) if field.split(".")[-1] == "seed")
         if "seed" not in config
         else "seed"
     )

@@ -1,5 +1,6 @@
 """AdamW with global-norm clipping, and the learning rate as a function of the update."""
 
+import dataclasses
 import difflib
 from collections.abc import Callable
 from typing import Any
@@ -64,31 +65,61 @@ def _name(path: Any) -> str:
     return next((entry.key for entry in reversed(path) if isinstance(entry, jax.tree_util.DictKey)), "")
 
 
-def make_optimizer(*, learning_rate: float, schedule: str = "constant", warmup_steps: int = 0, total_steps: int | None = None,
-                   beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,
-                   max_grad_norm: float | None = 1.0, router_lr_scale: float = 1.0) -> optax.GradientTransformation:  # fmt: skip
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """What Adam does with a gradient, whatever the learning rate. Raises: UserError.
+
+    max_grad_norm    gradients are scaled down to this global L2 norm before Adam sees them; None: they are not
+    router_lr_scale  learning rate of leaves named "router" over that of the rest; 0 freezes them, and keeps them out of
+                     the norm
+    The others as in `optax.adamw`.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    router_lr_scale: float = 1.0
+
+    def __post_init__(self):
+        for name, limit in (("beta1", 1), ("beta2", 1), ("weight_decay", float("inf"))):
+            if not 0 <= getattr(self, name) < limit:
+                raise UserError(f"{name}={getattr(self, name)} must lie in [0, {limit})")
+        if not self.eps > 0 or (self.max_grad_norm is not None and not self.max_grad_norm > 0):
+            raise UserError(
+                f"eps={self.eps} and max_grad_norm={self.max_grad_norm} must be positive (max_grad_norm=None: no "
+                "clipping)"
+            )
+        if not self.router_lr_scale >= 0:
+            raise UserError(f"router_lr_scale={self.router_lr_scale} must be zero or more (0: frozen routers)")
+
+
+def make_optimizer(
+    *,
+    learning_rate: float,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    total_steps: int | None = None,
+    **adam: float | None,
+) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019, with the decay multiplied by the learning rate, as in optax and PyTorch).
 
-    max_grad_norm  gradients are scaled down to this global L2 norm before Adam sees them; None: they are not
-    router_lr_scale  learning rate of leaves named "router" over that of the rest; 0 freezes them, and keeps them out of
-    the norm The others as in `make_schedule` and `optax.adamw`. Raises: UserError.
+    adam: the fields of `AdamW`. The others as in `make_schedule`. Raises: UserError.
     """
-    for name, value, limit in (("beta1", beta1, 1), ("beta2", beta2, 1), ("weight_decay", weight_decay, float("inf"))):
-        if not 0 <= value < limit:
-            raise UserError(f"{name}={value} must lie in [0, {limit})")
-    if not eps > 0 or (max_grad_norm is not None and not max_grad_norm > 0):
-        raise UserError(
-            f"eps={eps} and max_grad_norm={max_grad_norm} must be positive (max_grad_norm=None: no clipping)"
-        )
-    if not router_lr_scale >= 0:
-        raise UserError(f"router_lr_scale={router_lr_scale} must be zero or more (0: frozen routers)")
+    by = AdamW(**adam)
     learning_rate_at = make_schedule(
-        learning_rate=learning_rate, schedule=schedule, warmup_steps=warmup_steps, total_steps=total_steps)  # fmt: skip
-    clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
-    chain = [clip, optax.scale_by_adam(beta1, beta2, eps), optax.add_decayed_weights(weight_decay, decays),
-             optax.scale_by_learning_rate(learning_rate_at)]  # fmt: skip
-    if router_lr_scale == 0:
+        learning_rate=learning_rate, schedule=schedule, warmup_steps=warmup_steps, total_steps=total_steps
+    )
+    clip = optax.identity() if by.max_grad_norm is None else optax.clip_by_global_norm(by.max_grad_norm)
+    chain = [
+        clip,
+        optax.scale_by_adam(by.beta1, by.beta2, by.eps),
+        optax.add_decayed_weights(by.weight_decay, decays),
+        optax.scale_by_learning_rate(learning_rate_at),
+    ]
+    if by.router_lr_scale == 0:
         chain.insert(0, optax.masked(optax.set_to_zero(), routers))
-    if router_lr_scale != 1:
-        chain.append(optax.masked(optax.scale(router_lr_scale), routers))
+    if by.router_lr_scale != 1:
+        chain.append(optax.masked(optax.scale(by.router_lr_scale), routers))
     return optax.chain(*chain)

@@ -60,6 +60,26 @@ def append(
     )
 
 
+def rollout_of(state: DecodeState, prompt_QP: chex.Array, prompt_lengths_Q: chex.Array, first_B: chex.Array) -> Rollout:
+    """What the loop has left, behind its prompts. first_B: the column where each row begins."""
+    P = prompt_QP.shape[1]
+    G, T = len(first_B) // len(prompt_QP), P + state.tokens_BC.shape[1]
+    routes_LBTX = state.routes_LBTX
+    if routes_LBTX is not None:
+        # The last token was never fed, and padding has no route.
+        fed_BT = (jnp.arange(T) >= first_B[:, None]) & (jnp.arange(T) < (P + state.lengths_B - 1)[:, None])
+        routes_LBTX = jnp.where(fed_BT[None, :, :, None], routes_LBTX, -1)
+    return Rollout(
+        tokens_BT=jnp.concatenate([jnp.repeat(prompt_QP, G, axis=0), state.tokens_BC], axis=1),
+        prompt_lengths_B=jnp.repeat(prompt_lengths_Q, G),
+        completion_lengths_B=state.lengths_B,
+        logp_BC=state.logp_BC,
+        routes_LBTX=routes_LBTX,
+        truncated_B=~state.ended_B,
+        decode_steps=state.step,
+    )
+
+
 def make_sampler(
     model: Transformer,
     *,
@@ -130,19 +150,6 @@ def make_sampler(
 
         state = jax.lax.while_loop(lambda s: (s.step < C) & ~jnp.all(s.ended_B), body, state)
 
-        routes_LBTX = state.routes_LBTX
-        if routes_LBTX is not None:
-            # The last token was never fed, and padding has no route.
-            fed_BT = (jnp.arange(T) >= first_B[:, None]) & (jnp.arange(T) < (P + state.lengths_B - 1)[:, None])
-            routes_LBTX = jnp.where(fed_BT[None, :, :, None], routes_LBTX, -1)
-        return on_mesh(Rollout(
-            tokens_BT=jnp.concatenate([jnp.repeat(prompt_QP, G, axis=0), state.tokens_BC], axis=1),
-            prompt_lengths_B=jnp.repeat(prompt_lengths_Q, G),
-            completion_lengths_B=state.lengths_B,
-            logp_BC=state.logp_BC,
-            routes_LBTX=routes_LBTX,
-            truncated_B=~state.ended_B,
-            decode_steps=state.step,
-        ))  # fmt: skip
+        return on_mesh(rollout_of(state, prompt_QP, prompt_lengths_Q, first_B))
 
     return jax.jit(jax.named_scope("rollout")(sample))

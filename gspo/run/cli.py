@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 import jax
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
 
+from gspo import build
 from gspo.parallel import distributed
 from gspo.run import disk
 from gspo.types import UserError
@@ -25,9 +25,7 @@ FLAGS = flags.FLAGS
 def define_flags(workdir: bool = True) -> None:
     """--config=FILE with --config.a.b=value overrides; --workdir, --allow_changed_config and those of a run of many
     processes."""
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file; override a field with --config.a.b=value.", lock_config=True
-    )
+    build.define_config_flag("Config file; override a field with --config.a.b=value.")
     if not workdir:
         return
     flags.DEFINE_string("workdir", None, "Folder for checkpoints and metrics; a run found there is resumed.")
@@ -115,21 +113,13 @@ def run_script(main: Callable[[list[str]], int]) -> None:
         sys.exit(2)
 
 
-def leaf_fields(config: ConfigDict, prefix: str = "") -> list[str]:
-    """Dotted names of all leaves of a config."""
-    names = []
-    for key, value in config.items():
-        names += leaf_fields(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [prefix + key]
-    return names
-
-
 def _parse(argv: list[str]) -> None:
     """absl's own parsing, with each of its failures as a UserError."""
     config = _config_as_written(argv)
     try:
         rest = FLAGS(argv)[1:]
     except (AttributeError, KeyError):
-        raise UserError(_unknown_field(argv, leaf_fields(config))) from None
+        raise UserError(_unknown_field(argv, build.leaf_fields(config))) from None
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(_first_line(error).removeprefix("flag ")) from None
     if rest:
@@ -138,7 +128,7 @@ def _parse(argv: list[str]) -> None:
         raise UserError("--workdir is missing; pass --workdir=runs/NAME")
 
 
-def _config_as_written(argv: list[str]) -> ConfigDict:
+def _config_as_written(argv: list[str]) -> Any:
     """The config without overrides. Its file is a program, which may fail in any way: UserError with the line."""
     values = [arg.partition("=")[2] if "=" in arg else after for arg, after in zip(argv, [*argv[1:], ""], strict=True)
               if arg.lstrip("-").partition("=")[0] == "config"]  # fmt: skip
@@ -153,7 +143,7 @@ def _config_as_written(argv: list[str]) -> ConfigDict:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f", line {lines[-1]}" if lines else ""
         raise UserError(f"--config={path}{where}: {type(error).__name__}: {_first_line(error)}") from None
-    if not isinstance(config, ConfigDict):
+    if not build.is_config(config):
         raise UserError(f"--config={path}: get_config() returned {type(config).__name__} instead of a ConfigDict")
     return config
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
+from gspo import build
 from gspo.run import cli
 from gspo.run.workdir import hold_workdir
 from tests.tiny_runs import ROOT, command, contents, kept_compiles  # noqa: F401 - fixtures
@@ -260,7 +261,7 @@ def test_a_process_ends_with_exit_code_2_and_without_a_traceback(tmp_path):
 
 def test_the_leaves_of_a_config_have_dotted_names():
     # Catches sections listed as fields, or their fields without the prefix: what suggestions are chosen from.
-    assert cli.leaf_fields(ConfigDict({"a": 1, "b": {"c": {"d": (2,)}, "e": None}})) == ["a", "b.c.d", "b.e"]
+    assert build.leaf_fields(ConfigDict({"a": 1, "b": {"c": {"d": (2,)}, "e": None}})) == ["a", "b.c.d", "b.e"]
 
 
 # ---------------------------------------------------------------------------------------------------- signals
