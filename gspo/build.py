@@ -37,8 +37,8 @@ def leaf_fields(config: ConfigDict, prefix: str = "") -> list[str]:
 
 
 def rl_plan(config: ConfigDict, workdir: str = "") -> plans.RLPlan:
-    """Raises UserError for every mistake that can be seen in the config alone, and beside the weights that the run begins
-    with: those in workdir where it goes on, else those of init_from."""
+    """Raises UserError for every mistake that can be seen in the config alone, and beside the weights that the run
+    begins with: those in workdir where it goes on, else those of init_from."""
     updates, eval_at_a_time = config.num_rollouts * config.updates_per_rollout, config.num_prompts
     critic = config.critic.to_dict()
     with_critic = critic.pop("enable")
@@ -132,7 +132,8 @@ def _model_and_tokenizer(config: ConfigDict, workdir: str) -> tuple[plans.ModelP
     for name, value in given.items():
         if name in begun and value != begun[name] and (name, value) != ("vocab_size", 0):
             raise UserError(
-                f"model.{name}={value}: {where} was trained with {begun[name]}; leave it out, or start from other weights"
+                f"model.{name}={value}: {where} was trained with {begun[name]}; leave it out, or start from "
+                "other weights"
             )
     tokenizer = config.tokenizer
     if not tokenizer and saved is not None:

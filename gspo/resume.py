@@ -11,8 +11,9 @@ from gspo.data.tokenizer import Tokenizer, make_tokenizer, save_files
 from gspo.learning.state import Start
 from gspo.model.spec import ModelSpec
 from gspo.parallel import distributed
-from gspo.run.checkpoint import Checkpointer, read_content
+from gspo.run.checkpoint import Checkpointer
 from gspo.run.identity import TOKENIZER, check_identity, identity, saved_identity
+from gspo.run.stored import read_content
 from gspo.run.workdir import hold_workdir, keep_config
 from gspo.run.writers import MetricsWriter
 from gspo.steps import initial_state
@@ -30,8 +31,8 @@ class Opened(NamedTuple):
 
 
 def tokenizer_of_run(plan: plans.RunPlan, workdir: str) -> Tokenizer:
-    """The tokenizer of the plan. The day that its chat template may write into prompts is that on which the run began, in
-    all its processes and after every resume. UserError where the run is to begin from what cannot be read.
+    """The tokenizer of the plan. The day that its chat template may write into prompts is that on which the run began,
+    in all its processes and after every resume. UserError where the run is to begin from what cannot be read.
     """
     saved = saved_identity(workdir)
     if saved is None and plan.init_from and read_content(workdir) is None and read_content(plan.init_from) is None:
