@@ -68,7 +68,8 @@ class Collector:
         return Experience(batch, metrics, self.samples(draw), cursor, gap)
 
     def draws(self, state: TrainState, cursor: int, key: jax.Array, timer: Timer) -> tuple[list[Judged], int]:
-        """Rollouts of the next prompts, one, or under dynamic sampling as many as it takes; and the cursor after them."""
+        """Rollouts of the next prompts, one, or under dynamic sampling as many as it takes; and the cursor after
+        them."""
         with timer("rollout"):
             policy = state.stale_params[0] if state.stale_params else state.params
             params = self.steps.rollout_params(self.rounding(policy))

@@ -1,5 +1,5 @@
-"""Plans -> the jitted functions of one run, on a mesh: rollout, log-probs, update. What `gspo.rl` runs and `gspo.report.aot`
-compiles.
+"""Plans -> the jitted functions of one run, on a mesh: rollout, log-probs, update. What `gspo.rl` runs and
+`gspo.report.aot` compiles.
 
 Nothing here reads data: of the tokenizer only the ids that end a completion and pad it.
 """

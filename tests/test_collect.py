@@ -50,8 +50,8 @@ def collect(config, pen, *, cursor=0, state=None, scorer=None, value_fn=None, ne
     tokenizer = make_tokenizer(config.tokenizer)
     source = prompt_source(plan.data, "train", tokenizer)
     steps = SimpleNamespace(
-        layout=make_layout(plan.mesh), rollout_params=lambda params: params, sampler=pen, scorer=scorer, value_fn=value_fn,
-        objective=SimpleNamespace(needs=needs),
+        layout=make_layout(plan.mesh), rollout_params=lambda params: params, sampler=pen, scorer=scorer,
+        value_fn=value_fn, objective=SimpleNamespace(needs=needs),
     )  # fmt: skip
     collector = Collector(plan, steps, tokenizer, source)
     state = TrainState(jnp.int32(0), "params", None) if state is None else state

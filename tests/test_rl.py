@@ -140,7 +140,8 @@ def frozen(folder):
     """Two rollouts of one prompt that no completion is rewarded for: the policy stays, and all that differs is
     noise."""
     config = rl_config(folder, **{
-        "rewards": ("hash_answer",), "num_rollouts": 2, "task.options": {"size": 1}, "log.num_samples": 16, "eval.every": 1,
+        "rewards": ("hash_answer",), "num_rollouts": 2, "task.options": {"size": 1}, "log.num_samples": 16,
+        "eval.every": 1,
     })  # fmt: skip
     rl.train(build.rl_plan(config), folder / "frozen")
     return config, folder / "frozen"
@@ -214,13 +215,14 @@ def test_all_minibatches_of_a_rollout_share_its_old_log_probs_and_move_away_from
 
 
 def test_the_metrics_of_a_rollout_sum_up_its_updates(updates):
-    # Catches a mean of means (the updates hold 1, 2 and 5 rows), a mean of maxima, a minimum that is averaged, drift per
-    # update taken from the first minibatch (always 0).
+    # Catches a mean of means (the updates hold 1, 2 and 5 rows), a mean of maxima, a minimum that is averaged, drift
+    # per update taken from the first minibatch (always 0).
     def step(rows, loss, norm, largest, smallest, gap, changed):
         return {
             "loss": Mean(np.float32(rows * loss), np.float32(rows)), "grad_norm": over_updates(norm),
             "ratio/max": Max(largest), "ratio/min": Min(smallest), "log_ratio/abs_max": Max(gap),
-            "routing/experts_changed": Last(changed), "routing/experts_changed_by_layer": Last(np.array([changed, 0.0])),
+            "routing/experts_changed": Last(changed),
+            "routing/experts_changed_by_layer": Last(np.array([changed, 0.0])),
         }  # fmt: skip
 
     steps = [step(1, 1.0, 2.0, 1.1, 0.9, 0.0, 0.0), step(2, 2.0, 5.0, 1.4, 0.8, 0.3, 0.2)]
@@ -228,8 +230,9 @@ def test_the_metrics_of_a_rollout_sum_up_its_updates(updates):
     line = rl.update_metrics(jax.device_get(steps))
     assert line.pop("routing/experts_changed_by_layer") == [0.5, 0.0]
     assert line == pytest.approx({
-        "loss": 35 / 8, "grad_norm": 3.0, "grad_norm/max": 5.0, "ratio/max": 1.4, "ratio/min": 0.7, "log_ratio/abs_max": 0.3,
-        "log_ratio/first_abs_max": 0.0, "routing/experts_changed": 0.5, "routing/experts_changed_per_update": 0.2,
+        "loss": 35 / 8, "grad_norm": 3.0, "grad_norm/max": 5.0, "ratio/max": 1.4, "ratio/min": 0.7,
+        "log_ratio/abs_max": 0.3, "log_ratio/first_abs_max": 0.0, "routing/experts_changed": 0.5,
+        "routing/experts_changed_per_update": 0.2,
     }, rel=1e-6)  # fmt: skip
 
 
@@ -271,8 +274,8 @@ MAKE_SAMPLER = steps.sampler_of
 def test_an_old_policy_that_is_not_the_one_that_sampled_stops_the_run(
     folder, tmp_path, monkeypatch, fault, stops_at, changes
 ):
-    # Catches a check that compares the learner with itself, one that runs before the first update only of the whole run,
-    # and a bound for bfloat16 that weights one rollout old stay below.
+    # Catches a check that compares the learner with itself, one that runs before the first update only of the whole
+    # run, and a bound for bfloat16 that weights one rollout old stay below.
     replace_sampler(monkeypatch, fault)
     with pytest.raises(
         UserError, match=f"rollout {stops_at}: before the first update sampler and learner differ by .*stale"
@@ -694,7 +697,8 @@ def steps_that_die(*args):
 
 
 rl.make_steps = steps_that_die
-hook(ocp.PyTreeCheckpointHandler, "finalize", 2, "save")  # the arrays of the second checkpoint are written, nothing is in place
+# "save": the arrays of the second checkpoint are written, nothing is in place.
+hook(ocp.PyTreeCheckpointHandler, "finalize", 2, "save")
 hook(checkpoint, "write_seal", 1, "seal")  # the first checkpoint is complete, its seal is not written
 rl.train(build.rl_plan(stateful_config(folder)), workdir)
 '''

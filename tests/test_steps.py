@@ -40,8 +40,10 @@ def test_rewards_come_in_the_order_of_the_config_and_task_means_the_tasks_own(tm
 
 def test_the_learning_rate_that_is_logged_is_the_one_that_is_used(tmp_path):
     # Catches a schedule for the log and another for the optimizer.
-    config = rl_config(tmp_path, **{"optimizer.schedule": "linear", "optimizer.warmup_steps": 2, "optimizer.learning_rate": 0.1,
-                                    "optimizer.eps": 1e-30})  # fmt: skip
+    config = rl_config(tmp_path, **{
+        "optimizer.schedule": "linear", "optimizer.warmup_steps": 2, "optimizer.learning_rate": 0.1,
+        "optimizer.eps": 1e-30,
+    })  # fmt: skip
     optimizer, learning_rate = optimizer_of(plans.OptimizerPlan(config.optimizer.to_dict(), 6))
     params = {"w": jnp.ones(3)}
     state = optimizer.init(params)
