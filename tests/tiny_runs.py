@@ -68,11 +68,11 @@ def stateful_config(folder: Path, **changes) -> ConfigDict:
     """4 rollouts with all that a run can carry from one to the next: optimizer, reference, adaptive bonus, a data
     position that depends on the rewards, the best checkpoint. No field is without effect."""
     return rl_config(folder, **{
-        "seed": 1, "num_rollouts": 4, "checkpoint.every": 2, "checkpoint.keep_best": True, "optimizer.learning_rate": 0.01,
-        "optimizer.schedule": "cosine", "optimizer.warmup_steps": 2, "objective.beta": 0.01, "sync_ref_model": True,
-        "ref_model_sync_steps": 1, "entropy_target": 2.0, "filter_groups.enable": True,
-        "filter_groups.max_num_gen_batches": 3,
-        "overlong_buffer.len": 2, "model.moe_backend": "blocked", "critic.enable": True, "old_logps": "learner",
+        "seed": 1, "num_rollouts": 4, "checkpoint.every": 2, "checkpoint.keep_best": True,
+        "optimizer.learning_rate": 0.01, "optimizer.schedule": "cosine", "optimizer.warmup_steps": 2,
+        "objective.beta": 0.01, "sync_ref_model": True, "ref_model_sync_steps": 1, "entropy_target": 2.0,
+        "filter_groups.enable": True, "filter_groups.max_num_gen_batches": 3, "overlong_buffer.len": 2,
+        "model.moe_backend": "blocked", "critic.enable": True, "old_logps": "learner",
         "mismatch.stale_rollouts": 1, "log.router_kl": True,
     } | changes)  # fmt: skip
 
