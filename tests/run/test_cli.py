@@ -166,7 +166,7 @@ RL_MISTAKES = [
     ("model.moe_backend=fast", "model.moe_backend='fast': choose one of"),
     ("checkpoint.keep_last=0", "checkpoint.keep_last=0: "),
     ("log.wandb=true", "wandb was asked for but wandb is not installed"),
-    ("init_from=/nowhere", "no checkpoint in /nowhere: no such folder"),
+    ("init_from=/nowhere", "init_from=/nowhere: no such folder"),
 ]  # fmt: skip
 SFT_MISTAKES = [
     ("micro_batch_size=3", "micro_batch_size=3: must divide the 8 rows of a batch .batch_size"),
@@ -176,7 +176,7 @@ SFT_MISTAKES = [
     ("max_prompt_length=3", "8 of 14 prompts are longer than max_prompt_length=3"),
     ("task.name=jsonl:{folder}/undemonstrated.jsonl", "has no demonstrations"),
     ("task.eval_split=test", "training and evaluation would read the same lines; .*task.eval_split='train'"),
-    ("init_from={folder}", "no checkpoint in .*: it holds none yet"),
+    ("init_from={folder}", "init_from=.*: no checkpoint can be read in it"),
 ]  # fmt: skip
 
 
@@ -224,7 +224,7 @@ def test_a_run_can_be_started_and_its_workdir_defends_itself(command, config, tm
     )
     refused(
         command("rl", config, workdir, "--config.model.num_layers=2", "--allow_changed_config"),
-        r"model\.num_layers=2: the weights in .* were trained with 1",
+        r"model\.num_layers=2: the run in .* was trained with 1",
     )
     refused(command("rl", config, workdir, "--config.num_promts=2", "--allow_changed_config"), "no such field")
     assert contents(tmp_path / "run") == before
