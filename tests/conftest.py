@@ -50,6 +50,38 @@ def pytest_collection_modifyitems(config, items):
     items[:] = quick + sorted(chosen, key=lambda item: digest(commit + item.path.name))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Of several processes, each takes what stands together of one file, in the order of the files, when it has nearly
+    done what it took before: fixtures and programs are made once, and slow tests still come after the quick ones of all
+    files. (The groups of --dist=loadgroup would say this too, but pytest 9.2 does not hear them.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def __init__(self, config, log):
+            super().__init__(config, log)
+            self.units = {}  # of each test; first asked for in the order of the tests
+
+        def _split_scope(self, nodeid):
+            file, (last, number) = nodeid.split("::")[0], next(reversed(self.units.values()), ("", 0))
+            return self.units.setdefault(nodeid, (file, number + (file != last)))
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of several processes: the summary is another's
+        session.config.workeroutput["chosen"] = session.config.stash.get(CHOSEN, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    output = getattr(node, "workeroutput", {})  # one that died has left none; the others have collected the same tests
+    node.config.stash[CHOSEN] = output.get("chosen", node.config.stash.get(CHOSEN, 0))
+
+
 @pytest.hookimpl(tryfirst=True)  # before its fixtures are made
 def pytest_runtest_setup(item):
     before = item.config.option.slow_before

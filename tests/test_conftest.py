@@ -1,6 +1,7 @@
 """Which tests run: all but the slow ones, a third of these by commit, or everything."""
 
 import itertools
+import re
 import subprocess
 import time
 
@@ -84,6 +85,34 @@ def test_after_the_deadline_no_slow_test_starts_nor_its_fixtures_and_the_summary
     in_time.stdout.fnmatch_lines([f"slow tests: {count} chosen (third 1 of 3, by commit 0000000), 0 of them not run*"])
 
 
+def test_in_two_processes_each_file_stays_in_one_and_slow_tests_come_last_and_are_counted_once(suite):
+    # Catches single tests dealt to whoever is free (all then make the costly fixtures of each file), slow tests
+    # of one file before quick ones of another, and a summary that counts once for each process, or nothing.
+    alone = names_that_run(suite, f"--slow-third={COMMITS[0]}")
+    result = suite.runpytest_subprocess("-vv", "--numprocesses=2", f"--slow-third={COMMITS[0]}")
+    assert result.ret == 0, result.outlines
+    done = [re.match(r"\[(gw\d)\].* PASSED (\S+)", line) for line in result.outlines]
+    done = [match.groups() for match in done if match]
+    assert sorted(name for _, name in done) == sorted(alone)
+    for worker in ("gw0", "gw1"):
+        kinds = [is_slow(name) for by, name in done if by == worker]
+        assert kinds == sorted(kinds) and not kinds[0], "quick ones first, of both files"
+    for file in ("test_a", "test_b"):
+        for slow in (False, True):
+            assert len({by for by, name in done if name.startswith(file) and is_slow(name) == slow}) == 1
+    count = sum(map(is_slow, alone))
+    result.stdout.fnmatch_lines([f"slow tests: {count} chosen (third 1 of 3, by commit 0000000), 0 of them not run*"])
+    late = suite.runpytest_subprocess(
+        "--numprocesses=2", f"--slow-third={COMMITS[0]}", f"--slow-before={time.time() - 1}"
+    )
+    late.stdout.fnmatch_lines([f"slow tests: {count} chosen (*), {count} of them not run for want of time"])
+
+
+def test_without_the_plugin_for_several_processes_the_tests_run_in_one(suite):
+    # Catches a hook or a mark that only the plugin knows, in an environment without it.
+    assert suite.runpytest_subprocess("-p", "no:xdist").parseoutcomes()["passed"] == 10
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [(["--slow-third=main"], "not the hash of a commit"), (["--slow-third=0000000", "-m", "slow"], "leave -m out")],
@@ -103,7 +132,7 @@ def test_what_continuous_integration_runs_is_the_documented_command():
 
 @pytest.mark.parametrize(
     ("given", "passed_on"),
-    [([], ["-m", "pytest"]), (["--all", "-k", "a b"], ["-m", "pytest", "-m", "", "-k", "a b"])],
+    [([], []), (["--all", "-k", "a b"], ["-m", "", "-k", "a b"])],
 )
 def test_the_test_command_lints_and_passes_all_on_as_every_mark(tmp_path, given, passed_on):
     # Catches --all that pytest does not know, and words that fall apart on the way.
@@ -112,4 +141,5 @@ def test_the_test_command_lints_and_passes_all_on_as_every_mark(tmp_path, given,
     (tmp_path / "setup_env.sh").write_text(f"PYTHON={tmp_path}/python\n")
     (tmp_path / "test.sh").write_text((ROOT / "scripts" / "test.sh").read_text())
     done = subprocess.run(["bash", tmp_path / "test.sh", *given], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["<-m><ruff><check><.>", "".join(f"<{word}>" for word in passed_on)]
+    words = ["-m", "pytest", "--numprocesses=auto", "--maxprocesses=4", *passed_on]
+    assert done.stdout.splitlines() == ["<-m><ruff><check><.>", "".join(f"<{word}>" for word in words)]
