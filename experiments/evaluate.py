@@ -17,7 +17,7 @@ FROM_RUN = Path(__file__).parent.parent / "configs" / "from_run.py"
 
 def main() -> None:
     config = cli.FLAGS.config
-    step, metrics, samples = evaluate_workdir(build.run_plan(config), cli.FLAGS.workdir)
+    step, metrics, samples = evaluate_workdir(build.run_plan(config, cli.FLAGS.workdir), cli.FLAGS.workdir)
     if not distributed.is_primary():
         return
     for sample in samples[: config.log.num_samples]:

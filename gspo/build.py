@@ -3,7 +3,8 @@
 A plan is a frozen record of plain values (`gspo.plans`); everything after this file takes plans and numbers.
 """
 
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -12,7 +13,8 @@ from gspo import objectives, plans
 from gspo.learning.learner import UpdatePlan
 from gspo.model.distribution import Sampling
 from gspo.model.spec import TOY, TOY_TOKENIZER
-from gspo.run.identity import saved_identity, tokenizer_of
+from gspo.run.identity import tokenizer_of
+from gspo.run.stored import read_content
 from gspo.types import UserError
 
 flags.disclaim_key_flags()  # --config is a flag of the file that asks for it: --help lists it there
@@ -73,9 +75,9 @@ def sft_plan(config: ConfigDict, workdir: str = "") -> plans.SFTPlan:
     )
 
 
-def run_plan(config: ConfigDict) -> plans.RunPlan:
+def run_plan(config: ConfigDict, workdir: str = "") -> plans.RunPlan:
     """The plan of a run of either kind."""
-    return rl_plan(config) if "num_rollouts" in config else sft_plan(config)
+    return rl_plan(config, workdir) if "num_rollouts" in config else sft_plan(config, workdir)
 
 
 def mesh_plan(config: ConfigDict) -> plans.MeshPlan:
@@ -90,11 +92,14 @@ def mesh_plan(config: ConfigDict) -> plans.MeshPlan:
 
 def _common(config: ConfigDict, workdir: str, *, total_steps: int, eval_at_a_time: int) -> dict[str, Any]:
     """The fields of `plans.RunPlan`. What only reinforcement learning has takes its neutral value elsewhere."""
-    model, tokenizer = _model_and_tokenizer(config, workdir)
+    weights = _first_weights(config, workdir)
+    model, tokenizer = _model_and_tokenizer(config, weights)
     return {
         "written": config.to_dict(),
         "seed": config.seed,
         "init_from": config.init_from,
+        "missing": weights.missing,
+        "date": weights.date,
         "data": _data(config, tokenizer),
         "mesh": mesh_plan(config),
         "model": model,
@@ -119,15 +124,36 @@ def _common(config: ConfigDict, workdir: str, *, total_steps: int, eval_at_a_tim
     }
 
 
-def _model_and_tokenizer(config: ConfigDict, workdir: str) -> tuple[plans.ModelPlan, str]:
-    """What the config leaves open is that of init_from, else that of the toy. What it sets and init_from contradicts
-    is an error: the weights would mean something else. (A tokenizer is compared when it is made.)"""
+class _Weights(NamedTuple):
+    """The weights that a run begins with."""
+
+    where: str  # what an error calls them
+    folder: str
+    saved: dict[str, Any] | None = None  # their identity
+    missing: str = ""  # why they cannot be read
+    date: str | None = None  # the day of the run that they are of, where it is this one
+
+
+def _first_weights(config: ConfigDict, workdir: str) -> _Weights:
+    """Those in workdir, where they say what they are: a run that goes on knows its own model, whatever has become of
+    what it began with. Else those of init_from."""
+    content = read_content(workdir) if workdir else None
+    own = (content or {}).get("identity")
+    if own:
+        return _Weights(f"the run in {workdir}", workdir, own, date=own.get("date"))
+    begun = read_content(config.init_from) if config.init_from else None
+    missing = ""
+    if config.init_from and content is None and begun is None:
+        missing = "no checkpoint can be read in it" if Path(config.init_from).exists() else "no such folder"
+    return _Weights(f"init_from={config.init_from}", config.init_from, (begun or {}).get("identity"), missing)
+
+
+def _model_and_tokenizer(config: ConfigDict, weights: _Weights) -> tuple[plans.ModelPlan, str]:
+    """What the config leaves open is that of the weights, else that of the toy. What it sets and they contradict is an
+    error: they would mean something else. (A tokenizer is compared when it is made.)"""
     fields = config.model.to_dict()
     given = {name: fields[name] for name in fields if fields[name] is not None}
-    # A run that goes on knows its own model, whatever has become of what it began with.
-    own = saved_identity(workdir) if workdir else None
-    saved = own or (saved_identity(config.init_from) if config.init_from else None)
-    where = f"the run in {workdir}" if own else f"init_from={config.init_from}"
+    where, folder, saved = weights[:3]
     begun = {} if saved is None else {**saved["model"], "rope_scaling": tuple(saved["model"]["rope_scaling"])}
     for name, value in given.items():
         if name in begun and value != begun[name] and (name, value) != ("vocab_size", 0):
@@ -137,7 +163,7 @@ def _model_and_tokenizer(config: ConfigDict, workdir: str) -> tuple[plans.ModelP
             )
     tokenizer = config.tokenizer
     if not tokenizer and saved is not None:
-        tokenizer = tokenizer_of(saved, workdir if own else config.init_from)
+        tokenizer = tokenizer_of(saved, folder)
         if tokenizer is None:
             raise UserError(f"tokenizer: the weights of {where} were saved without one; name it")
     tokenizer = tokenizer or TOY_TOKENIZER
@@ -175,7 +201,6 @@ def _experience(config: ConfigDict) -> plans.ExperiencePlan:
         old_logps=config.old_logps,
         replay=config.router_replay.mode,
         router_kl=config.log.router_kl,
-        num_samples=config.log.num_samples,
     )
 
 

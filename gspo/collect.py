@@ -44,7 +44,7 @@ class Collector:
 
     def __init__(self, plan: plans.RLPlan, steps: Steps, tokenizer: Tokenizer, source: batches.PromptSource):
         self.plan, self.rollout, self.width = plan.experience, plan.rollout, plan.data.max_completion_length
-        self.critic, self.steps, self.tokenizer = plan.critic, steps, tokenizer
+        self.critic, self.steps, self.tokenizer, self.num_samples = plan.critic, steps, tokenizer, plan.log.num_samples
         self.rewards = reward_functions(self.plan.rewards, source)
         self.generate = Generator(steps.layout, source, steps.sampler, self.rollout.num_generations)
         self.rounding = make_rounding(self.rollout.params)
@@ -222,8 +222,8 @@ class Collector:
 
     def samples(self, draw: Judged) -> list[dict[str, Any]]:
         """The first rows among those of this process. With several processes they need not be the first of all."""
-        rows = list(zip(draw.examples, draw.texts, draw.rewards_B[draw.local_B], strict=True))[: self.plan.num_samples]
-        return [sample_line(*row) for row in rows]
+        rows = list(zip(draw.examples, draw.texts, draw.rewards_B[draw.local_B], strict=True))
+        return [sample_line(*row) for row in rows[: self.num_samples]]
 
 
 def reward_functions(names: Sequence[str], source: batches.PromptSource) -> dict[str, Callable]:

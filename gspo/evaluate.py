@@ -7,14 +7,12 @@ import jax
 import numpy as np
 
 from gspo import plans
-from gspo.data.hf_tokenizer import now
-from gspo.data.tokenizer import Tokenizer, make_tokenizer
+from gspo.data.tokenizer import Tokenizer
 from gspo.generate import Generator, judge, prompt_source, sample_line
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer, abstract_params
-from gspo.parallel import distributed
 from gspo.run.checkpoint import restore_params
-from gspo.run.identity import check_identity, identity, saved_identity
+from gspo.run.identity import check_identity, dated_tokenizer, identity
 from gspo.steps import check_rows, make_layout, make_model, make_rollout_layout, make_rollout_params, sampler_of
 from gspo.types import Params, Rollout
 
@@ -89,8 +87,7 @@ def make_evaluator(
 
 def evaluate_workdir(plan: plans.RunPlan, workdir: str) -> tuple[int, dict[str, float], list[dict]]:
     """Evaluates the latest good checkpoint of a run. Returns (its step, metrics, samples)."""
-    date = distributed.text_of_primary((saved_identity(workdir) or {}).get("date") or now())
-    layout, tokenizer = make_layout(plan.mesh), make_tokenizer(plan.data.tokenizer, date=date)
+    layout, tokenizer = make_layout(plan.mesh), dated_tokenizer(plan.data.tokenizer, plan.date)
     model = make_model(plan.model, tokenizer, layout)
     own = identity(model.spec, tokenizer)
     step, params = restore_params(

@@ -78,7 +78,7 @@ class Generator(NamedTuple):
     def __call__(self, params: Params, cursor: int, num_prompts: int, key: jax.Array) -> Completions:
         """Completions of the prompts at positions cursor .. cursor + num_prompts of the run."""
         rows = self.layout.sharding("rows")
-        local_Q = distributed.own_rows(rows, num_prompts)
+        local_Q = distributed.local_rows(rows, num_prompts)
         local_B = rows_of(local_Q, self.num_generations)
         prompts = self.source.batch(cursor, num_prompts, local_Q)
         placed = distributed.put_rows(rows, local_Q, num_prompts, prompts.tokens_QP, prompts.lengths_Q)

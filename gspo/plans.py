@@ -149,7 +149,6 @@ class ExperiencePlan:
     old_logps: str
     replay: str
     router_kl: bool
-    num_samples: int
 
     def __post_init__(self):
         if len(self.rewards) != len(self.reward_weights):
@@ -220,11 +219,18 @@ class LogPlan:
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """What both kinds of training share. written: the config as config.json keeps it."""
+    """What both kinds of training share.
+
+    written  the config as config.json keeps it
+    missing  why a run cannot begin from init_from; "" where it can, or need not
+    date     the day on which the run in the workdir began, ISO 8601; None where it begins
+    """
 
     written: Mapping[str, Any]
     seed: int
     init_from: str
+    missing: str
+    date: str | None
     data: DataPlan
     mesh: MeshPlan
     model: ModelPlan

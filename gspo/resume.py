@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gspo import plans
-from gspo.data.hf_tokenizer import now
-from gspo.data.tokenizer import Tokenizer, make_tokenizer, save_files
+from gspo.data.tokenizer import Tokenizer, save_files
 from gspo.learning.state import Start
 from gspo.model.spec import ModelSpec
 from gspo.parallel import distributed
 from gspo.run.checkpoint import Checkpointer
-from gspo.run.identity import TOKENIZER, check_identity, identity, saved_identity
-from gspo.run.stored import read_content
+from gspo.run.identity import TOKENIZER, check_identity, dated_tokenizer, identity
 from gspo.run.workdir import hold_workdir, keep_config
 from gspo.run.writers import MetricsWriter
 from gspo.steps import initial_state
@@ -30,16 +28,11 @@ class Opened(NamedTuple):
     held: contextlib.ExitStack  # closes both, and lets other runs into the folder: the context of the loop
 
 
-def tokenizer_of_run(plan: plans.RunPlan, workdir: str) -> Tokenizer:
-    """The tokenizer of the plan. The day that its chat template may write into prompts is that on which the run began,
-    in all its processes and after every resume. UserError where the run is to begin from what cannot be read.
-    """
-    saved = saved_identity(workdir)
-    if saved is None and plan.init_from and read_content(workdir) is None and read_content(plan.init_from) is None:
-        there = "no checkpoint can be read in it" if Path(plan.init_from).exists() else "no such folder"
-        raise UserError(f"init_from={plan.init_from}: {there}")
-    date = distributed.text_of_primary((saved or {}).get("date") or now())
-    return make_tokenizer(plan.data.tokenizer, date=date)
+def tokenizer_of_run(plan: plans.RunPlan) -> Tokenizer:
+    """UserError where the run is to begin from what cannot be read."""
+    if plan.missing:
+        raise UserError(f"init_from={plan.init_from}: {plan.missing}")
+    return dated_tokenizer(plan.data.tokenizer, plan.date)
 
 
 def open_run(
@@ -70,7 +63,7 @@ def open_run(
         held.enter_context(checkpointer)
         writer = MetricsWriter(workdir, tensorboard=plan.log.tensorboard, wandb=plan.log.wandb, config=written)
         held.enter_context(writer)
-        restored = checkpointer.restore(start.abstract, check)
+        restored = checkpointer.restore(start.abstract, partial(_check_own, own))
         first, state, meta = (0, initial_state(plan, start, check), {}) if restored is None else restored
         keep_config(workdir, written)
         if restored is None:  # from now on its tokenizer lies beside its weights
@@ -83,6 +76,13 @@ def open_run(
 
 def _check(own: dict[str, Any], where: Path, saved: dict[str, Any] | None) -> None:
     check_identity(where, saved, own)
+
+
+def _check_own(own: dict[str, Any], where: Path, saved: dict[str, Any] | None) -> None:
+    """As `_check`, of a run that goes on; and that its plan knows the day on which it began, which prompts may bear."""
+    check_identity(where, saved, own)
+    if saved is not None and saved.get("date") not in (None, own["date"]):
+        raise UserError(f"{where}: the run began on {saved['date']}, not {own['date']}; make the plan with its workdir")
 
 
 def _keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

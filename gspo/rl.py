@@ -47,7 +47,7 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
     Raises UserError for mistakes in the plan, and when the loss is NaN or sampler and learner disagree.
     """
     # ------------------------------------------------------------------ parts and state
-    tokenizer = tokenizer_of_run(plan, workdir)
+    tokenizer = tokenizer_of_run(plan)
     run = prepare(plan, tokenizer)
     steps, spec = run.steps, run.steps.model.spec
     opened = open_run(plan, workdir, steps.start, spec, tokenizer, allow_changed_config=allow_changed_config)

@@ -32,7 +32,7 @@ def train(
     """Runs, or resumes, supervised fine-tuning in workdir. Returns the last line of its metrics. Raises UserError."""
     # ------------------------------------------------------------------ layout, data, model
     micro = plan.update.micro_batch_size
-    layout, tokenizer = make_layout(plan.mesh), tokenizer_of_run(plan, workdir)
+    layout, tokenizer = make_layout(plan.mesh), tokenizer_of_run(plan)
     check_rows(layout, batch_size=micro or plan.batch_size)
     split_notes = check_splits(plan.data)
     source = demonstration_source(plan.data, tokenizer)
@@ -108,7 +108,7 @@ def make_batch(layout: Layout, source: DemonstrationSource, cursor: int, count: 
     """`count` demonstrations as rows of a train step, each process reading its own; what only policy gradients read is
     zero."""
     rows = layout.sharding("rows")
-    local_B = distributed.own_rows(rows, count)
+    local_B = distributed.local_rows(rows, count)
     demos = source.batch(cursor, count, local_B)
     mask_BC = np.asarray(completion_mask(demos.completion_lengths_B, source.completion_width))
     zeros_BC = np.zeros(mask_BC.shape, np.float32)

@@ -88,14 +88,14 @@ class PromptSource:
         """Prompts in one epoch: those that were kept."""
         return len(self._kept)
 
-    def batch(self, cursor: int, num_prompts: int, own: Sequence[int] | None = None) -> PromptBatch:
-        """The prompts at positions cursor .. cursor + num_prompts - 1 of the run. own: which of these num_prompts to
-        read; the width of the frame is that of all of them.
+    def batch(self, cursor: int, num_prompts: int, local_Q: Sequence[int] | None = None) -> PromptBatch:
+        """The prompts at positions cursor .. cursor + num_prompts - 1 of the run. local_Q: which of these num_prompts
+        to read; the width of the frame is that of all of them.
         """
         indices = _indices(self._kept, self.seed, cursor, num_prompts)
         longest = max(self._all_lengths[i] for i in indices)
         width = next(width for width in self.widths if width >= longest)
-        examples = [self.task[indices[j]] for j in (range(num_prompts) if own is None else own)]
+        examples = [self.task[indices[j]] for j in (range(num_prompts) if local_Q is None else local_Q)]
         ids = [self.tokenizer.prompt_ids(example.prompt) for example in examples]
         return PromptBatch(examples, _left_padded(ids, width, self.tokenizer.pad_id), _lengths(ids))
 
@@ -144,10 +144,10 @@ class DemonstrationSource:
             )
         return [*self.tokenizer.encode(example.demonstration), self.tokenizer.eos_ids[0]]
 
-    def batch(self, cursor: int, num_rows: int, own: Sequence[int] | None = None) -> DemonstrationBatch:
-        """The rows at positions cursor .. cursor + num_rows - 1 of the run. own: which of these num_rows to read."""
+    def batch(self, cursor: int, num_rows: int, local_B: Sequence[int] | None = None) -> DemonstrationBatch:
+        """The rows at positions cursor .. cursor + num_rows - 1 of the run. local_B: which of these rows to read."""
         indices = _indices(self._kept, self.seed, cursor, num_rows)
-        examples = [self.task[indices[j]] for j in (range(num_rows) if own is None else own)]
+        examples = [self.task[indices[j]] for j in (range(num_rows) if local_B is None else local_B)]
         prompts = [self.tokenizer.prompt_ids(example.prompt) for example in examples]
         completions = [self._completion_ids(example) for example in examples]
         pad = self.tokenizer.pad_id

@@ -10,7 +10,7 @@ Where a model wants a beginning-of-sequence token, it stands at the head of the 
 puts it there.
 
 A checkpoint holds the `fingerprint` of its tokenizer and, from `save_files`, the files of one that was read from a
-folder; `saved_tokenizer` makes it again from the two."""
+folder; `make_tokenizer` makes it again from these, or from the fingerprint's own words."""
 
 import shutil
 from collections.abc import Iterable, Mapping
@@ -30,7 +30,6 @@ __all__ = [
     "make_tokenizer",
     "now",
     "save_files",
-    "saved_tokenizer",
 ]
 
 
@@ -185,16 +184,3 @@ def save_files(tokenizer: Tokenizer, folder: str | Path) -> list[str]:
     for name, file in files.items():
         shutil.copyfile(file, folder / name)
     return list(files)
-
-
-def saved_tokenizer(saved: Mapping[str, Any], folder: str | Path, *, date: str | None = None) -> Tokenizer:
-    """The tokenizer of that fingerprint: from the fingerprint itself, or from the files that `save_files` put into the
-    folder. Raises UserError where they are gone or make another tokenizer."""
-    own = saved["kind"] in (ByteTokenizer.__name__, CharTokenizer.__name__)
-    if not own and not (Path(folder) / "tokenizer.json").is_file():
-        raise UserError(f"{folder} holds no tokenizer.json, which was saved with the weights: copy it back")
-    tokenizer = make_tokenizer(saved["spec"] if own else str(folder), date=date)
-    found = difference(fingerprint(tokenizer), saved)
-    if found:
-        raise UserError(f"the tokenizer in {folder} is not the one that was saved with the weights: {found}")
-    return tokenizer

@@ -89,7 +89,7 @@ def is_primary() -> bool:
 # ---------------------------------------------------------------------------------------------------- rows
 
 
-def own_rows(sharding: Sharding, count: int) -> np.ndarray:
+def local_rows(sharding: Sharding, count: int) -> np.ndarray:
     """Indices, rising, of the rows out of `count` that lie on this process's devices. Rows may lie on several
     processes."""
     if jax.process_count() == 1:
@@ -98,47 +98,47 @@ def own_rows(sharding: Sharding, count: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(*s) for s in slices]))
 
 
-def put_rows(sharding: Sharding, own: np.ndarray, count: int, *arrays: np.ndarray) -> tuple[jax.Array, ...]:
-    """Rows of this process, [len(own), ...] each -> arrays of all `count` rows, cut along their first axis as the
+def put_rows(sharding: Sharding, local: np.ndarray, count: int, *arrays: np.ndarray) -> tuple[jax.Array, ...]:
+    """Rows of this process, [len(local), ...] each -> arrays of all `count` rows, cut along their first axis as the
     sharding says."""
     if jax.process_count() == 1:
         return jax.device_put(arrays, sharding)
 
     def one(x: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            return x[np.searchsorted(own, np.arange(*index[0].indices(count)))]
+            return x[np.searchsorted(local, np.arange(*index[0].indices(count)))]
 
         return jax.make_array_from_callback((count, *x.shape[1:]), sharding, part)
 
     return tuple(map(one, arrays))
 
 
-def fetch_rows(own: np.ndarray, *arrays: jax.Array) -> tuple[np.ndarray, ...]:
-    """The rows `own` (first axis) of arrays that are cut along it, on the host. Fails where one of them lies
+def fetch_rows(local: np.ndarray, *arrays: jax.Array) -> tuple[np.ndarray, ...]:
+    """The rows `local` (first axis) of arrays that are cut along it, on the host. Fails where one of them lies
     elsewhere."""
     if jax.process_count() == 1:
-        return tuple(np.asarray(x)[own] for x in jax.device_get(arrays))
+        return tuple(np.asarray(x)[local] for x in jax.device_get(arrays))
 
     def one(x: jax.Array) -> np.ndarray:
-        out, filled = np.empty((len(own), *x.shape[1:]), x.dtype), np.zeros(len(own), bool)
+        out, filled = np.empty((len(local), *x.shape[1:]), x.dtype), np.zeros(len(local), bool)
         for shard in x.addressable_shards:
             rows = np.arange(*shard.index[0].indices(x.shape[0]))
-            at = np.searchsorted(own, rows)
-            mine = (at < len(own)) & (own[np.minimum(at, len(own) - 1)] == rows)
+            at = np.searchsorted(local, rows)
+            mine = (at < len(local)) & (local[np.minimum(at, len(local) - 1)] == rows)
             out[at[mine]], filled[at[mine]] = np.asarray(shard.data)[mine], True
         if not filled.all():
-            raise ValueError(f"row {own[~filled][0]} lies on no device of process {jax.process_index()}")
+            raise ValueError(f"row {local[~filled][0]} lies on no device of process {jax.process_index()}")
         return out
 
     return tuple(map(one, arrays))
 
 
-def gather_rows(own: np.ndarray, count: int, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Rows of each process, [len(own), ...] on the host -> all `count` rows, on every host. For what is small: rewards,
-    lengths."""
+def gather_rows(local: np.ndarray, count: int, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Rows of each process, [len(local), ...] on the host -> all `count` rows, on every host. For what is small:
+    rewards, lengths."""
     if jax.process_count() == 1:
         return arrays
-    index_PM, *parts = multihost_utils.process_allgather((own.astype(np.int32), *arrays))
+    index_PM, *parts = multihost_utils.process_allgather((local.astype(np.int32), *arrays))
 
     def one(part_PM: np.ndarray) -> np.ndarray:
         whole = np.empty((count, *part_PM.shape[2:]), part_PM.dtype)

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gspo.data.tokenizer import Tokenizer, difference, fingerprint
+from gspo.data.tokenizer import Tokenizer, difference, fingerprint, make_tokenizer, now
 from gspo.model.spec import ModelSpec
+from gspo.parallel import distributed
 from gspo.run.stored import read_content
 from gspo.types import UserError
 
@@ -64,6 +65,12 @@ def tokenizer_of(saved: Mapping[str, Any], path: str | os.PathLike) -> str | Non
         return None
     own = saved["tokenizer"]["spec"]
     return own if own == "bytes" or own.startswith("chars:") else str(run_folder(path) / TOKENIZER)
+
+
+def dated_tokenizer(spec: str, date: str | None) -> Tokenizer:
+    """`make_tokenizer(spec)` for a run that began on that day; None: today. The day, which a chat template may write
+    into prompts, is the same in all processes."""
+    return make_tokenizer(spec, date=distributed.text_of_primary(date or now()))
 
 
 def run_folder(path: str | os.PathLike) -> Path:

@@ -2,8 +2,8 @@
 
 Three files, because they are used differently:
 
-    metrics.jsonl   one line per rollout, a function of the seed alone: a run killed and resumed ends with the same
-                    bytes samples.jsonl   sampled completions with their rewards; a function of the seed too
+    metrics.jsonl   one line per rollout, a function of the seed alone: killed and resumed, a run ends with equal bytes
+    samples.jsonl   sampled completions with their rewards; a function of the seed too
     timings.jsonl   seconds and tokens per second: never the same twice
 """
 
@@ -82,7 +82,7 @@ class MetricsWriter:
         self._wandb_options = {"project": project, "config": config}
         if self._primary:
             self._workdir.mkdir(parents=True, exist_ok=True)
-            self._files = {name: open(self._workdir / name, "ab", buffering=0) for name in FILES}  # noqa: SIM115 closed by `close`
+            self._files = {name: (self._workdir / name).open("ab", buffering=0) for name in FILES}
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl for rollout `step` (0-based): only values that are a function of the seed."""

@@ -19,7 +19,6 @@ from gspo.data.tokenizer import (
     fingerprint,
     make_tokenizer,
     save_files,
-    saved_tokenizer,
 )
 from gspo.types import UserError
 from tests.tokenizer_folders import CHAT, write_folder
@@ -180,7 +179,7 @@ def test_a_saved_tokenizer_comes_back_from_its_fingerprint_and_its_files(spec, t
     names = save_files(tokenizer, tmp_path / "kept" / "tokenizer")
     for file in source.iterdir():
         file.unlink()
-    again = saved_tokenizer(saved, tmp_path / "kept" / "tokenizer")
+    again = make_tokenizer(str(tmp_path / "kept" / "tokenizer") if names else saved["spec"])
     assert difference(fingerprint(again), saved) is None
     assert again.prompt_ids("10=") == tokenizer.prompt_ids("10=")
     if spec in ("folder", "file"):
@@ -190,15 +189,3 @@ def test_a_saved_tokenizer_comes_back_from_its_fingerprint_and_its_files(spec, t
         assert sorted(path.name for path in (tmp_path / "kept" / "tokenizer").iterdir()) == sorted(names)
     else:
         assert names == [] and not (tmp_path / "kept").exists()
-
-
-def test_saved_files_that_are_gone_or_changed_are_one_line(tmp_path):
-    # Catches: weights that go on under a template, or a table, that somebody edited beside the checkpoint.
-    tokenizer = make_tokenizer(str(write_folder(tmp_path / "source", jinja=CHAT)))
-    save_files(tokenizer, tmp_path / "kept")
-    (tmp_path / "kept" / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    with pytest.raises(UserError, match="not the one that was saved with the weights: chat_template is") as error:
-        saved_tokenizer(fingerprint(tokenizer), tmp_path / "kept")
-    assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"holds no tokenizer\.json, which was saved with the weights"):
-        saved_tokenizer(fingerprint(tokenizer), tmp_path / "nothing")

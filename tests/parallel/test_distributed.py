@@ -114,11 +114,11 @@ def test_rows_go_to_the_devices_and_come_back_in_order():
     # Catches rows in the order of devices instead of rows, and a row that is lost where several devices hold it.
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("rows", "copies"))
     sharding = NamedSharding(mesh, PartitionSpec("rows"))
-    own = distributed.own_rows(sharding, 8)
+    local = distributed.local_rows(sharding, 8)
     x, y = np.arange(16.0).reshape(8, 2), np.arange(8)
-    placed = distributed.put_rows(sharding, own, 8, x, y)
+    placed = distributed.put_rows(sharding, local, 8, x, y)
     assert placed[0].sharding.is_equivalent_to(sharding, 2)
-    for got, want in zip(distributed.fetch_rows(own[2:5], *placed), (x[2:5], y[2:5]), strict=True):
+    for got, want in zip(distributed.fetch_rows(local[2:5], *placed), (x[2:5], y[2:5]), strict=True):
         np.testing.assert_array_equal(got, want)
 
 

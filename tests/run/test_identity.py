@@ -11,9 +11,12 @@ import pytest
 from gspo import build, rl, sft
 from gspo.data.tokenizer import make_tokenizer
 from gspo.evaluate import evaluate_workdir
+from gspo.learning.state import Start
 from gspo.model.spec import ModelSpec
+from gspo.resume import open_run, tokenizer_of_run
 from gspo.run.checkpoint import Checkpointer
 from gspo.run.identity import HOW_IT_RUNS, check_identity, identity, saved_identity
+from gspo.run.stored import read_content
 from gspo.types import UserError
 from tests.tiny_runs import (  # noqa: F401 - fixtures
     assert_bit_equal,
@@ -23,6 +26,7 @@ from tests.tiny_runs import (  # noqa: F401 - fixtures
     sft_config,
     state_of,
 )
+from tests.tokenizer_folders import CHAT, write_folder
 
 SPEC = ModelSpec(8, 1, 16, 2, 1, 8, 24, 4, 2, 8, rope_theta=1e4)
 TEN = "chars:01 ="
@@ -148,6 +152,25 @@ def test_a_run_goes_on_without_what_it_began_with(cold, tmp_path):
     assert plan.model.fields["rope_theta"] == 5e3
     with pytest.raises(UserError, match=r"^init_from=.*cold: no such folder"):
         rl.train(build.rl_plan(config, str(tmp_path / "other")), tmp_path / "other")
+
+
+def test_the_day_of_a_run_is_that_on_which_it_began_and_its_folder_is_read_once_for_that(tmp_path, monkeypatch):
+    # Catches prompts that bear another day after a resume, and a plan, made without a look into the folder of its run,
+    # by which they would.
+    tokenizer = make_tokenizer(str(write_folder(tmp_path / "hf", jinja=CHAT)), date="2026-01-31T23:59:00")
+    began = identity(dataclasses.replace(SPEC, vocab_size=tokenizer.vocab_size), tokenizer)
+    with Checkpointer(tmp_path / "run", identity=began) as checkpointer:
+        checkpointer.save(0, {"params": {"embedding": jnp.zeros((8, 16))}}, {})
+    read = []
+    monkeypatch.setattr(build, "read_content", lambda path: (read.append(path), read_content(path))[1])
+    config = open_config(tmp_path / "run", tokenizer=tokenizer.spec)
+    config.init_from = ""
+    plan = build.rl_plan(config, str(tmp_path / "run"))
+    assert tokenizer_of_run(plan).date == tokenizer.date and read == [str(tmp_path / "run")]
+    plan = dataclasses.replace(plan, date=None)
+    model, start = ModelSpec(**plan.model.fields), Start(None, None, {"params": {"embedding": jnp.zeros((8, 16))}})
+    with pytest.raises(UserError, match=r"the run began on 2026-01-31T23:59:00, not 20.*with its workdir"):
+        open_run(plan, tmp_path / "run", start, model, tokenizer_of_run(plan), allow_changed_config=True)
 
 
 def test_weights_without_a_tokenizer_ask_for_one(cold, tmp_path):
