@@ -16,6 +16,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 NO_TIME = "no time left for slow tests"
+LONGEST = ("tests/rl/", "tests/parallel/test_processes", "tests/parallel/test_sharding")  # files of minutes
 CHOSEN = pytest.StashKey[int]()  # how many slow tests the commit chose
 
 
@@ -37,6 +38,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # one of several processes: the longest first, none ends long after the others
+        items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     commit = config.option.slow_third
     if commit is None:
         return

@@ -18,7 +18,6 @@ from gspo.model.transformer import Transformer
 from gspo.objectives import negative_log_likelihood, preset
 from gspo.types import Batch, LossInputs, TrainState
 from tests import model_oracle as oracle
-from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 DENSE, MOE = oracle.DENSE, oracle.MOE
 B, P, C, V = 4, 4, 6, 11

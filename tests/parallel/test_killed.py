@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gspo.run.writers import read_jsonl
-from tests.parallel.test_distributed import DIVIDED, RESULTS, launch
+from tests.parallel.runs import DIVIDED, RESULTS, launch
 from tests.tiny_runs import assert_bit_equal, kept_compiles, rl_config, state_of  # noqa: F401 - a fixture
 
 CHANGES = DIVIDED | {"num_rollouts": 14, "checkpoint.every": 1, "eval.every": 5}

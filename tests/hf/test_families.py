@@ -1,0 +1,127 @@
+"""Which config.json describes which model, and which none that we compute; configs/models.py."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from configs import base, models
+from gspo import build
+from gspo.data.tokenizer import CharTokenizer
+from gspo.hf.families import FAMILIES, family_of, hf_config, spec_from_hf
+from gspo.model.spec import TOY, ModelSpec
+from gspo.model.transformer import Transformer, abstract_params
+from gspo.steps import make_model
+from gspo.types import UserError
+from tests.hf_folders import SPECS, TINY, TINY_MOE, all_families
+from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
+
+
+def published(**changes):
+    """config.json of a published Qwen3-30B-A3B, as far as it describes the model, in the style of transformers 4."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "decoder_sparse_step": 1,
+        "eos_token_id": 151643,
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768,
+        "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_sliding_window": False, "vocab_size": 151936,
+    } | changes  # fmt: skip
+
+
+def spec_of(name: str) -> ModelSpec:
+    fields = TOY | {field: value for field, value in models.model(name).to_dict().items() if value is not None}
+    return ModelSpec(**fields | {"vocab_size": fields["vocab_size"] or 8192})
+
+
+def test_a_published_config_describes_the_model_of_that_name():
+    # Catches a constant copied wrongly, and a key that is read under another name.
+    assert spec_from_hf(published(), dtype="bfloat16", moe_backend="ragged", remat=True) == spec_of("qwen3-30b-a3b")
+    assert not spec_from_hf(published() | {"norm_topk_prob": False}).norm_topk_prob
+    without = {
+        key: value for key, value in published().items() if key not in ("norm_topk_prob", "num_experts", "head_dim")
+    }
+    spec = spec_from_hf(without | {"num_local_experts": 128})  # transformers 5 writes this name
+    assert (spec.norm_topk_prob, spec.num_experts, spec.head_width) == (False, 128, 64)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    (dict(architectures=["GPT2LMHeadModel"]), "Qwen3ForCausalLM, Qwen3MoeForCausalLM, MixtralForCausalLM, "
+                                              "LlamaForCausalLM, Olmoe"),
+    (dict(attention_bias=True), "attention_bias"), (dict(hidden_act="gelu"), "hidden_act"),
+    (dict(mlp_only_layers=[3]), "mlp_only"),
+    (dict(decoder_sparse_step=2), "decoder_sparse_step"),
+    (dict(sliding_window=4096, use_sliding_window=True), "sliding_window"),
+    (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn"),
+    (dict(rope_scaling={"type": "llama3", "factor": 4.0}), "low_freq"),
+    (dict(quantization_config={"bits": 4}), "quantization_config"), (dict(num_attention_heads=30), "num_heads"),
+])  # fmt: skip
+def test_a_config_that_we_do_not_compute_is_an_error_and_never_an_approximation(changes, words):
+    # Catches a model that loads and is subtly wrong: sliding windows, dense layers among the experts, other rotary
+    # rules.
+    with pytest.raises(UserError, match=words):
+        spec_from_hf(published(**changes))
+
+
+def test_a_config_without_a_needed_key_names_it():
+    # Catches a KeyError, and a silent default for something that no default can know.
+    config = published()
+    del config["moe_intermediate_size"]
+    with pytest.raises(UserError, match="moe_intermediate_size"):
+        spec_from_hf(config)
+
+
+@all_families
+def test_a_spec_knows_its_family_and_survives_its_config(family):
+    # Catches an export under another architecture's name, whose router or norm would differ.
+    assert family_of(SPECS[family]) == family
+    assert spec_from_hf(hf_config(SPECS[family]), moe_backend="dense") == SPECS[family]
+    assert SPECS.keys() == FAMILIES.keys()
+
+
+def test_a_spec_of_no_family_is_a_one_line_error():
+    # Catches an export that drops what makes the model different.
+    plain_moe = dataclasses.replace(TINY_MOE, qk_norm=False, norm_topk_prob=False)
+    for odd in (dataclasses.replace(TINY, qk_norm_over="projection"), plain_moe):
+        with pytest.raises(UserError, match="no Hugging Face architecture"):
+            family_of(odd)
+
+
+@pytest.mark.parametrize(("name", "family", "parameters"), [
+    ("toy", "Qwen3Moe", 0.45e6), ("moe-30m", "Qwen3Moe", 29e6), ("moe-150m", "Qwen3Moe", 148e6),
+    ("moe-500m", "Qwen3Moe", 493e6),
+    ("qwen3-0.6b", "Qwen3", 596_049_920), ("qwen3-1.7b", "Qwen3", 1_720_574_976), ("qwen3-4b", "Qwen3", 4_022_468_096),
+    ("qwen3-8b", "Qwen3", 8_190_735_360), ("qwen3-30b-a3b", "Qwen3Moe", 30_532_122_624),
+    ("qwen3-235b-a22b", "Qwen3Moe", 235_093_634_560), ("mixtral-8x7b", "Mixtral", 46_702_792_704),
+    ("llama-3.2-1b", "Llama", 1_235_814_400), ("olmoe-1b-7b", "Olmoe", 6_919_161_856),
+])  # fmt: skip
+def test_models_have_the_published_number_of_parameters(name, family, parameters):
+    # Catches a wrong width, depth, vocabulary or tying. Published models to the last parameter, ours to 3 in 100.
+    spec = spec_of(name) if name != "toy" else dataclasses.replace(spec_of(name), vocab_size=13)
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(Transformer(spec))))
+    assert family_of(spec) == f"{family}ForCausalLM"
+    assert count == parameters if parameters % 1000 else count == pytest.approx(parameters, rel=0.03)
+    assert spec_from_hf(hf_config(spec), dtype=spec.dtype, moe_backend=spec.moe_backend, remat=spec.remat) == spec
+
+
+def test_all_models_are_counted_and_an_unknown_name_lists_them():
+    # Catches a model that was added and never counted.
+    counted = test_models_have_the_published_number_of_parameters.pytestmark[0].args[1]
+    assert {row[0] for row in counted} == set(models.MODELS)
+    with pytest.raises(ValueError, match=r"qwen3-0\.6b"):
+        models.model("gpt-2")
+
+
+def test_a_vocabulary_that_is_smaller_than_the_tokenizers_is_refused():
+    # Catches ids that the embedding would clamp to its last row.
+    config = base.rl()
+    config.model.vocab_size = 3
+    with pytest.raises(UserError, match="vocab_size=3"):
+        make_model(build.rl_plan(config).model, CharTokenizer("0123"))
+    config.model.vocab_size = 64
+    assert make_model(build.rl_plan(config).model, CharTokenizer("0123")).spec.vocab_size == 64

@@ -1,0 +1,61 @@
+"""A run by scripts/launch_local.sh, in one process or several, that counts the work of each and may lose one."""
+
+import os
+import sys
+
+from tests.processes import finished
+from tests.tiny_runs import ROOT
+
+RESULTS = ("metrics.jsonl", "samples.jsonl")
+DIVIDED = {
+    "mesh.data": 2, "mesh.expert": 2, "num_rollouts": 4, "eval.num_prompts": 8, "filter_groups.enable": True,
+    "filter_groups.max_num_gen_batches": 2, "optimizer.learning_rate": 0.01, "log.num_samples": 4,
+    "model.moe_backend": "blocked",
+    "router_replay.mode": "R2", "checkpoint.every": 2,
+}  # fmt: skip
+
+# The config of the runs below. It is read in every process, where it also notes how many completions the process
+# scores, and, at the call that DIE names, ends it.
+CONFIG = """
+import os, signal
+from pathlib import Path
+
+import jax
+
+from gspo.data import batches
+from tests.tiny_runs import ROOT
+
+FOLDER = Path({folder!r})
+score = batches.score_completions
+process, at, number = (int(word) for word in os.environ.get("DIE", "-1 0 0").split())
+calls = []
+
+
+def watched(texts, *rest):
+    calls.append(len(texts))
+    with open(FOLDER / f"scored-{{jax.process_count()}}-{{jax.process_index()}}", "a") as file:
+        print(len(texts), file=file)
+    if (jax.process_index(), len(calls)) == (process, at):
+        os.kill(os.getpid(), number)
+    return score(texts, *rest)
+
+
+if score.__name__ != "watched":
+    batches.score_completions = watched
+
+
+def get_config():
+    return rl_config(FOLDER, **{divided!r})
+"""
+
+
+def launch(folder, name, *, processes, devices, die="", script="experiments/rl.py", **more):
+    """Runs the script with the config by scripts/launch_local.sh in folder/name; returns (exit code, stdout,
+    stderr)."""
+    command = ["bash", "scripts/launch_local.sh", "-n", str(processes), "--devices-per-process", str(devices), "--"]
+    command += [sys.executable, script, f"--config={folder / 'config.py'}", f"--workdir={folder / name}"]
+    environment = (
+        os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "GRACE": "60"} | ({"DIE": die} if die else {}) | more
+    )
+    done = finished(command, timeout=300, cwd=ROOT, env=environment)
+    return done.returncode, done.stdout, done.stderr
