@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 
 from gspo.data import batches
-from tests.tiny_runs import ROOT
+from tests.tiny_runs import rl_config
 
 FOLDER = Path({folder!r})
 score = batches.score_completions
