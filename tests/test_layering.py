@@ -26,9 +26,9 @@ TOWER = [
     "run.identity", "run.workdir",
     "hf.families", "hf.folder",
     "report.hlo", "report.collectives", "report.origins", "report.matmuls", "report.program",
-    "report.plots", "report.tables",
+    "report.plots", "report.tables", "report.measure", "report.flops", "report.speed",
     "plans", "build", "run.cli", "steps", "generate", "collect", "evaluate", "resume", "sft", "rl",
-    "report.aot", "report.verdicts", "report.arms",
+    "report.aot", "report.verdicts", "report.arms", "report.workload", "report.cases",
 ]  # fmt: skip
 CONFIG_READERS = ("build",)
 
