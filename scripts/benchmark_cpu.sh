@@ -41,7 +41,7 @@ measure long_prompt update long_prompt --repeats=5 ${SHARE:+--vary="$SHARE"}
 # 3. a model of middle size against the matrix product
 measure mid update mid --repeats=3
 # 4. time per token as completions grow; completions of mixed length: REFILL is the field that switches refilling
-measure growth rollout moe --repeats=5 --vary=max_completion_length=64,256,1024
+measure growth rollout moe --repeats=3 --vary=max_completion_length=64,1024
 measure mixed rollout mixed --repeats=5 ${REFILL:+--vary="$REFILL"}
 # 5. memory of an update with a large vocabulary
 measure vocab update vocab --repeats=1
