@@ -94,7 +94,7 @@ def first_steps(arguments: list[str]) -> list[dict[str, Any]]:
     found: dict[str, list[dict[str, Any]]] = {"cold": [], "second": []}
     for _ in range(cli.FLAGS.repeats):
         with tempfile.TemporaryDirectory() as folder:
-            environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+            environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "PYTHONPATH": str(ROOT)}
             for process in found.values():
                 out = f"{folder}/first.json"
                 command = [sys.executable, __file__, "first", *arguments, f"--json={out}", f"--started={time.time()}"]
