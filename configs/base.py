@@ -33,6 +33,7 @@ def model() -> ConfigDict:
             dtype="float32",  # of the matmuls; router, softmax, log-probs and parameters are float32 always
             moe_backend="blocked",  # dense | blocked | ragged
             remat=False,
+            scan_layers=placeholder(bool),  # layers as a loop: compiles faster, runs slower; None: from 9 layers on
             attention_chunk=0,  # query columns whose attention scores exist at a time; 0: all
         )
     )
@@ -116,6 +117,7 @@ def rl() -> ConfigDict:
     config.num_prompts = 32  # prompts per rollout
     config.num_generations = 8  # completions per prompt
     config.updates_per_rollout = 4  # minibatches, one optimizer update each, all against the same old policy
+    config.share_prompts = True  # a group's prompt runs once in the learner; False: with each of its completions
     config.temperature = 1.0
     config.top_k = 0
     config.top_p = 1.0

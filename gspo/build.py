@@ -107,6 +107,7 @@ def _common(config: ConfigDict, workdir: str, *, total_steps: int, eval_at_a_tim
         "update": UpdatePlan(
             micro_batch_size=config.micro_batch_size,
             chunk=config.logp_chunk,
+            share_prompts=config.get("share_prompts", False),
             entropy_target=config.get("entropy_target"),
             entropy_step=config.get("entropy_step", 0.0),
             router_aux_loss_coef=config.get("router_aux_loss_coef", 0.0),

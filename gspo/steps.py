@@ -16,7 +16,7 @@ from gspo import plans
 from gspo.data.tokenizer import Tokenizer
 from gspo.learning.critic import Critic, make_critic_step, make_value_fn
 from gspo.learning.learner import make_train_step
-from gspo.learning.microbatch import minibatch
+from gspo.learning.microbatch import minibatch, shared_rows
 from gspo.learning.optim import make_optimizer, make_schedule
 from gspo.learning.sampler import in_compute_dtype, make_sampler
 from gspo.learning.scores import make_scorer
@@ -133,6 +133,9 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
     updates, micro = plan.updates_per_rollout, plan.update.micro_batch_size
     rows_at_a_time = micro or plan.rollout.rows // updates
     check_rows(layout, num_prompts=plan.rollout.num_prompts, minibatch_rows=rows_at_a_time)
+    devices, rows_per_prompt = layout.parts("rows"), 1
+    if plan.update.share_prompts:
+        rows_per_prompt = shared_rows(rows_at_a_time, devices, plan.rollout.num_generations)
 
     # ------------------------------------------------------------------ model, state
     model = make_model(plan.model, tokenizer, layout)
@@ -173,6 +176,7 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         plan.update,
         sampling=plan.rollout.sampling,
         state_shardings=shardings_of(layout, start.abstract),
+        rows_per_prompt=rows_per_prompt,
     )
 
     def minibatches(batch: Batch) -> tuple[Batch, ...]:
@@ -190,6 +194,7 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
             completion_width=plan.data.max_completion_length,
             keep=_kept_scores(plan, objective),
             micro_batch_size=rows_at_a_time,
+            rows_per_prompt=rows_per_prompt,
             sampling=plan.rollout.sampling,
             chunk=plan.update.chunk,
         ),

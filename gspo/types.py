@@ -43,7 +43,8 @@ def array(dims: str = "", **keywords) -> Any:
 
 def map_arrays(function: Callable[..., Any], record: Any, *others: Any) -> Any:
     """function(dims, array, *arrays of the others) on every array of a record, as a record of its kind. Fields that are
-    None stay None, records inside of it are entered. Raises TypeError for a field that nobody declared."""
+    None stay None, records inside of it and tuples of them are entered. Raises TypeError for a field that nobody
+    declared."""
 
     def one(field):
         x, *more = (getattr(each, field.name) for each in (record, *others))
@@ -51,6 +52,8 @@ def map_arrays(function: Callable[..., Any], record: Any, *others: Any) -> Any:
             return None
         if "dims" in field.metadata:
             return function(field.metadata["dims"], x, *more)
+        if isinstance(x, tuple):
+            return tuple(map_arrays(function, *each) for each in zip(x, *more, strict=True))
         if not dataclasses.is_dataclass(x):
             raise TypeError(f"{type(record).__name__}.{field.name} declares no dimensions: see gspo.types.array")
         return map_arrays(function, x, *more)

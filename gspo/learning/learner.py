@@ -32,6 +32,7 @@ class UpdatePlan:
 
     micro_batch_size: rows per forward and backward pass (0: all). The gradient does not depend on it: sums are
     accumulated, and divided once by the summed count. chunk: columns whose token logits exist at a time.
+    share_prompts: whether the prompt of a group runs once, forward and backward, or with each of its completions.
 
     entropy_target (nats per token): with state.entropy_coef, an adaptive entropy bonus. The coefficient rises by
     entropy_step after an update that saw less entropy than the target and falls, not below 0, after one that saw more.
@@ -43,6 +44,7 @@ class UpdatePlan:
 
     micro_batch_size: int = 0
     chunk: int = 128
+    share_prompts: bool = True
     entropy_target: float | None = None
     entropy_step: float = 0.0
     router_aux_loss_coef: float = 0.0
@@ -67,7 +69,7 @@ class UpdatePlan:
 class Update:
     """The parts of an update: what is trained, by which optimizer, towards what, and how. sampling: how the sampler
     shapes the distribution whose log-probs are taken. shardings: a TrainState of them, where the new state lies; None
-    on one device."""
+    on one device. rows_per_prompt: as in `score_completions`."""
 
     model: Transformer
     optimizer: optax.GradientTransformation
@@ -75,6 +77,7 @@ class Update:
     plan: UpdatePlan
     sampling: Sampling
     shardings: TrainState | None = None
+    rows_per_prompt: int = 1
 
 
 def make_train_step(
@@ -85,6 +88,7 @@ def make_train_step(
     *,
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     state_shardings: TrainState | None = None,
+    rows_per_prompt: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns jitted `train_step(state, batch) -> (state, metrics)`; the given state is donated.
 
@@ -93,8 +97,9 @@ def make_train_step(
 
     state_shardings: a TrainState of shardings, where the new state lies. Without it the partitioner may move arrays
     (norm scales onto the fsdp axis, say), and every function that is called with the state is compiled a second time.
-    None on one device."""
-    update = Update(model, optimizer, objective, plan, sampling, state_shardings)
+    None on one device. rows_per_prompt: so many neighbours of a batch have their prompt in common, which then runs
+    once."""
+    update = Update(model, optimizer, objective, plan, sampling, state_shardings, rows_per_prompt)
     return jit_update(partial(train_step, update), state_shardings)
 
 
@@ -106,7 +111,9 @@ def train_step(update: Update, state: TrainState, batch: Batch) -> tuple[TrainSt
         loss_of_part, update, entropy_coef=state.entropy_coef, count_per_row=_count_per_row(update, inputs)
     )
     shardings = None if update.shardings is None else update.shardings.params
-    grads, scores = accumulated_gradient(loss_fn, state.params, batch, plan.micro_batch_size, shardings)
+    grads, scores = accumulated_gradient(
+        loss_fn, state.params, batch, plan.micro_batch_size, shardings, update.rows_per_prompt
+    )
     with jax.named_scope("optimizer"):
         updates, opt_state = update.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -137,6 +144,7 @@ def loss_of_part(
         sampling=update.sampling,
         chunk=plan.chunk,
         replayed_routes_LBTX=part.replayed_routes_LBTX,
+        rows_per_prompt=update.rows_per_prompt,
     )
     scores = beside_old_routers(scores, part, "router_logp_LBCX" in objective.needs)
     with jax.named_scope("loss"):

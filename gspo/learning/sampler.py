@@ -1,4 +1,4 @@
-"""Rollouts: prefill each prompt once, share its cache among the completions of the group, decode in one while_loop.
+"""Rollouts: prefill each prompt once, share its cache among the completions of the group, decode in a while_loop.
 
 The loop runs over columns of the frame (`gspo.types`). Every row writes the same column at the same time, so the cache
 grows by one slice per step, and the loop ends when all rows have ended: its length is that of the longest completion,
@@ -11,12 +11,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from gspo.model.attention import KVCache
+from gspo.model.cache import KVCache
 from gspo.model.distribution import Sampling, draw
 from gspo.model.routing import route_dtype
-from gspo.model.transformer import Transformer
+from gspo.model.transformer import Transformer, layers_of
 from gspo.types import Params, Rollout, array
 
+FIRST_WIDTH = 128  # columns that the cache of completions starts with
 FLOAT32 = ("router", "scale")  # names of parameters that are used in float32 whatever the compute dtype
 
 
@@ -40,7 +41,7 @@ class DecodeState:
     logp_BC: chex.Array = array("BC")  # float32
     lengths_B: chex.Array = array("B")  # int32, tokens written, the end token included
     ended_B: chex.Array = array("B")  # bool
-    cache: KVCache
+    caches: tuple[KVCache, ...]
     routes_LBTX: chex.Array | None = array("LBTX")
 
 
@@ -94,30 +95,31 @@ def make_sampler(
     prompt_QP: int32, left-padded. Rows 0 .. G-1 of the result belong to prompt 0, and so on. A row ends with any of
     eos_ids (its log-prob counts) or after max_completion_length tokens; the rest of its frame is pad_id, and -1 in
     routes. Tokens are drawn from the distribution that `sampling` cuts, log-probs are those of the uncut softmax. Token
-    i of the rollout is drawn with fold_in(key, i). Compiled once per prompt width P. On a mesh
+    i of row b is drawn with fold_in(fold_in(key, b), i). Compiled once per prompt width P. On a mesh
     (`model.layout`) rows are cut as the layout says."""
     spec, C, G = model.spec, max_completion_length, num_generations
     injects = model.router_noise > 0 or model.router_swap > 0
     on_mesh = model.layout.constrain_fields
 
-    def forward(params, key, step, *args, **kwargs):
+    def forward(params, key, step, method, *args):
         """The model, with a stream of router noise of its own at every step where a mismatch is injected."""
         rngs = {"router": jax.random.fold_in(jax.random.fold_in(key, C), step)} if injects else None
-        return model.apply({"params": params}, *args, **kwargs, rngs=rngs)
+        return model.apply({"params": params}, *args, method=method, rngs=rngs)
 
-    def next_token(params, key, hidden_BD, step):
+    def next_token(params, key_B, hidden_BD, step):
         """One token per row, and its log-prob as the learner takes it: with the temperature, without the cuts."""
         logits_BV = model.apply({"params": params}, hidden_BD, method="logits")
-        return draw(jax.random.fold_in(key, step), logits_BV, sampling)
+        return jax.vmap(lambda key, logits_V: draw(jax.random.fold_in(key, step), logits_V, sampling))(key_B, logits_BV)
 
     def sample(params, prompt_QP, prompt_lengths_Q, key) -> Rollout:
         Q, P = prompt_QP.shape
         B, T = Q * G, P + C
         chex.assert_shape(prompt_lengths_Q, (Q,))
+        widths = cache_widths(C)
 
-        # Prefill: one pass over the prompts, then each row of the cache G times.
+        # Prefill: one pass over the prompts. Their keys and values serve all completions.
         first_Q = P - prompt_lengths_Q
-        out = forward(params, key, 0, prompt_QP, first_Q, cache=on_mesh(spec.empty_cache(Q, P)))
+        out, caches = forward(params, key, 0, "prefill", prompt_QP, first_Q, G, widths[0])
         routes_LBTX = None
         if spec.num_experts:
             shape = (spec.num_layers, B, T, spec.experts_per_token)
@@ -130,26 +132,44 @@ def make_sampler(
             logp_BC=jnp.zeros((B, C), jnp.float32),
             lengths_B=jnp.zeros((B,), jnp.int32),
             ended_B=jnp.zeros((B,), bool),
-            cache=out.cache.fan_out(G, T),
+            caches=caches,
             routes_LBTX=routes_LBTX,
         ))  # fmt: skip
-        state = append(
-            state, *next_token(params, key, jnp.repeat(out.hidden_BTD[:, -1], G, axis=0), state.step), eos_ids, pad_id
-        )
+        key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+        last_BD = jnp.repeat(out.hidden_BTD[:, -1], G, axis=0)
+        state = append(state, *next_token(params, key_B, last_BD, state.step), eos_ids, pad_id)
 
         # Decode: feed the last token, draw the next.
+        layers = None if spec.scanned else layers_of(params["blocks"], spec.num_layers)  # cut once, not for each token
+        seen_QP = jnp.arange(P) >= first_Q[:, None]
+
         def body(state: DecodeState) -> DecodeState:
-            last_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BC, state.step - 1, 1, axis=1)
-            column = P + state.step - 1
-            out = forward(params, key, state.step, last_B1, first_B, cache=state.cache, start=column)
+            column = state.step - 1
+            last_B = jax.lax.dynamic_index_in_dim(state.tokens_BC, column, axis=1, keepdims=False)
+            seen_1C = (jnp.arange(state.caches[0].width) <= column)[None]
+            args = (last_B, P + column - first_B, seen_QP, seen_1C, state.caches, column, layers)
+            out, caches = forward(params, key, state.step, "decode", *args)
             routes_LBTX = state.routes_LBTX
             if routes_LBTX is not None:
-                routes_LBTX = jax.lax.dynamic_update_slice(routes_LBTX, out.free_routes_LBTX, (0, 0, column, 0))
-            state = state.replace(cache=out.cache, routes_LBTX=routes_LBTX)
-            return on_mesh(append(state, *next_token(params, key, out.hidden_BTD[:, 0], state.step), eos_ids, pad_id))
+                routes_LBTX = jax.lax.dynamic_update_slice(routes_LBTX, out.free_routes_LBTX, (0, 0, P + column, 0))
+            state = state.replace(caches=caches, routes_LBTX=routes_LBTX)
+            drawn = next_token(params, key_B, out.hidden_BTD[:, 0], state.step)
+            return on_mesh(append(state, *drawn, eos_ids, pad_id))
 
-        state = jax.lax.while_loop(lambda s: (s.step < C) & ~jnp.all(s.ended_B), body, state)
+        for width in widths:
+            state = state.replace(caches=tuple(cache.widened(width) for cache in state.caches))
+            last = min(width + 1, C)  # tokens drawn when the cache is full
+            state = jax.lax.while_loop(lambda s, last=last: (s.step < last) & ~jnp.all(s.ended_B), body, state)
 
         return on_mesh(rollout_of(state, prompt_QP, prompt_lengths_Q, first_B))
 
     return jax.jit(jax.named_scope("rollout")(sample))
+
+
+def cache_widths(max_completion_length: int) -> list[int]:
+    """Columns of the cache, stretch by stretch of a rollout: attention reads what there is, so a long completion starts
+    with a short cache. Each stretch is compiled, so they double."""
+    widths = [min(FIRST_WIDTH, max_completion_length)]
+    while widths[-1] < max_completion_length:
+        widths.append(min(2 * widths[-1], max_completion_length))
+    return widths

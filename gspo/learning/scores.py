@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from gspo.learning.microbatch import merge_record, num_parts, split_record
 from gspo.model.distribution import Sampling
 from gspo.model.head import token_scores
+from gspo.model.packing import Packing
 from gspo.model.routing import router_margin
-from gspo.model.transformer import Transformer
+from gspo.model.transformer import Output, Transformer
 from gspo.types import Params, array
 
 
@@ -54,6 +55,7 @@ def score_completions(
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     chunk: int = 128,
     replayed_routes_LBTX: chex.Array | None = None,
+    rows_per_prompt: int = 1,
 ) -> Scores:
     """Log-prob of every completion column under `params`, shaped as the sampler shapes it. Values past a row's end are
     junk: mask them.
@@ -61,11 +63,13 @@ def score_completions(
     replayed_routes_LBTX: experts that run in place of the routers' choices. Token logits exist for `chunk` columns at a
     time, forward and backward (remat), so no [B, T, V] array is ever made. What a caller does not use of the routers is
     never computed under jit.
+
+    rows_per_prompt: so many neighbours have their prompt in common, and the routes that run in it. It runs once for
+    them, forward and backward (`gspo.model.packing`); the scores are the same.
     """
     T = tokens_BT.shape[1]
     P = T - completion_width
-    out = model.apply({"params": params}, tokens_BT, P - prompt_lengths_B, replayed_routes_LBTX)
-    hidden_BCD = out.hidden_BTD[:, P - 1 : T - 1]  # column t predicts column t + 1
+    out, hidden_BCD = _run(model, params, tokens_BT, P, prompt_lengths_B, replayed_routes_LBTX, rows_per_prompt)
     target_BC = tokens_BT[:, P:]
 
     kernel_DV = model.apply({"params": params}, method="head_kernel")
@@ -85,6 +89,20 @@ def score_completions(
     )
 
 
+def _run(model: Transformer, params: Params, tokens_BT, P: int, prompt_lengths_B, routes_LBTX, rows_per_prompt: int):
+    """The model on frames, prompts shared or not -> (Output of the frames but for its hidden states, [B, C, D] hidden
+    states that predict the completion)."""
+    first_B = P - prompt_lengths_B
+    if rows_per_prompt == 1:
+        out = model.apply({"params": params}, tokens_BT, first_B, routes_LBTX)
+        return out, out.hidden_BTD[:, P - 1 : -1]  # column t predicts column t + 1
+    packing = Packing(P, rows_per_prompt)
+    routes = None if routes_LBTX is None else packing.pack(routes_LBTX, 1)
+    out = model.apply({"params": params}, packing.pack(tokens_BT), first_B[::rows_per_prompt], routes, packing=packing)
+    routers = (None if x is None else packing.unpack(x, 1) for x in (out.free_routes_LBTX, out.router_logits_LBTE))
+    return Output(None, *routers), packing.predicting(out.hidden_BTD)
+
+
 def router_logp(logits_LBTE: chex.Array, routes_LBTX: chex.Array, completion_width: int) -> chex.Array:
     """[L, B, C, X] log-probs that routers give to these experts, at the columns that predict a completion token. Junk
     where a route is -1, not recorded: a column that is masked."""
@@ -102,10 +120,12 @@ def make_scorer(
     sampling: Sampling,
     chunk: int,
     micro_batch_size: int = 0,
+    rows_per_prompt: int = 1,
     keep: tuple[str, ...] = ("logp_BC", "entropy_BC", "free_routes_LBTX"),
 ) -> Callable[..., Scores]:
     """Returns jitted `scorer(params, tokens_BT, prompt_lengths_B, replayed_routes_LBTX=None) -> Scores`: old or
     reference log-probs, computed in micro-batches of rows. Fields of `Scores` that are not in `keep` come back as None.
+    rows_per_prompt: as in `score_completions`.
     """
     dropped = {name: None for name in Scores.__dataclass_fields__ if name not in keep}
 
@@ -113,13 +133,15 @@ def make_scorer(
         def one(rows: Frames) -> Scores:
             scores = score_completions(
                 model, params, rows.tokens_BT, rows.prompt_lengths_B, completion_width, sampling=sampling, chunk=chunk,
-                replayed_routes_LBTX=rows.replayed_routes_LBTX,
+                replayed_routes_LBTX=rows.replayed_routes_LBTX, rows_per_prompt=rows_per_prompt,
             )  # fmt: skip
             return scores.replace(**dropped)
 
         rows = Frames(tokens_BT, prompt_lengths_B, replayed_routes_LBTX)
         parts = num_parts(tokens_BT.shape[0], micro_batch_size)
         with jax.named_scope("logprob"):
-            return one(rows) if parts == 1 else merge_record(jax.lax.map(one, split_record(rows, parts)))
+            if parts == 1:
+                return one(rows)
+            return merge_record(jax.lax.map(one, split_record(rows, parts, rows_per_prompt)), rows_per_prompt)
 
     return jax.jit(scorer)

@@ -1,16 +1,24 @@
-"""RMSNorm, rotary positions and grouped-query attention; the key/value cache is a pytree that goes in and comes out."""
+"""RMSNorm, rotary positions and grouped-query attention.
+
+What differs between whole frames, packed groups and decoding is how queries find their keys: `Attention` is given a
+function for it, a `Mix`.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from gspo.model.columns import cut_columns, join_columns
 from gspo.parallel.sharding import ONE_DEVICE, Layout
-from gspo.types import array
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives a mean and not NaN
+
+# (q_BTNH, k_BTKH, v_BTKH) -> (mixed_BTNH, whatever is to be kept of this layer)
+Mix = Callable[[chex.Array, chex.Array, chex.Array], tuple[chex.Array, Any]]
 
 kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
@@ -52,40 +60,6 @@ def apply_rope(x_BTNH: chex.Array, cos_BTh: chex.Array, sin_BTh: chex.Array) -> 
     left, right = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_BTh[:, :, None, :], sin_BTh[:, :, None, :]
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_BTNH.dtype)
-
-
-@flax.struct.dataclass
-class KVCache:
-    """Keys and values of all layers: k_LBSKH, v_LBSKH. Column s belongs to column s of the frame."""
-
-    k_LBSKH: chex.Array = array("LBSKH")
-    v_LBSKH: chex.Array = array("LBSKH")
-
-    @staticmethod
-    def zeros(layers: int, rows: int, width: int, kv_heads: int, head_width: int, dtype) -> "KVCache":
-        shape = (layers, rows, width, kv_heads, head_width)
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-    def write(self, layer: chex.Array, start: chex.Array, k_BTKH: chex.Array, v_BTKH: chex.Array) -> "KVCache":
-        """Puts one layer's new keys and values at columns start .. start + T."""
-        at = (layer, 0, start, 0, 0)
-        put = jax.lax.dynamic_update_slice
-        return KVCache(put(self.k_LBSKH, k_BTKH[None], at), put(self.v_LBSKH, v_BTKH[None], at))
-
-    def read(self, layer: chex.Array) -> tuple[chex.Array, chex.Array]:
-        """One layer's (k_BSKH, v_BSKH)."""
-        take = jax.lax.dynamic_index_in_dim
-        return take(self.k_LBSKH, layer, 0, keepdims=False), take(self.v_LBSKH, layer, 0, keepdims=False)
-
-    def fan_out(self, copies: int, width: int) -> "KVCache":
-        """Each row `copies` times, neighbours; columns grow to `width` with zeros (nothing attends to them before they
-        are written)."""
-
-        def one(x_LBSKH):
-            x_LBSKH = jnp.repeat(x_LBSKH, copies, axis=1)
-            return jnp.pad(x_LBSKH, ((0, 0), (0, 0), (0, width - x_LBSKH.shape[2]), (0, 0), (0, 0)))
-
-        return KVCache(one(self.k_LBSKH), one(self.v_LBSKH))
 
 
 def visible(first_B: chex.Array, start: chex.Array | int, queries: int, keys: int) -> chex.Array:
@@ -131,7 +105,6 @@ class Attention(nn.Module):
     rms_eps: float
     dtype: jnp.dtype
     qk_norm_over: str = "head"
-    chunk: int = 0
     layout: Layout = ONE_DEVICE
 
     def _project(self, name: str, x_BTD, heads: int, axis: str):
@@ -149,23 +122,17 @@ class Attention(nn.Module):
         return norm(x_BTNH)
 
     @nn.compact
-    def __call__(self, x_BTD, rope, visible_BTS, cache: KVCache | None, layer, start):
-        """Returns (out_BTD, cache). Without a cache the keys are the T tokens themselves."""
+    def __call__(self, x_BTD: chex.Array, rope: tuple[chex.Array, chex.Array], mix: Mix) -> tuple[chex.Array, Any]:
+        """Returns (out_BTD, what mix keeps)."""
         q_BTNH = self._project("query", x_BTD, self.num_heads, "heads")
         k_BTKH = self._project("key", x_BTD, self.num_kv_heads, "kv_heads")
         v_BTKH = self._project("value", x_BTD, self.num_kv_heads, "kv_heads")
         if self.qk_norm:
             q_BTNH = self._norm("query_norm", q_BTNH)
             k_BTKH = self._norm("key_norm", k_BTKH)
-        q_BTNH, k_BTKH = apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope)
-        if cache is None:
-            k_BSKH, v_BSKH = k_BTKH, v_BTKH
-        else:
-            cache = cache.write(layer, start, k_BTKH, v_BTKH)
-            k_BSKH, v_BSKH = cache.read(layer)
-        mixed_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, visible_BTS, self.chunk)
+        mixed_BTNH, kept = mix(apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope), v_BTKH)
         kernel_init_ = nn.with_partitioning(kernel_init, ("heads", "embed"))
-        kernel = self.param(
-            "out", kernel_init_, (self.num_heads * self.head_width, x_BTD.shape[-1]), jnp.float32
-        ).astype(self.dtype)
-        return mixed_BTNH.reshape(*x_BTD.shape[:2], -1) @ self.layout.gathered(kernel, "heads", "embed"), cache
+        shape = (self.num_heads * self.head_width, x_BTD.shape[-1])
+        kernel = self.param("out", kernel_init_, shape, jnp.float32).astype(self.dtype)
+        out_BTD = mixed_BTNH.reshape(*x_BTD.shape[:2], -1) @ self.layout.gathered(kernel, "heads", "embed")
+        return out_BTD, kept

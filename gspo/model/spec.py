@@ -4,7 +4,6 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from gspo.model.attention import KVCache
 from gspo.model.experts import BACKENDS
 from gspo.types import UserError
 
@@ -14,6 +13,7 @@ TOY = {
     "num_experts": 8, "experts_per_token": 2, "d_expert": 64, "norm_topk_prob": True, "rope_theta": 1e4,
     "rope_scaling": (), "rms_eps": 1e-6, "qk_norm": True, "qk_norm_over": "head", "tie_embeddings": False,
 }  # fmt: skip
+UNROLLED_LAYERS = 8
 TOY_TOKENIZER = "chars:0123456789="
 
 
@@ -26,7 +26,8 @@ class ModelSpec:
     "head" (Qwen3) or "projection" (OLMoE).
     dtype is that of the matmuls ("float32" or "bfloat16"); parameters, router, softmax, norms and log-probs are
     float32. remat recomputes each block in the backward pass; attention_chunk > 0 does so with attention scores, that
-    many query columns at a time, so that no [T, T] array of scores exists.
+    many query columns at a time, so that no [T, T] array of scores exists. scan_layers runs the layers as a loop, which
+    compiles one block whatever their number; None: from more than UNROLLED_LAYERS on. Unrolled they run faster.
     """
 
     vocab_size: int
@@ -50,6 +51,7 @@ class ModelSpec:
     moe_backend: str = "blocked"
     remat: bool = False
     attention_chunk: int = 0
+    scan_layers: bool | None = None
 
     def __post_init__(self):
         def need(ok, field, remedy):
@@ -86,5 +88,7 @@ class ModelSpec:
     def compute_dtype(self):
         return jnp.dtype(self.dtype)
 
-    def empty_cache(self, rows: int, width: int) -> KVCache:
-        return KVCache.zeros(self.num_layers, rows, width, self.num_kv_heads, self.head_width, self.compute_dtype)
+    @property
+    def scanned(self) -> bool:
+        """Whether the layers run as a loop."""
+        return self.num_layers > UNROLLED_LAYERS if self.scan_layers is None else self.scan_layers

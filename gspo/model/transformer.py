@@ -1,10 +1,12 @@
-"""The decoder: one block, scanned over layers, described by data.
+"""The decoder: L times one block, described by data.
 
-    (tokens, cache, routes) -> (hidden, cache, routes)
+    (tokens, routes) -> (hidden, routes)          whole frames, or groups packed behind their prompts: the learner
+    (prompts) -> caches, (token, caches) -> ...   prefill and decode: the sampler
 
 One module serves Qwen3, Qwen3-MoE, Mixtral, Llama and OLMoE; a `ModelSpec` says which (`gspo.hf.families` reads it from
-a config.json). It is called on whole frames (learner), on prompts with an empty cache (prefill) and on one token with a
-full one (decode): always with the frame column of the first real token, from which positions and visibility follow.
+a config.json). Parameters are stacked by layer; blocks run as a loop over them, or one after the other where there are
+few (`ModelSpec.scan_layers`). It is always called with the frame column of the first real token, from which positions
+and visibility follow.
 """
 
 from typing import Any, NamedTuple
@@ -14,8 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gspo.model.attention import Attention, KVCache, RMSNorm, kernel_init, rope_tables, visible
+from gspo.model.attention import Attention, Mix, RMSNorm, attend, kernel_init, rope_tables, visible
+from gspo.model.cache import KVCache, attend_cached
 from gspo.model.moe import MoE
+from gspo.model.packing import Packing, attend_packed
 from gspo.model.routing import route_dtype
 from gspo.model.spec import ModelSpec
 from gspo.parallel.sharding import ONE_DEVICE, Layout, tree_shardings, with_shardings
@@ -23,12 +27,11 @@ from gspo.types import Params
 
 
 class Output(NamedTuple):
-    """hidden_BTD after the final norm; the cache, where one was given; and for MoE models the experts that each layer's
-    router would choose freely (free_routes_LBTX, also under replay) with its float32 logits (router_logits_LBTE).
+    """hidden_BTD after the final norm; and for MoE models the experts that each layer's router would choose freely
+    (free_routes_LBTX, also under replay) with its float32 logits (router_logits_LBTE).
     """
 
     hidden_BTD: chex.Array
-    cache: KVCache | None
     free_routes_LBTX: chex.Array | None
     router_logits_LBTE: chex.Array | None
 
@@ -55,8 +58,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)). A scan body: (carry, layer inputs) -> (carry, layer
-    outputs)."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)). Returns (x_BTD, what mix keeps, free_BTX, logits_BTE)."""
 
     spec: ModelSpec
     layout: Layout
@@ -64,28 +66,27 @@ class Block(nn.Module):
     router_swap: float
 
     @nn.compact
-    def __call__(self, carry, layer, given_BTX, rope, visible_BTS, start):
-        x_BTD, cache = carry
+    def __call__(self, x_BTD, given_BTX, rope, mix: Mix):
         s = self.spec
         rows = lambda x: self.layout.constrain(x, "rows", None, None)  # noqa: E731
         attention = Attention(
             s.num_heads, s.num_kv_heads, s.head_width, s.qk_norm, s.rms_eps, s.compute_dtype, s.qk_norm_over,
-            s.attention_chunk, self.layout, name="attention",
+            self.layout, name="attention",
         )  # fmt: skip
         normed_BTD = RMSNorm(s.rms_eps, name="attention_norm")(x_BTD)
         with jax.named_scope("attention"):
-            mixed_BTD, cache = attention(normed_BTD, rope, visible_BTS, cache, layer, start)
+            mixed_BTD, kept = attention(normed_BTD, rope, mix)
         x_BTD = rows(x_BTD + mixed_BTD)
         h_BTD = RMSNorm(s.rms_eps, name="mlp_norm")(x_BTD)
         if not s.num_experts:
-            return (rows(x_BTD + SwiGLU(s.d_ff, s.compute_dtype, self.layout, name="mlp")(h_BTD)), cache), (None, None)
+            return rows(x_BTD + SwiGLU(s.d_ff, s.compute_dtype, self.layout, name="mlp")(h_BTD)), kept, None, None
         moe = MoE(
             s.num_experts, s.experts_per_token, s.d_expert, s.norm_topk_prob, s.moe_backend, s.compute_dtype,
             self.layout, self.router_noise, self.router_swap, name="moe",
         )  # fmt: skip
         with jax.named_scope("moe"):
             y_BTD, free_BTX, logits_BTE = moe(h_BTD, given_BTX)
-        return (rows(x_BTD + y_BTD), cache), (free_BTX.astype(route_dtype(s.num_experts)), logits_BTE)
+        return rows(x_BTD + y_BTD), kept, free_BTX.astype(route_dtype(s.num_experts)), logits_BTE
 
 
 class Transformer(nn.Module):
@@ -110,44 +111,114 @@ class Transformer(nn.Module):
         if not s.tie_embeddings:
             head_init = nn.with_partitioning(kernel_init, ("embed", "vocab"))
             self.head = self.param("head", head_init, (s.d_model, s.vocab_size), jnp.float32)
-        block = nn.remat(Block, prevent_cse=False) if s.remat else Block
-        self.blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "router": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=s.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(s, self.layout, self.router_noise, self.router_swap)
+        self.blocks = self._block()
         self.final_norm = RMSNorm(s.rms_eps)
+
+    def _block(self, **keywords: Any) -> Block:
+        return Block(self.spec, self.layout, self.router_noise, self.router_swap, **keywords)
 
     def __call__(
         self,
         tokens_BT: chex.Array,
         first_B: chex.Array,
         routes_LBTX: chex.Array | None = None,
-        cache: KVCache | None = None,
-        start: chex.Array | int = 0,
+        *,
+        packing: Packing | None = None,
     ) -> Output:
-        """tokens_BT int32, columns start .. start + T of the frame. first_B int32: column of each row's first real
-        token.
+        """Whole frames. tokens_BT int32. first_B int32: column of each row's first real token.
 
-        routes_LBTX: experts to use instead of the router's choice (see `gspo.model.routing`). cache: keys and values of
-        the columns before `start`; it comes back with this call's columns filled in. Without a cache `start` must be 0.
+        routes_LBTX: experts to use instead of the router's choice (see `gspo.model.routing`). packing: the rows are
+        groups, packed so (`gspo.model.packing`): T is then J.
         """
+        T, chunk = tokens_BT.shape[1], self.spec.attention_chunk
+        chex.assert_shape(first_B, (tokens_BT.shape[0],))
+        if packing is None:
+            positions_BT, seen_BTS = jnp.maximum(jnp.arange(T) - first_B[:, None], 0), visible(first_B, 0, T, T)
+        else:
+            positions_BT = packing.positions(first_B, T)
+
+        def mix(q, k, v, _cache, _at):
+            if packing is None:
+                return attend(q, k, v, seen_BTS, chunk), None
+            return attend_packed(packing, q, k, v, first_B, chunk), None
+
+        out, _ = self._run(tokens_BT, positions_BT, mix, routes_LBTX)
+        return out
+
+    def prefill(self, tokens_QP: chex.Array, first_Q: chex.Array, completions: int, width: int):
+        """Prompts -> (Output, caches): what `decode` reads, with room for so many completions to each prompt, of so
+        many columns."""
+        P, chunk = tokens_QP.shape[1], self.spec.attention_chunk
+        seen_QPP = visible(first_Q, 0, P, P)
+
+        def mix(q, k, v, _cache, _at):
+            return attend(q, k, v, seen_QPP, chunk), (k, v)
+
+        positions_QP = jnp.maximum(jnp.arange(P) - first_Q[:, None], 0)
+        out, kept = self._run(tokens_QP, positions_QP, mix)
+        pairs = [kept] if self.spec.scanned else [(k[None], v[None]) for k, v in kept]
+        return out, tuple(KVCache.behind(k, v, completions, width) for k, v in pairs)
+
+    def decode(
+        self,
+        tokens_B: chex.Array,
+        position_B: chex.Array,
+        seen_QP: chex.Array,
+        seen_BC: chex.Array,
+        caches: tuple[KVCache, ...],
+        column: chex.Array,
+        layers: tuple[Params, ...] | None = None,
+    ):
+        """One token of each completion -> (Output with T = 1, caches that hold it at `column`).
+
+        position_B: its position behind the first token of its prompt. seen_QP, seen_BC: bool, the columns of its prompt
+        and of its completion that it sees, this one included. layers: the blocks' parameters layer by layer, where they
+        were cut already (`layers_of`), once for all tokens.
+        """
+
+        def mix(q, k, v, cache, at):
+            cache = cache.write(at, column, k[:, 0], v[:, 0])
+            return attend_cached(q[:, 0], cache, at, seen_QP, seen_BC)[:, None], cache
+
+        return self._run(tokens_B[:, None], position_B[:, None], mix, caches=caches, layers=layers)
+
+    def _run(self, tokens_BT, positions_BT, mix, routes_LBTX=None, caches=None, layers=None):
+        """Embedding, all blocks, final norm -> (Output, what each layer keeps).
+
+        mix: (q, k, v, cache, at) -> (mixed, kept); cache: that of the layer, at: the layer's place in it. With caches,
+        what a layer keeps is its cache."""
         s = self.spec
-        B, T = tokens_BT.shape
-        chex.assert_shape(first_B, (B,))
         x_BTD = self.layout.lookup(self.embedding.astype(s.compute_dtype), tokens_BT)
-        positions_BT = jnp.maximum(start + jnp.arange(T) - first_B[:, None], 0)
         rope = rope_tables(positions_BT, s.head_width, s.rope_theta, s.rope_scaling)
-        keys = T if cache is None else cache.k_LBSKH.shape[2]
-        seen_BTS = visible(first_B, start, T, keys)
-        layers = jnp.arange(s.num_layers)
-        (x_BTD, cache), (free_LBTX, logits_LBTE) = self.blocks(
-            (x_BTD, cache), layers, routes_LBTX, rope, seen_BTS, start
+        if self.is_initializing():
+            return Output(self.final_norm(self._init_blocks(x_BTD, rope, mix)), None, None), None
+        block, stacked = self._block(parent=None), self.variables["params"]["blocks"]
+        key = self.make_rng("router") if self.router_noise > 0 or self.router_swap > 0 else None
+
+        def one(params, x_BTD, given_BTX, cache, at, index):
+            rngs = None if key is None else {"router": jax.random.fold_in(key, index)}
+            of_layer = lambda q, k, v: mix(q, k, v, cache, at)  # noqa: E731
+            return block.apply({"params": params}, x_BTD, given_BTX, rope, of_layer, rngs=rngs)
+
+        if s.remat:
+            one = jax.checkpoint(one, prevent_cse=not s.scanned)
+        if s.scanned:
+            x_BTD, kept, free, logits = _scanned(one, stacked, x_BTD, routes_LBTX, caches)
+        else:
+            layers = layers_of(stacked, s.num_layers) if layers is None else layers
+            x_BTD, kept, free, logits = _unrolled(one, layers, x_BTD, routes_LBTX, caches)
+        return Output(self.final_norm(x_BTD), free, logits), kept
+
+    def _init_blocks(self, x_BTD, rope, mix):
+        """Makes the parameters of all blocks, stacked by layer."""
+        scan = nn.scan(
+            lambda block, x_BTD, _: (block(x_BTD, None, rope, lambda q, k, v: mix(q, k, v, None, 0))[0], None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.spec.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return Output(self.final_norm(x_BTD), cache, free_LBTX, logits_LBTE)
+        return scan(self.blocks, x_BTD, None)[0]
 
     def logits(self, hidden: chex.Array) -> chex.Array:
         """[..., D] -> float32 [..., V]."""
@@ -165,6 +236,43 @@ class Transformer(nn.Module):
         """Parameters boxed with their logical axis names (for `tree_shardings`; `nn.unbox` strips them)."""
         tokens_BT = jnp.zeros((1, 1), jnp.int32)
         return self.clone(layout=ONE_DEVICE).init(key, tokens_BT, jnp.zeros((1,), jnp.int32))["params"]
+
+
+def layers_of(stacked: Params, num_layers: int) -> tuple[Params, ...]:
+    """Parameters stacked by layer -> one tree for each. By a split, whose transpose is a concatenation: indexing would
+    give each layer's gradient as a stack of zeros, and add these up."""
+    cut = jax.tree.map(lambda x: [part[0] for part in jax.lax.split(x, (1,) * num_layers)], stacked)
+    outer, inner = jax.tree.structure(stacked), jax.tree.structure([0] * num_layers)
+    return tuple(jax.tree.transpose(outer, inner, cut))
+
+
+def _scanned(one, stacked, x_BTD, routes_LBTX, caches):
+    """All layers as a loop: one compilation of a block, whatever their number. One cache holds all layers."""
+
+    def body(carry, layer):
+        x_BTD, cache = carry
+        params, given_BTX, index = layer
+        x_BTD, kept, free_BTX, logits_BTE = one(params, x_BTD, given_BTX, cache, index, index)
+        if cache is not None:
+            cache, kept = kept, None
+        return (x_BTD, cache), (kept, free_BTX, logits_BTE)
+
+    index_L = jnp.arange(jax.tree.leaves(stacked)[0].shape[0])
+    start = (x_BTD, caches[0] if caches else None)
+    (x_BTD, cache), (kept, free, logits) = jax.lax.scan(body, start, (stacked, routes_LBTX, index_L))
+    return x_BTD, (cache,) if caches else kept, free, logits
+
+
+def _unrolled(one, layers, x_BTD, routes_LBTX, caches):
+    """Layer after layer: nothing is copied into stacks, and each layer's cache is updated where it lies."""
+    kept, routers = [], []
+    for i, params in enumerate(layers):
+        given_BTX, cache = None if routes_LBTX is None else routes_LBTX[i], caches[i] if caches else None
+        x_BTD, keep, *router = one(params, x_BTD, given_BTX, cache, 0, i)
+        kept.append(keep)
+        routers.append(router)
+    free, logits = (None if x[0] is None else jnp.stack(x) for x in zip(*routers, strict=True))
+    return x_BTD, tuple(kept), free, logits
 
 
 def abstract_params(model: Any, layout: Layout | None = None) -> Params:
