@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import pkgutil
+import typing
 
 import flax.struct
 import numpy as np
@@ -33,7 +34,8 @@ def test_every_field_of_a_record_declares_the_dimensions_that_its_name_says(name
     # Catches a field that is added without a declaration (rows would be cut along another axis, or not at all), and one
     # that is declared as another array.
     for field in dataclasses.fields(records()[name]):
-        if field.type in (LossInputs, "LossInputs") or getattr(field.type, "__name__", "") in records():
+        kind = typing.get_args(field.type)[0] if typing.get_origin(field.type) is tuple else field.type
+        if kind in (LossInputs, "LossInputs") or getattr(kind, "__name__", "") in records():
             continue
         dims = field.metadata.get("dims")
         assert dims is not None, f"{name}.{field.name} declares no dimensions"
@@ -62,8 +64,9 @@ def test_a_field_that_nobody_declared_is_refused_and_none_and_records_pass_throu
         rollout: Rollout
         plain_B: np.ndarray
         missing_BC: np.ndarray | None = array("BC", default=None)
+        several: tuple[Rollout, ...] = ()
 
-    x = np.zeros((2, 3))
+    x = np.ones((2, 3))
     rollout = Rollout(x, x[:, 0], x[:, 0], x, None, x[:, 0], x[0, 0])
     with pytest.raises(TypeError, match=r"Outer\.plain_B declares no dimensions"):
         map_arrays(lambda dims, x: x, Outer(rollout, x[:, 0]))
@@ -71,10 +74,13 @@ def test_a_field_that_nobody_declared_is_refused_and_none_and_records_pass_throu
     mapped = map_arrays(lambda dims, x, y: seen.append(dims) or x + y, Outer(rollout, None), Outer(rollout, None))
     assert mapped.missing_BC is None and mapped.rollout.routes_LBTX is None
     assert seen == ["BT", "B", "B", "BC", "B", ""]
+    pair = Outer(rollout, None, several=(rollout, rollout))
+    doubled = map_arrays(lambda dims, x, y: x + y, pair, pair)
+    assert len(doubled.several) == 2 and np.array_equal(doubled.several[1].tokens_BT, 2 * x)
 
 
 def test_rows_lie_where_their_letter_stands():
     # Catches layers taken for rows.
-    assert [row_axis(dims) for dims in ("B", "BT", "LBTX", "LBSKH")] == [0, 0, 1, 1]
+    assert [row_axis(dims) for dims in ("B", "BT", "LBTX", "LBKHC")] == [0, 0, 1, 1]
     with pytest.raises(ValueError, match="substring not found"):
         row_axis("LTX")

@@ -1,11 +1,11 @@
-"""RMSNorm, rotary positions, grouped-query attention, visibility and the key/value cache, each against loops."""
+"""RMSNorm, rotary positions, grouped-query attention and visibility, each against loops."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspo.model.attention import KVCache, RMSNorm, apply_rope, attend, rope_tables, visible
+from gspo.model.attention import RMSNorm, apply_rope, attend, rope_tables, visible
 from tests import model_oracle as oracle
 from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
@@ -141,25 +141,3 @@ def equations(jaxpr):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from equations(inner)
-
-
-def test_the_cache_writes_one_layer_at_its_columns_and_reads_it_back():
-    # Catches keys in the value's place, a write to the wrong layer, and a write that starts one column off.
-    k, v = draws(9, (2, 3, 2, 4), (2, 3, 2, 4))
-    cache = KVCache.zeros(3, 2, 8, 2, 4, jnp.float32).write(jnp.int32(1), jnp.int32(4), jnp.asarray(k), jnp.asarray(v))
-    expected_k, expected_v = np.zeros((3, 2, 8, 2, 4)), np.zeros((3, 2, 8, 2, 4))
-    expected_k[1, :, 4:7], expected_v[1, :, 4:7] = k, v
-    np.testing.assert_array_equal(cache.k_LBSKH, expected_k)
-    np.testing.assert_array_equal(cache.v_LBSKH, expected_v)
-    np.testing.assert_array_equal(cache.read(jnp.int32(1))[0], expected_k[1])
-    np.testing.assert_array_equal(cache.read(jnp.int32(1))[1], expected_v[1])
-
-
-def test_fan_out_puts_the_copies_of_a_prompt_next_to_each_other():
-    # Catches a tile (prompts 0 1 0 1) for a repeat (0 0 1 1): completions would then continue another prompt's cache.
-    k, v = draws(10, (2, 2, 3, 1, 4), (2, 2, 3, 1, 4))
-    wide = KVCache(jnp.asarray(k), jnp.asarray(v)).fan_out(3, 5)
-    assert wide.k_LBSKH.shape == wide.v_LBSKH.shape == (2, 6, 5, 1, 4)
-    for row in range(6):
-        np.testing.assert_array_equal(wide.k_LBSKH[:, row, :3], k[:, row // 3])
-        np.testing.assert_array_equal(wide.v_LBSKH[:, row, :3], v[:, row // 3])

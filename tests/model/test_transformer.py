@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspo.model.attention import KVCache
 from gspo.model.transformer import Transformer
 from tests import model_oracle as oracle
 from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
@@ -153,42 +152,64 @@ def test_a_row_of_nothing_but_padding_is_finite_and_leaves_the_others_alone(spec
 # ---------------------------------------------------------------- the key/value cache
 
 
-@SPECS
-@pytest.mark.parametrize("chunks", [(4, 1, 1, 1, 1, 1), (4, 4, 1)], ids=["one-by-one", "chunked-prefill"])
-def test_prefill_and_decode_equal_the_full_forward_at_every_position(spec, chunks):
-    # Catches a cache read one column late, RoPE positions that restart at each call, attention to columns not yet
-    # written.
-    _, tokens_BT, first_B = frames(9, lengths=(9, 7, 4))
-    _, params = oracle.build(spec)
+@pytest.mark.parametrize(
+    "spec", [DENSE, MOE, dataclasses.replace(MOE, scan_layers=True)], ids=["dense", "moe", "moe-scanned"]
+)
+def test_prefill_and_decode_equal_the_full_forward_at_every_position(spec):
+    # Catches a cache read one column late, RoPE positions that restart with the completion, attention to columns not
+    # yet written, a layer that reads the cache of another.
+    P, G = 4, 2
+    _, tokens_BT, first_B = frames(9, lengths=(9, 7, 6, 6))
+    tokens_BT[1::G, :P], first_B[1::G] = tokens_BT[::G, :P], first_B[::G]  # two completions to each of two prompts
+    model, params = oracle.build(spec)
     full, logits_BTV = oracle.forward(spec)(params, tokens_BT, first_B)
-    cache = jax.tree.map(
-        lambda x: jnp.full_like(x, 50.0), spec.empty_cache(3, WIDTH)
-    )  # what is not yet written must not be seen
-    start = 0
-    for size in chunks:
-        out, logits = cached_step(spec)(params, tokens_BT[:, start : start + size], first_B, cache, start)
-        for b in range(3):
-            real = slice(max(first_B[b] - start, 0), None)
-            np.testing.assert_allclose(logits[b, real], logits_BTV[b, start : start + size][real], rtol=1e-5, atol=5e-6)
-            if spec.num_experts:
-                np.testing.assert_array_equal(
-                    out.free_routes_LBTX[:, b, real], full.free_routes_LBTX[:, b, start : start + size][:, real]
-                )
-        cache, start = out.cache, start + size
-    assert start == WIDTH
+    prefill = jax.jit(lambda *xs: model.apply({"params": params}, *xs, G, WIDTH - P, method="prefill"))
+    decode = jax.jit(lambda *xs: model.apply({"params": params}, *xs, method="decode"))
+    head = jax.jit(lambda hidden: model.apply({"params": params}, hidden, method="logits"))
+
+    out, caches = prefill(tokens_BT[::G, :P], first_B[::G])
+    assert len(caches) == (1 if spec.scanned else spec.num_layers)
+    # What is not yet written must not be seen.
+    caches = tuple(c.replace(k_LBKHC=c.k_LBKHC + 50, v_LBKCH=c.v_LBKCH + 50) for c in caches)
+    found_BTV = np.repeat(head(out.hidden_BTD), G, axis=0)
+    found = [np.repeat(out.free_routes_LBTX, G, axis=1)] if spec.num_experts else []
+    seen_QP = np.arange(P) >= first_B[::G, None]
+    for column in range(WIDTH - P):
+        seen_1C = (np.arange(WIDTH - P) <= column)[None]
+        position_B = P + column - first_B
+        out, caches = decode(tokens_BT[:, P + column], position_B, seen_QP, seen_1C, caches, jnp.int32(column))
+        found_BTV = np.concatenate([found_BTV, head(out.hidden_BTD)], axis=1)
+        found += [out.free_routes_LBTX] if spec.num_experts else []
+    real_BT = np.arange(WIDTH) >= first_B[:, None]
+    np.testing.assert_allclose(found_BTV[real_BT], logits_BTV[real_BT], rtol=1e-5, atol=5e-6)
+    if spec.num_experts:
+        np.testing.assert_array_equal(np.concatenate(found, axis=2)[:, real_BT], full.free_routes_LBTX[:, real_BT])
 
 
-def cached_step(spec, found={}):  # noqa: B006 - one jitted function per spec, for all tests of this file
-    if spec not in found:
-        model = Transformer(spec)
+@SPECS
+def test_layers_in_a_loop_and_one_after_the_other_compute_the_same(spec):
+    # Catches layers in another order, routes or caches of another layer, gradients of a layer that end in another.
+    _, tokens_BT, first_B = frames(13)
+    _, params = oracle.build(spec)
+    weight = np.random.default_rng(14).standard_normal((3, WIDTH, 16)).astype(np.float32)
 
-        @jax.jit
-        def step(params, tokens_BT, first_B, cache: KVCache, start):
-            out = model.apply({"params": params}, tokens_BT, first_B, cache=cache, start=start)
-            return out, model.apply({"params": params}, out.hidden_BTD, method="logits")
+    def both(scan_layers):
+        model = Transformer(dataclasses.replace(spec, scan_layers=scan_layers))
 
-        found[spec] = step
-    return found[spec]
+        def loss(params):
+            out = model.apply({"params": params}, tokens_BT, first_B)
+            return jnp.sum(weight * out.hidden_BTD), out
+
+        jaxpr = str(jax.make_jaxpr(loss)(params))
+        assert (f"length={spec.num_layers}" in jaxpr) == scan_layers
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    (looped, out), (unrolled, other) = both(True), both(False)
+    np.testing.assert_allclose(other.hidden_BTD, out.hidden_BTD, rtol=1e-5, atol=1e-6)
+    for found, wanted in zip(jax.tree.leaves(unrolled), jax.tree.leaves(looped), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+    if spec.num_experts:
+        np.testing.assert_array_equal(other.free_routes_LBTX, out.free_routes_LBTX)
 
 
 # ---------------------------------------------------------------- replay, scan, remat, dtype
@@ -233,7 +254,6 @@ def test_bfloat16_compute_is_finite_and_close_while_router_and_logits_stay_float
     half = dataclasses.replace(spec, dtype="bfloat16")
     out, logits = oracle.forward(half)(params, tokens_BT, first_B, exact.free_routes_LBTX)
     assert logits.dtype == jnp.float32 and out.hidden_BTD.dtype == jnp.bfloat16
-    assert half.empty_cache(1, 2).k_LBSKH.dtype == jnp.bfloat16
     real_BT = np.arange(WIDTH) >= first_B[:, None]
     error = np.asarray(logits - exact_logits)[real_BT]
     assert np.isfinite(logits).all() and 1e-4 < np.abs(error).max() < 0.5 and np.sqrt(np.mean(error**2)) < 0.08
