@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from gspo.model.cache import KVCache
+from gspo.model.cache import Caches
 from gspo.model.distribution import Sampling, draw
 from gspo.model.routing import route_dtype
 from gspo.model.transformer import Transformer, layers_of
@@ -41,7 +41,7 @@ class DecodeState:
     logp_BC: chex.Array = array("BC")  # float32
     lengths_B: chex.Array = array("B")  # int32, tokens written, the end token included
     ended_B: chex.Array = array("B")  # bool
-    caches: tuple[KVCache, ...]
+    caches: Caches
     routes_LBTX: chex.Array | None = array("LBTX")
 
 

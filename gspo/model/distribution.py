@@ -83,8 +83,17 @@ def drawn_logits(logits: chex.Array, sampling: Sampling) -> chex.Array:
 
 
 def draw(key: chex.PRNGKey, logits: chex.Array, sampling: Sampling) -> tuple[chex.Array, chex.Array]:
-    """float32 logits [..., V] -> tokens [...] int32 drawn from q, and their log-probs [...] float32 under p."""
-    tokens = jax.random.categorical(key, drawn_logits(logits, sampling)).astype(jnp.int32)
+    """float32 logits [..., V] -> tokens [...] int32 drawn from q, and their log-probs [...] float32 under p.
+
+    By inversion: the first token at which the summed probability passes one uniform number. Gumbel noise would take V
+    of them, a fifth of the time of a small model's rollout."""
+    kept = drawn_logits(logits, sampling)
+    weight = jnp.exp(kept - jnp.max(kept, axis=-1, keepdims=True))
+    summed = jnp.cumsum(weight, axis=-1)
+    passed = summed > jax.random.uniform(key, (*logits.shape[:-1], 1)) * summed[..., -1:]
+    # A sum taken in parallel need not stay where it is at a token of weight 0: only those that are kept may be hit.
+    hit = passed & (weight > 0)
+    tokens = jnp.where(jnp.any(hit, axis=-1), jnp.argmax(hit, axis=-1), jnp.argmax(kept, axis=-1)).astype(jnp.int32)
     return tokens, log_prob(scored_logits(logits, sampling), tokens)
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from gspo.model.attention import Attention, Mix, RMSNorm, attend, kernel_init, rope_tables, visible
-from gspo.model.cache import KVCache, attend_cached
+from gspo.model.cache import Caches, KVCache, StackedCache, attend_cached
 from gspo.model.moe import MoE
 from gspo.model.packing import Packing, attend_packed
 from gspo.model.routing import route_dtype
@@ -156,8 +156,9 @@ class Transformer(nn.Module):
 
         positions_QP = jnp.maximum(jnp.arange(P) - first_Q[:, None], 0)
         out, kept = self._run(tokens_QP, positions_QP, mix)
-        pairs = [kept] if self.spec.scanned else [(k[None], v[None]) for k, v in kept]
-        return out, tuple(KVCache.behind(k, v, completions, width) for k, v in pairs)
+        if self.spec.scanned:
+            return out, (StackedCache.behind(*kept, completions, width),)
+        return out, tuple(KVCache.behind(k, v, completions, width) for k, v in kept)
 
     def decode(
         self,
@@ -165,7 +166,7 @@ class Transformer(nn.Module):
         position_B: chex.Array,
         seen_QP: chex.Array,
         seen_BC: chex.Array,
-        caches: tuple[KVCache, ...],
+        caches: Caches,
         column: chex.Array,
         layers: tuple[Params, ...] | None = None,
     ):
@@ -178,7 +179,7 @@ class Transformer(nn.Module):
 
         def mix(q, k, v, cache, at):
             cache = cache.write(at, column, k[:, 0], v[:, 0])
-            return attend_cached(q[:, 0], cache, at, seen_QP, seen_BC)[:, None], cache
+            return attend_cached(q[:, 0], cache.read(at), seen_QP, seen_BC)[:, None], cache
 
         return self._run(tokens_B[:, None], position_B[:, None], mix, caches=caches, layers=layers)
 

@@ -170,7 +170,8 @@ def test_prefill_and_decode_equal_the_full_forward_at_every_position(spec):
     out, caches = prefill(tokens_BT[::G, :P], first_B[::G])
     assert len(caches) == (1 if spec.scanned else spec.num_layers)
     # What is not yet written must not be seen.
-    caches = tuple(c.replace(k_LBKHC=c.k_LBKHC + 50, v_LBKCH=c.v_LBKCH + 50) for c in caches)
+    names = ("k_LBKHC", "v_LBKCH") if spec.scanned else ("k_BKHC", "v_BKCH")
+    caches = tuple(c.replace(**{name: getattr(c, name) + 50 for name in names}) for c in caches)
     found_BTV = np.repeat(head(out.hidden_BTD), G, axis=0)
     found = [np.repeat(out.free_routes_LBTX, G, axis=1)] if spec.num_experts else []
     seen_QP = np.arange(P) >= first_B[::G, None]
