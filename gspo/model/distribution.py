@@ -92,8 +92,10 @@ def draw(key: chex.PRNGKey, logits: chex.Array, sampling: Sampling) -> tuple[che
     summed = jnp.cumsum(weight, axis=-1)
     passed = summed > jax.random.uniform(key, (*logits.shape[:-1], 1)) * summed[..., -1:]
     # A sum taken in parallel need not stay where it is at a token of weight 0: only those that are kept may be hit.
-    hit = passed & (weight > 0)
-    tokens = jnp.where(jnp.any(hit, axis=-1), jnp.argmax(hit, axis=-1), jnp.argmax(kept, axis=-1)).astype(jnp.int32)
+    vocab, held = logits.shape[-1], weight > 0
+    first = jnp.min(jnp.where(passed & held, jnp.arange(vocab), vocab), axis=-1)
+    last = jnp.max(jnp.where(held, jnp.arange(vocab), 0), axis=-1)  # where rounding lets no sum pass
+    tokens = jnp.minimum(first, last).astype(jnp.int32)
     return tokens, log_prob(scored_logits(logits, sampling), tokens)
 
 

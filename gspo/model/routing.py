@@ -15,10 +15,24 @@ import jax.numpy as jnp
 from gspo.masked import Mean, masked_mean
 
 
+def largest(logits: chex.Array, k: int) -> tuple[chex.Array, chex.Array]:
+    """The k largest of [..., E], in falling order, and their indices, [..., k] int32; ties go to the lower index.
+
+    By k passes of plain maxima: `jax.lax.top_k` is a call that the partitioner cannot cut by rows on every backend, and
+    all rows would be gathered for it."""
+    E, rest, values, indices = logits.shape[-1], logits, [], []
+    for _ in range(k):
+        value = jnp.max(rest, axis=-1, keepdims=True)
+        index = jnp.min(jnp.where(rest == value, jnp.arange(E), E - 1), axis=-1, keepdims=True)
+        rest = jnp.where(jnp.arange(E) == index, -jnp.inf, rest)
+        values.append(value)
+        indices.append(index.astype(jnp.int32))
+    return jnp.concatenate(values, axis=-1), jnp.concatenate(indices, axis=-1)
+
+
 def top_k_experts(logits_ME: chex.Array, k: int) -> chex.Array:
-    """Indices [M, X] int32 of the k largest logits, in falling order; ties go to the lower index. 0 and -0 tie:
-    `jax.lax.top_k` puts 0 first, and which of the two a sum of zeros is depends on the order of summation."""
-    return jax.lax.top_k(jnp.where(logits_ME == 0, 0.0, logits_ME), k)[1].astype(jnp.int32)
+    """Indices [M, X] int32 of the k largest logits, in falling order; ties go to the lower index, 0 and -0 tie."""
+    return largest(logits_ME, k)[1]
 
 
 def route(
@@ -95,8 +109,8 @@ def router_margin(logits: chex.Array, k: int) -> chex.Array:
     0 for k = E."""
     if k == logits.shape[-1]:
         return jnp.zeros(logits.shape[:-1], logits.dtype)
-    largest = jax.lax.top_k(logits, k + 1)[0]
-    return largest[..., k - 1] - largest[..., k]
+    found = largest(logits, k + 1)[0]
+    return found[..., k - 1] - found[..., k]
 
 
 def router_kl(old_logits: chex.Array, new_logits: chex.Array) -> chex.Array:
