@@ -55,6 +55,18 @@ def test_splitting_and_merging_rows_are_inverse_and_keep_every_row_once():
     np.testing.assert_array_equal(merge_rows(split_rows(x[0], 2)), x[0])
 
 
+def test_units_of_rows_stay_together_and_are_dealt_like_cards():
+    # Catches micro-batches that tear groups apart, and rows that come back in another order.
+    x = np.arange(2 * 12 * 3).reshape(2, 12, 3)
+    split = split_rows(x, 3, axis=1, unit=2)
+    assert split.shape == (3, 2, 4, 3)
+    for part in range(3):
+        rows = [2 * part, 2 * part + 1, 2 * part + 6, 2 * part + 7]
+        np.testing.assert_array_equal(split[part], x[:, rows])
+    np.testing.assert_array_equal(merge_rows(split, axis=1, unit=2), x)
+    np.testing.assert_array_equal(merge_rows(split_rows(x[0], 3, unit=4), unit=4), x[0])
+
+
 def test_minibatches_are_the_rollout_cut_in_order_with_its_old_log_probs():
     # Catches old log-probs recomputed between updates (the ratio would stay 1), rows trained twice, an array cut along
     # its layers.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gspo.learning import sampler
 from gspo.learning.sampler import make_sampler
 from gspo.learning.scores import score_completions
 from gspo.model.distribution import Sampling
@@ -293,3 +294,32 @@ def test_the_sampler_is_compiled_once(case):
     for key in range(3):
         sample(jax.tree.map(lambda x: x * 1.01, params), *prompt_frames(), jax.random.key(key))
     assert sample._cache_size() == max(before, 1)
+
+
+def test_a_cache_that_grows_changes_no_token(monkeypatch):
+    # Catches columns lost where the cache is widened, a stretch that ends one token early, a column of the wider cache
+    # that is seen before it is written.
+    def tokens():
+        sample = make_sampler(Transformer(MOE), num_generations=G, max_completion_length=C, eos_ids=(1,), pad_id=0)
+        return jax.tree.map(np.asarray, sample(oracle.build(MOE)[1], *prompt_frames(), jax.random.key(3)))
+
+    wide = tokens()
+    assert wide.completion_lengths_B.max() == C
+    monkeypatch.setattr(sampler, "FIRST_WIDTH", 1)
+    assert sampler.cache_widths(C) == [1, 2, 4, C]
+    grown = tokens()
+    np.testing.assert_array_equal(grown.tokens_BT, wide.tokens_BT)
+    np.testing.assert_allclose(grown.logp_BC, wide.logp_BC, atol=1e-5)
+    np.testing.assert_array_equal(grown.routes_LBTX, wide.routes_LBTX)
+
+
+def test_what_a_row_draws_does_not_depend_on_how_many_rows_there_are():
+    # Catches one random number for all rows, and a key that counts rows from the end or over the whole rollout.
+    few, many = (
+        make_sampler(Transformer(MOE), num_generations=n, max_completion_length=C, eos_ids=(), pad_id=0) for n in (2, 3)
+    )
+    prompt_QP, lengths_Q = prompt_frames()
+    call = (oracle.build(MOE)[1], prompt_QP[:1], lengths_Q[:1], jax.random.key(5))
+    first, all_rows = few(*call).tokens_BT, many(*call).tokens_BT
+    np.testing.assert_array_equal(first, all_rows[:2])
+    assert len({row.tobytes() for row in np.asarray(all_rows[:, P:])}) == 3
