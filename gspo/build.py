@@ -38,6 +38,26 @@ def leaf_fields(config: ConfigDict, prefix: str = "") -> list[str]:
     return names
 
 
+def shared_rows(config: ConfigDict) -> tuple[int, ...]:
+    """All numbers of rows that devices along the mesh axis `data` would share, in every run that a config describes. ()
+    where a run has another mesh than that of all devices along `data`, and where one of several runs brings its own
+    numbers: how many devices there may be is then for the user to say."""
+    runs = [run for run in (config, *config.values()) if isinstance(run, ConfigDict) and "mesh" in run]
+    changed = {name for field in leaf_fields(config.get("arms", ConfigDict())) for name in field.split(".")}
+    if changed & {"mesh", "num_prompts", "num_generations", "updates_per_rollout", "micro_batch_size"}:
+        return ()
+    if any(run.mesh.to_dict() != {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1} for run in runs):
+        return ()
+    rows: list[int] = []
+    for run in runs:
+        if "num_rollouts" in run:
+            minibatch = run.num_prompts * run.num_generations // max(run.updates_per_rollout, 1)
+            rows += [run.num_prompts, run.micro_batch_size or minibatch]
+        else:
+            rows += [run.micro_batch_size or run.batch_size]
+    return tuple(rows)
+
+
 def rl_plan(config: ConfigDict, workdir: str = "") -> plans.RLPlan:
     """Raises UserError for every mistake that can be seen in the config alone, and beside the weights that the run
     begins with: those in workdir where it goes on, else those of init_from."""

@@ -22,7 +22,7 @@ TOWER = [
     "data.example", "data.hf_tokenizer", "data.tokenizer", "data.rewards",
     "data.tasks.task", "data.tasks.running_sum", "data.tasks.reasoning", "data.tasks.tfds", "data.tasks.jsonl",
     "data.tasks", "data.batches",
-    "run.disk", "run.seal", "run.writers", "run.progress", "run.profile", "run.stored", "run.checkpoint",
+    "run.disk", "run.machine", "run.seal", "run.writers", "run.progress", "run.profile", "run.stored", "run.checkpoint",
     "run.identity", "run.workdir",
     "hf.families", "hf.folder",
     "report.hlo", "report.collectives", "report.origins", "report.matmuls", "report.program",

@@ -16,7 +16,7 @@ from absl import flags, logging
 
 from gspo import build
 from gspo.parallel import distributed
-from gspo.run import disk
+from gspo.run import disk, machine
 from gspo.types import UserError
 
 FLAGS = flags.FLAGS
@@ -54,6 +54,10 @@ def run(main: Callable[[], int | None], *, needs: str) -> None:
             raise UserError(f"--config: it has no field {needs!r}, so it was made for another script")
         if "workdir" in FLAGS:
             distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.distributed)
+        machine.share_cores(build.shared_rows(FLAGS.config))
+        note = machine.keep_programs()
+        if note:
+            print(note, file=sys.stderr)
         with _only_first_errors():
             code = main()
     except UserError as error:
