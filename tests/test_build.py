@@ -2,6 +2,7 @@
 
 import pytest
 
+from configs import base, gspo_running_sum, quickstart
 from gspo import build
 from gspo.types import UserError
 from tests.tiny_runs import rl_config
@@ -28,3 +29,22 @@ def test_a_number_that_must_be_positive_is_named_with_its_section(tmp_path, valu
     # Catches eval.num_prompts reported as num_prompts.
     with pytest.raises(UserError, match=f"^eval.num_prompts={value}: must be positive"):
         build.rl_plan(rl_config(tmp_path, **{"eval.num_prompts": value}))
+
+
+def test_rows_that_devices_would_share_are_those_of_all_runs_of_a_config():
+    # Catches a cold start, a micro-batch or an arm whose rows two devices cannot share, found after the devices were
+    # made; and devices along an axis that the user has not left open.
+    config = gspo_running_sum.get_config()
+    assert build.shared_rows(config) == (64, 128)
+    config.micro_batch_size = 32
+    assert build.shared_rows(config) == (64, 32)
+    several = quickstart.get_config()
+    assert sorted(build.shared_rows(several)) == [64, 128, 128]
+    several.arms.GRPO.micro_batch_size = 3
+    assert build.shared_rows(several) == ()
+    config.mesh.fsdp = 2
+    assert build.shared_rows(config) == ()
+    config = base.sft()
+    assert build.shared_rows(config) == (128,)
+    config.mesh.data = 1
+    assert build.shared_rows(config) == ()

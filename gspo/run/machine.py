@@ -57,10 +57,10 @@ def keep_programs() -> str:
     return ""
 
 
-def cpu_digest() -> str:
+def cpu_digest(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """A short name for the kind of CPU of this machine."""
     try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        first = cpuinfo.read_text().split("\n\n")[0]
     except OSError:
         first = platform.processor()
     kept = [line for line in first.splitlines() if line.partition("\t")[0].strip(" :") in CPU_FIELDS]
