@@ -18,7 +18,8 @@ CPU_FIELDS = (
     "vendor_id", "cpu family", "model", "model name", "flags",
     "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features",
 )  # fmt: skip
-SILENT = (  # seconds; a program that waits for ever is better than one that is killed since it was stopped by Ctrl-Z
+ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "vfio/[0-9]*")  # in /dev: NVIDIA, AMD, TPU
+SILENT = (  # seconds. By default a device that waits 60 s for the other, whose rows took it longer, ends the process
     ("xla_cpu_collective_call_warn_stuck_timeout_seconds", 3600),
     ("xla_cpu_collective_call_terminate_timeout_seconds", 30 * 24 * 3600),
 )
@@ -110,11 +111,12 @@ def _is_whole(path: Path) -> bool:
 def share_cores(rows: Iterable[int]) -> None:
     """On a CPU, a run of one process is spread over 2 devices where the machine has the cores and the devices can share
     all these numbers of rows evenly: one device leaves much of a second core idle. Nothing happens where the user has
-    chosen a number of CPU devices, or where `rows` is empty. Whether jax then computes on the CPU does not matter: no
-    other platform reads these settings."""
+    chosen a number of CPU devices, where `rows` is empty, or where the machine has a GPU or a TPU that jax may use."""
     chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     rows = tuple(rows)
     if chosen or jax.config.jax_num_cpu_devices >= 0 or jax.distributed.is_initialized() or not rows:
+        return
+    if jax.config.jax_platforms != "cpu" and any(any(Path("/dev").glob(name)) for name in ACCELERATORS):
         return
     devices = min(cores(), MEASURED_DEVICES)
     if devices < 2 or any(count % devices for count in rows):
