@@ -54,6 +54,7 @@ def run(main: Callable[[], int | None], *, needs: str) -> None:
             raise UserError(f"--config: it has no field {needs!r}, so it was made for another script")
         if "workdir" in FLAGS:
             distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.distributed)
+        machine.keep_heap()
         machine.share_cores(build.shared_rows(FLAGS.config))
         note = machine.keep_programs()
         if note:

@@ -1,6 +1,7 @@
-"""What a process finds on its machine, and how it uses it: programs that earlier ones have compiled, and the cores of a
-CPU. Both are set before jax touches a device."""
+"""What a process finds on its machine, and how it uses it: programs that earlier ones have compiled, memory, and the
+cores of a CPU. All is set before jax touches a device."""
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -19,6 +20,11 @@ CPU_FIELDS = (
     "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features",
 )  # fmt: skip
 ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "vfio/[0-9]*")  # in /dev: NVIDIA, AMD, TPU
+MALLOPT = (  # of <malloc.h>: which, and bytes or a number
+    (-1, 2**31 - 1),  # M_TRIM_THRESHOLD: free memory at the top of the heap beyond which it is given back
+    (-3, 2**31 - 1),  # M_MMAP_THRESHOLD: size from which memory has a mapping of its own
+    (-8, 1),  # M_ARENA_MAX: one heap, in which every thread finds what another one has left
+)
 SILENT = (  # seconds. By default a device that waits 60 s for the other, whose rows took it longer, ends the process
     ("xla_cpu_collective_call_warn_stuck_timeout_seconds", 3600),
     ("xla_cpu_collective_call_terminate_timeout_seconds", 30 * 24 * 3600),
@@ -105,6 +111,24 @@ def _is_whole(path: Path) -> bool:
     return reader.eof
 
 
+# ---------------------------------------------------------------------------- memory
+
+
+def keep_heap() -> None:
+    """On a CPU, memory that a step gives back stays with the process: XLA takes and gives back the same buffers in
+    every step, and by default glibc has them mapped anew, page by page, for a third of an update's time. Nothing
+    happens under another C library, or where the user has set GLIBC_TUNABLES."""
+    if "GLIBC_TUNABLES" in os.environ or has_accelerator() or not hasattr(ctypes.CDLL(None), "mallopt"):
+        return
+    for parameter, value in MALLOPT:
+        ctypes.CDLL(None).mallopt(parameter, value)
+
+
+def has_accelerator() -> bool:
+    """Whether the machine has a GPU or a TPU that jax may use."""
+    return jax.config.jax_platforms != "cpu" and any(any(Path("/dev").glob(name)) for name in ACCELERATORS)
+
+
 # ---------------------------------------------------------------------------- cores
 
 
@@ -116,7 +140,7 @@ def share_cores(rows: Iterable[int]) -> None:
     rows = tuple(rows)
     if chosen or jax.config.jax_num_cpu_devices >= 0 or jax.distributed.is_initialized() or not rows:
         return
-    if jax.config.jax_platforms != "cpu" and any(any(Path("/dev").glob(name)) for name in ACCELERATORS):
+    if has_accelerator():
         return
     devices = min(cores(), MEASURED_DEVICES)
     if devices < 2 or any(count % devices for count in rows):

@@ -102,6 +102,34 @@ def test_each_kind_of_cpu_has_a_folder_of_its_own(tmp_path):
     assert machine.cpu_digest(tmp_path / "nowhere")
 
 
+# ---------------------------------------------------------------------------- memory
+
+FAULTS = """
+import resource
+import numpy as np
+from gspo.run import machine
+machine.keep_heap()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        np.ones(2**23)  # 64 MiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_memory_that_is_given_back_is_not_mapped_anew(tmp_path):
+    # Catches settings that glibc ignores, and those that win over the user's.
+    def faults(**chosen: str) -> int:
+        kept = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+        command = [sys.executable, "-c", FAULTS]
+        return int(subprocess.check_output(command, cwd=ROOT, env={**kept, "JAX_PLATFORMS": "cpu", **chosen}))
+
+    own = faults(GLIBC_TUNABLES="")
+    if own < 1000:
+        pytest.skip("the C library of this machine keeps memory by itself")
+    assert faults() < own / 10
+
+
 # ---------------------------------------------------------------------------- cores
 
 
