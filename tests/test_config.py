@@ -112,6 +112,7 @@ OTHER_MODELS = {
     "qk_norm_over": {"qk_norm_over": "projection"}, "tie_embeddings": {"tie_embeddings": True},
     "dtype": {"dtype": "bfloat16"}, "moe_backend": {"moe_backend": "ragged"}, "remat": {"remat": True},
     "attention_chunk": {"attention_chunk": 2},
+    "scan_layers": {"scan_layers": True},
 }  # fmt: skip
 
 

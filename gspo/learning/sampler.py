@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from gspo.model.cache import Caches
 from gspo.model.distribution import Sampling, draw
 from gspo.model.routing import route_dtype
-from gspo.model.transformer import Transformer, layers_of
+from gspo.model.spec import ModelSpec
+from gspo.model.transformer import Output, Transformer, layers_of
 from gspo.types import Params, Rollout, array
 
 FIRST_WIDTH = 128  # columns that the cache of completions starts with
@@ -43,6 +44,24 @@ class DecodeState:
     ended_B: chex.Array = array("B")  # bool
     caches: Caches
     routes_LBTX: chex.Array | None = array("LBTX")
+
+
+def empty_state(spec: ModelSpec, out: Output, caches: Caches, rows: int, width: int, pad_id: int) -> DecodeState:
+    """Nothing drawn yet, behind prompts that the model has read: `out`, of which the routes are kept for every row."""
+    routes_LBTX = None
+    if out.free_routes_LBTX is not None:
+        L, Q, P, X = out.free_routes_LBTX.shape
+        routes_LBTX = jnp.full((L, rows, P + width, X), -1, route_dtype(spec.num_experts))
+        routes_LBTX = routes_LBTX.at[:, :, :P].set(jnp.repeat(out.free_routes_LBTX, rows // Q, axis=1))
+    return DecodeState(
+        step=jnp.int32(0),
+        tokens_BC=jnp.full((rows, width), pad_id, jnp.int32),
+        logp_BC=jnp.zeros((rows, width), jnp.float32),
+        lengths_B=jnp.zeros((rows,), jnp.int32),
+        ended_B=jnp.zeros((rows,), bool),
+        caches=caches,
+        routes_LBTX=routes_LBTX,
+    )
 
 
 def append(
@@ -113,28 +132,15 @@ def make_sampler(
 
     def sample(params, prompt_QP, prompt_lengths_Q, key) -> Rollout:
         Q, P = prompt_QP.shape
-        B, T = Q * G, P + C
+        B = Q * G
         chex.assert_shape(prompt_lengths_Q, (Q,))
         widths = cache_widths(C)
 
         # Prefill: one pass over the prompts. Their keys and values serve all completions.
         first_Q = P - prompt_lengths_Q
         out, caches = forward(params, key, 0, "prefill", prompt_QP, first_Q, G, widths[0])
-        routes_LBTX = None
-        if spec.num_experts:
-            shape = (spec.num_layers, B, T, spec.experts_per_token)
-            routes_LBTX = jnp.full(shape, -1, route_dtype(spec.num_experts))
-            routes_LBTX = routes_LBTX.at[:, :, :P].set(jnp.repeat(out.free_routes_LBTX, G, axis=1))
         first_B = jnp.repeat(first_Q, G)
-        state = on_mesh(DecodeState(
-            step=jnp.int32(0),
-            tokens_BC=jnp.full((B, C), pad_id, jnp.int32),
-            logp_BC=jnp.zeros((B, C), jnp.float32),
-            lengths_B=jnp.zeros((B,), jnp.int32),
-            ended_B=jnp.zeros((B,), bool),
-            caches=caches,
-            routes_LBTX=routes_LBTX,
-        ))  # fmt: skip
+        state = on_mesh(empty_state(spec, out, caches, B, C, pad_id))
         key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
         last_BD = jnp.repeat(out.hidden_BTD[:, -1], G, axis=0)
         state = append(state, *next_token(params, key_B, last_BD, state.step), eos_ids, pad_id)

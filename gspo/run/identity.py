@@ -17,7 +17,13 @@ from gspo.run.stored import read_content
 from gspo.types import UserError
 
 log = logging.getLogger(__name__)
-HOW_IT_RUNS = ("dtype", "moe_backend", "remat", "attention_chunk")  # fields of a spec that change no weight's meaning
+HOW_IT_RUNS = (
+    "dtype",
+    "moe_backend",
+    "remat",
+    "attention_chunk",
+    "scan_layers",
+)  # fields of a spec that change no weight's meaning
 TOKENIZER = "tokenizer"  # the folder of a run that holds a copy of its tokenizer's files
 
 

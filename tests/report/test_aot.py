@@ -23,7 +23,14 @@ from tests.tiny_runs import ROOT, kept_compiles, rl_config  # noqa: F401 - a fix
 
 needs_eight = pytest.mark.skipif(jax.device_count() < 8, reason="eight devices, real or virtual")
 DENSE = {"model.num_experts": 0, "model.d_ff": 16, "model.num_kv_heads": 2}
-MESH = {"mesh.data": 2, "mesh.fsdp": 2, "model.vocab_size": 16, "old_logps": "learner", "logp_chunk": 3}
+MESH = {
+    "mesh.data": 2,
+    "mesh.fsdp": 2,
+    "model.vocab_size": 16,
+    "old_logps": "learner",
+    "logp_chunk": 3,
+    "num_prompts": 8,
+}
 
 
 # ---------------------------------------------------------------------------------------------------- FLOPs
