@@ -4,6 +4,7 @@ Import the fixtures by name: `kept_compiles` takes effect by that alone.
 """
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -152,8 +153,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 def kept_compiles(tmp_path_factory):
     """Each run compiles its own steps, mostly the same ones: they are kept until pytest ends, for child processes too
     (by the environment). LLVM's optimisations are off: they cost more than they save."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # one for all processes
     wanted = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+        "jax_compilation_cache_dir": str(folder / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
         "jax_disable_most_optimizations": True,

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from gspo.learning.learner import UpdatePlan, make_train_step
+from gspo.learning.microbatch import shared_rows
 from gspo.learning.sampler import make_sampler
 from gspo.masked import values
 from gspo.model.distribution import Sampling
@@ -43,8 +44,8 @@ LAYOUTS = {  # mesh sizes, rules, rules of rollouts, dispatch
     "fsdp-rules": ({"fsdp": 4, "expert": 2}, "fsdp", "expert", "all_gather"),
 }
 KEPT = {
-    "moe": ("fsdp8", "fsdp2-expert2-tensor2", "fsdp2-expert4-spread-all-to-all"),
-    "dense": ("fsdp2-expert2-tensor2",),
+    "moe": ("fsdp2-expert2-tensor2", "fsdp2-expert4-spread-all-to-all"),
+    "dense": ("fsdp8",),
 }
 Q, G, P, C = 8, 2, 4, 5
 B, T = Q * G, P + C
@@ -154,17 +155,21 @@ def test_the_dimensions_of_an_array_say_how_it_lies():
 
 
 def batch_of(spec, recorded):
-    """16 rows of random tokens; old log-probs near those of a uniform policy; routes to replay, or -1 throughout."""
+    """16 rows of random tokens, two to a prompt; old log-probs near those of a uniform policy; routes to replay, or -1
+    throughout."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, C + 1, B).astype(np.int32)
     mask_BC = np.arange(C) < lengths[:, None]
     routes = None
     if spec.num_experts:
         routes = np.stack([rng.permutation(8)[:2] for _ in range(2 * B * T)]).reshape(2, B, T, 2).astype(np.int8)
+        routes[:, 1::G, :P] = routes[:, ::G, :P]
         routes = routes if recorded else np.full_like(routes, -1)
+    tokens_BT = rng.integers(0, 16, (B, T)).astype(np.int32)
+    tokens_BT[1::G, :P] = tokens_BT[::G, :P]
     return Batch(
-        tokens_BT=rng.integers(0, 16, (B, T)).astype(np.int32),
-        prompt_lengths_B=rng.integers(1, P + 1, B).astype(np.int32),
+        tokens_BT=tokens_BT,
+        prompt_lengths_B=np.repeat(rng.integers(1, P + 1, Q), G).astype(np.int32),
         completion_lengths_B=lengths,
         inputs=LossInputs(
             logp_BC=None,
@@ -200,11 +205,13 @@ def rollout_of(spec, layout, temperature):
 
 
 def updates_of(spec, layout, micro_batch_size=0):
-    """{replay: (gradients, metrics)} and the state after the steps, on this layout."""
+    """{replay: (gradients, metrics)} and the state after the steps, on this layout. On several devices the two rows of
+    a prompt share it, where a device has both."""
     shardings = shardings_of(spec, layout)
     step = make_train_step(
         Transformer(spec, layout=layout), OPTIMIZER, preset("gspo", epsilon=0.3, epsilon_high=0.3),
         UpdatePlan(micro_batch_size=micro_batch_size), state_shardings=shardings,
+        rows_per_prompt=shared_rows(micro_batch_size or B, layout.parts("rows"), G) if layout.several else 1,
     )  # fmt: skip
     params, found = oracle.build(spec)[1], {}
     for recorded in (False, True) if spec.num_experts else (False,):
