@@ -45,7 +45,7 @@ LAYOUTS = {  # mesh sizes, rules, rules of rollouts, dispatch
 }
 KEPT = {
     "moe": ("fsdp2-expert2-tensor2", "fsdp2-expert4-spread-all-to-all"),
-    "dense": ("fsdp8",),
+    "dense": (),
 }
 Q, G, P, C = 8, 2, 4, 5
 B, T = Q * G, P + C

@@ -49,10 +49,29 @@ def misplaced(sample, *_):
 MAKE_SAMPLER = steps.sampler_of
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"old_logps": "learner"}, {"model.dtype": "bfloat16"}, {"model.dtype": "bfloat16", "old_logps": "learner"},
-], ids=["sampler", "learner", "bfloat16", "bfloat16, learner"])  # fmt: skip
-@pytest.mark.parametrize(("fault", "stops_at"), [(stale, 1), (warmer, 0), (misplaced, 0)])
+MODES = {
+    "sampler": {},
+    "learner": {"old_logps": "learner"},
+    "bfloat16": {"model.dtype": "bfloat16"},
+    "bfloat16, learner": {"model.dtype": "bfloat16", "old_logps": "learner"},
+}
+ALWAYS = {(stale, "bfloat16"), (stale, "learner"), (warmer, "learner"), (misplaced, "sampler")}
+
+
+@pytest.mark.parametrize(
+    ("fault", "stops_at", "changes"),
+    [
+        pytest.param(
+            fault,
+            stops_at,
+            changes,
+            id=f"{fault.__name__}-{mode}",
+            marks=() if (fault, mode) in ALWAYS else pytest.mark.slow,
+        )
+        for fault, stops_at in ((stale, 1), (warmer, 0), (misplaced, 0))
+        for mode, changes in MODES.items()
+    ],
+)
 def test_an_old_policy_that_is_not_the_one_that_sampled_stops_the_run(
     folder, tmp_path, monkeypatch, fault, stops_at, changes
 ):
