@@ -73,9 +73,11 @@ def update(spec, objective, batch, **keywords):
     [
         (DENSE, preset("grpo"), False, 0, 4),
         (MOE, RSPO, False, 0, 4),
-        (MOE, preset("gspo"), True, 4, 4),  # a group at a time
+        pytest.param(MOE, preset("gspo"), True, 4, 4, marks=pytest.mark.slow),  # a group at a time
         (MOE, preset("gspo"), True, 6, 2),  # one and a half groups at a time: pairs share their prompt
-        (dataclasses.replace(MOE, attention_chunk=2, remat=True), preset("gspo"), False, 0, 4),
+        pytest.param(
+            dataclasses.replace(MOE, attention_chunk=2, remat=True), preset("gspo"), False, 0, 4, marks=pytest.mark.slow
+        ),
     ],
     ids=["dense", "rspo", "replay-by-group", "replay-by-pairs", "chunked-remat"],
 )
