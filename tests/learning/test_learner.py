@@ -101,6 +101,7 @@ def test_micro_batches_and_chunks_do_not_change_gradient_and_metrics(spec, objec
     assert_same_metrics(other, metrics)
 
 
+@pytest.mark.slow
 def test_router_losses_add_the_same_gradient_in_any_micro_batches():
     # Catches a balance loss over the micro-batch, and one that an aggregation over tokens weighs by the tokens of a
     # part.

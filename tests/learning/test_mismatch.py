@@ -78,7 +78,9 @@ def test_swapped_experts_are_new_ones_at_the_asked_rate():
     assert len(set(swapped[:, 1])) == 6
 
 
-@pytest.mark.parametrize("injected", [{"router_noise": 0.5}, {"router_swap": 0.3}])
+@pytest.mark.parametrize(
+    "injected", [{"router_noise": 0.5}, pytest.param({"router_swap": 0.3}, marks=pytest.mark.slow)]
+)
 def test_replaying_the_samplers_routes_brings_the_learner_closer_to_it(params, injected):
     # Catches noise that never reaches the routes, routes recorded before the injection, and a replay that ignores what
     # it is given.
