@@ -38,7 +38,7 @@ def leaf_fields(config: ConfigDict, prefix: str = "") -> list[str]:
     return names
 
 
-def shared_rows(config: ConfigDict) -> tuple[int, ...]:
+def rows_to_divide(config: ConfigDict) -> tuple[int, ...]:
     """All numbers of rows that devices along the mesh axis `data` would share, in every run that a config describes. ()
     where a run has another mesh than that of all devices along `data`, and where one of several runs brings its own
     numbers: how many devices there may be is then for the user to say."""

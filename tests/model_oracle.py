@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from gspo.model.spec import ModelSpec
 from gspo.model.transformer import Transformer
@@ -29,15 +28,6 @@ MOE = ModelSpec(
 
 
 # ---------------------------------------------------------------- models under test
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """These tests compile much and run little: LLVM's optimisations would cost more than half of their time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @functools.cache

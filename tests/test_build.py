@@ -35,16 +35,16 @@ def test_rows_that_devices_would_share_are_those_of_all_runs_of_a_config():
     # Catches a cold start, a micro-batch or an arm whose rows two devices cannot share, found after the devices were
     # made; and devices along an axis that the user has not left open.
     config = gspo_running_sum.get_config()
-    assert build.shared_rows(config) == (64, 128)
+    assert build.rows_to_divide(config) == (64, 128)
     config.micro_batch_size = 32
-    assert build.shared_rows(config) == (64, 32)
+    assert build.rows_to_divide(config) == (64, 32)
     several = quickstart.get_config()
-    assert sorted(build.shared_rows(several)) == [64, 128, 128]
+    assert sorted(build.rows_to_divide(several)) == [64, 128, 128]
     several.arms.GRPO.micro_batch_size = 3
-    assert build.shared_rows(several) == ()
+    assert build.rows_to_divide(several) == ()
     config.mesh.fsdp = 2
-    assert build.shared_rows(config) == ()
+    assert build.rows_to_divide(config) == ()
     config = base.sft()
-    assert build.shared_rows(config) == (128,)
+    assert build.rows_to_divide(config) == (128,)
     config.mesh.data = 1
-    assert build.shared_rows(config) == ()
+    assert build.rows_to_divide(config) == ()

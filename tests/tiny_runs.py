@@ -152,14 +152,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(autouse=True, scope="module")
 def kept_compiles(tmp_path_factory):
     """Each run compiles its own steps, mostly the same ones: they are kept until pytest ends, for child processes too
-    (by the environment). LLVM's optimisations are off: they cost more than they save."""
+    (by the environment)."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # one for all processes
     wanted = {
         "jax_compilation_cache_dir": str(folder / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
-        "jax_disable_most_optimizations": True,
     }
     before = {name: jax.config.values[name] for name in wanted}
     with pytest.MonkeyPatch.context() as patch:

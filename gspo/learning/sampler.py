@@ -117,12 +117,11 @@ def make_sampler(
     i of row b is drawn with fold_in(fold_in(key, b), i). Compiled once per prompt width P. On a mesh
     (`model.layout`) rows are cut as the layout says."""
     spec, C, G = model.spec, max_completion_length, num_generations
-    injects = model.router_noise > 0 or model.router_swap > 0
     on_mesh = model.layout.constrain_fields
 
     def forward(params, key, step, method, *args):
         """The model, with a stream of router noise of its own at every step where a mismatch is injected."""
-        rngs = {"router": jax.random.fold_in(jax.random.fold_in(key, C), step)} if injects else None
+        rngs = {"router": jax.random.fold_in(jax.random.fold_in(key, C), step)} if model.injects else None
         return model.apply({"params": params}, *args, method=method, rngs=rngs)
 
     def next_token(params, key_B, hidden_BD, step):

@@ -114,6 +114,11 @@ class Transformer(nn.Module):
         self.blocks = self._block()
         self.final_norm = RMSNorm(s.rms_eps)
 
+    @property
+    def injects(self) -> bool:
+        """Whether a mismatch is injected, which draws from the rng stream "router"."""
+        return self.router_noise > 0 or self.router_swap > 0
+
     def _block(self, **keywords: Any) -> Block:
         return Block(self.spec, self.layout, self.router_noise, self.router_swap, **keywords)
 
@@ -130,32 +135,29 @@ class Transformer(nn.Module):
         routes_LBTX: experts to use instead of the router's choice (see `gspo.model.routing`). packing: the rows are
         groups, packed so (`gspo.model.packing`): T is then J.
         """
-        T, chunk = tokens_BT.shape[1], self.spec.attention_chunk
         chex.assert_shape(first_B, (tokens_BT.shape[0],))
         if packing is None:
-            positions_BT, seen_BTS = jnp.maximum(jnp.arange(T) - first_B[:, None], 0), visible(first_B, 0, T, T)
-        else:
-            positions_BT = packing.positions(first_B, T)
+            return self._whole(tokens_BT, first_B, routes_LBTX)[0]
 
         def mix(q, k, v, _cache, _at):
-            if packing is None:
-                return attend(q, k, v, seen_BTS, chunk), None
-            return attend_packed(packing, q, k, v, first_B, chunk), None
+            return attend_packed(packing, q, k, v, first_B, self.spec.attention_chunk), None
 
-        out, _ = self._run(tokens_BT, positions_BT, mix, routes_LBTX)
-        return out
+        return self._run(tokens_BT, packing.positions(first_B, tokens_BT.shape[1]), mix, routes_LBTX)[0]
+
+    def _whole(self, tokens_BT, first_B, routes_LBTX=None, keep: bool = False):
+        """Whole frames -> (Output, the keys and values of each layer where they are to be kept)."""
+        T, chunk = tokens_BT.shape[1], self.spec.attention_chunk
+        seen_BTS = visible(first_B, 0, T, T)
+
+        def mix(q, k, v, _cache, _at):
+            return attend(q, k, v, seen_BTS, chunk), (k, v) if keep else None
+
+        return self._run(tokens_BT, jnp.maximum(jnp.arange(T) - first_B[:, None], 0), mix, routes_LBTX)
 
     def prefill(self, tokens_QP: chex.Array, first_Q: chex.Array, completions: int, width: int):
         """Prompts -> (Output, caches): what `decode` reads, with room for so many completions to each prompt, of so
         many columns."""
-        P, chunk = tokens_QP.shape[1], self.spec.attention_chunk
-        seen_QPP = visible(first_Q, 0, P, P)
-
-        def mix(q, k, v, _cache, _at):
-            return attend(q, k, v, seen_QPP, chunk), (k, v)
-
-        positions_QP = jnp.maximum(jnp.arange(P) - first_Q[:, None], 0)
-        out, kept = self._run(tokens_QP, positions_QP, mix)
+        out, kept = self._whole(tokens_QP, first_Q, keep=True)
         if self.spec.scanned:
             return out, (StackedCache.behind(*kept, completions, width),)
         return out, tuple(KVCache.behind(k, v, completions, width) for k, v in kept)
@@ -194,7 +196,7 @@ class Transformer(nn.Module):
         if self.is_initializing():
             return Output(self.final_norm(self._init_blocks(x_BTD, rope, mix)), None, None), None
         block, stacked = self._block(parent=None), self.variables["params"]["blocks"]
-        key = self.make_rng("router") if self.router_noise > 0 or self.router_swap > 0 else None
+        key = self.make_rng("router") if self.injects else None
 
         def one(params, x_BTD, given_BTX, cache, at, index):
             rngs = None if key is None else {"router": jax.random.fold_in(key, index)}

@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gspo.run import machine
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 TOLD = ("XLA_FLAGS", "GLIBC_TUNABLES", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")  # variables that change a measurement
 
@@ -146,7 +148,7 @@ def environment() -> dict[str, Any]:
         "device": devices[0].device_kind,
         "devices": len(devices),
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": machine.cores(),
         "variables": {name: os.environ[name] for name in TOLD if name in os.environ},
     }
 

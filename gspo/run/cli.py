@@ -55,7 +55,7 @@ def run(main: Callable[[], int | None], *, needs: str) -> None:
         if "workdir" in FLAGS:
             distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.distributed)
         machine.keep_heap()
-        machine.share_cores(build.shared_rows(FLAGS.config))
+        machine.share_cores(build.rows_to_divide(FLAGS.config))
         note = machine.keep_programs()
         if note:
             print(note, file=sys.stderr)

@@ -15,7 +15,6 @@ from gspo.model.transformer import Transformer, abstract_params
 from gspo.steps import make_model
 from gspo.types import UserError
 from tests.hf_folders import SPECS, TINY, TINY_MOE, all_families
-from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 
 def published(**changes):

@@ -27,7 +27,6 @@ from gspo.types import UserError
 from scripts import export_hf, import_hf
 from tests import model_oracle as oracle
 from tests.hf_folders import SPECS, all_families, assert_bit_equal, exported, read_all
-from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 
 @all_families

@@ -16,7 +16,6 @@ from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer, abstract_params
 from tests import model_oracle as oracle
 from tests.hf_folders import assert_bit_equal, needs_transformers
-from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 LLAMA3 = dict(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64, rope_type="llama3"

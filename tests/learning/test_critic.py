@@ -12,7 +12,6 @@ import pytest
 from gspo.learning.critic import Critic, completion_values, make_critic_step, make_value_fn
 from gspo.types import Batch, LossInputs, TrainState
 from tests import model_oracle as oracle
-from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 SPEC, V = oracle.DENSE, oracle.DENSE.vocab_size
 B, P, C = 4, 4, 6

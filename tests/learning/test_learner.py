@@ -36,7 +36,6 @@ from tests.few_rows import (
     rows_of,
     step_of,
 )
-from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 
 @pytest.mark.parametrize("case", [GSPO_MOE, SFT_DENSE], ids=["gspo-moe", "sft-dense"])

@@ -17,7 +17,6 @@ from gspo.objectives import negative_log_likelihood
 from gspo.types import Batch, LossInputs, TrainState
 from tests import model_oracle as oracle
 from tests.few_rows import DENSE, MOE, B, C, P, fresh_state, gspo, make_batch, scorer_of, step_of
-from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 
 @functools.cache

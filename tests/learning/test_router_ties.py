@@ -17,7 +17,6 @@ from gspo.learning.sampler import make_sampler
 from gspo.learning.scores import score_completions
 from gspo.model.transformer import Transformer
 from tests import model_oracle as oracle
-from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 MOE, V = oracle.MOE, oracle.MOE.vocab_size
 Q, G, P, C = 3, 8, 5, 12

@@ -14,7 +14,6 @@ from gspo.learning.scores import score_completions
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer
 from tests import model_oracle as oracle
-from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 DENSE, MOE = oracle.DENSE, oracle.MOE
 Q, G, P, C, V = 3, 4, 5, 6, 11

@@ -11,7 +11,6 @@ from gspo.learning.scores import router_logp, score_completions
 from gspo.model.distribution import Sampling
 from tests import model_oracle as oracle
 from tests.few_rows import DENSE, LENGTHS, MOE, PROMPT_LENGTHS, WARM, B, C, P, T, frame, rows_of, scorer_of
-from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 
 @pytest.mark.parametrize(

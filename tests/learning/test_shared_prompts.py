@@ -16,7 +16,6 @@ from gspo.objectives import preset
 from gspo.types import Batch, LossInputs, TrainState, map_arrays
 from tests import model_oracle as oracle
 from tests.few_rows import DENSE, MOE, OPTIMIZER, WARM
-from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 G, P, C = 4, 5, 6
 B, T = 3 * G, P + C

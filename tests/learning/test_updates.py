@@ -21,7 +21,6 @@ from tests.few_rows import (
     scorer_of,
     step_of,
 )
-from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 
 def test_the_ratio_is_one_before_the_first_update_and_moves_after_it():

@@ -7,7 +7,6 @@ import pytest
 
 from gspo.model.attention import RMSNorm, apply_rope, attend, rope_tables, visible
 from tests import model_oracle as oracle
-from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 attend, apply_rope, rope_tables = jax.jit(attend), jax.jit(apply_rope), jax.jit(rope_tables, static_argnums=(1, 2, 3))
 

@@ -7,7 +7,6 @@ import pytest
 
 from gspo.model.cache import KVCache, StackedCache, attend_cached
 from tests import model_oracle as oracle
-from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 L, Q, G, P, K, R, H = 2, 2, 3, 4, 2, 2, 6
 B, WIDTH = Q * G, 5

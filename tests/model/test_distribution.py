@@ -12,7 +12,6 @@ from gspo.model.distribution import Sampling, draw, drawn_logits, entropy, log_p
 from gspo.model.head import token_scores
 from gspo.types import UserError
 from tests import model_oracle as oracle
-from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 draw, drawn_logits, scored_logits = (
     jax.jit(f, static_argnames="sampling") for f in (draw, drawn_logits, scored_logits)

@@ -11,7 +11,6 @@ import pytest
 from gspo.model.experts import BACKENDS, block_size, blocked_experts
 from gspo.model.moe import MoE
 from tests import model_oracle as oracle
-from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 D, F = 6, 5
 NAMES = ("h", "gates", "w_gate", "w_up", "w_down")

@@ -20,7 +20,6 @@ from gspo.model.routing import (
     z_loss,
 )
 from tests import model_oracle as oracle
-from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 RENORMALISE = pytest.mark.parametrize("renormalise", [True, False])
 route = jax.jit(route, static_argnums=1, static_argnames="renormalise")

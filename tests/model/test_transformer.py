@@ -10,7 +10,6 @@ import pytest
 
 from gspo.model.transformer import Transformer
 from tests import model_oracle as oracle
-from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 DENSE, MOE = oracle.DENSE, oracle.MOE
 OLMOE = dataclasses.replace(

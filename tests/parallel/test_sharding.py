@@ -21,7 +21,6 @@ from gspo.objectives import preset
 from gspo.parallel.sharding import MESH_AXES, RULES, Layout, make_mesh, partition_spec, tree_shardings
 from gspo.types import Batch, LossInputs, TrainState, UserError
 from tests import model_oracle as oracle
-from tests.model_oracle import quick_compiles  # noqa: F401 - a fixture
 
 DENSE = ModelSpec(
     vocab_size=16, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_width=4, d_ff=16, rope_theta=100.0
