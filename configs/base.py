@@ -50,7 +50,7 @@ def optimizer() -> ConfigDict:
             eps=1e-8,
             weight_decay=0.0,
             max_grad_norm=1.0,
-            router_lr_scale=1.0,  # learning rate of the routers over that of the rest; 0 freezes them
+            lr_scale="",  # "router=20": learning rate of parameters of that name, a pattern, over the rest; 0: frozen
         )
     )
 
@@ -182,6 +182,7 @@ def rl() -> ConfigDict:
     )
     config.log.update(samples_every=5, router_kl=False)  # rollouts between samples; whether the routers' KL is measured
     config.profile_rollouts = ()  # rollouts of which jax.profiler writes a trace into <workdir>/profile
-    # Largest |log-ratio| allowed before the first update, but for one token in a thousand; None: by the dtype.
+    # Largest |log-ratio| allowed before the first update, but for one token in a thousand; None: by the dtype. inf:
+    # any at all, so that log-probs of a sampler with an injected mismatch may be the old policy's (GSPO §5.4).
     config.check_tolerance = placeholder(float)
     return config

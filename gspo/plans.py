@@ -6,6 +6,7 @@ line that names the field, before anything is compiled.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -290,8 +291,11 @@ class RLPlan(RunPlan):
             raise UserError("filter_groups.enable: rows of several draws share one frame; leave prompt_buckets empty")
         if self.objective["sampler_is"] and experience.old_logps != "learner":
             raise UserError("objective.sampler_is: it corrects for sampler against learner; set old_logps='learner'")
-        if self.rollout.differs and experience.old_logps != "learner":
-            raise UserError("mismatch: the sampler's log-probs are then not the old policy's; set old_logps='learner'")
+        if self.rollout.differs and experience.old_logps != "learner" and self.check_tolerance != math.inf:
+            raise UserError(
+                "mismatch: the sampler's log-probs are then not the old policy's; set old_logps='learner', or "
+                "check_tolerance=inf to train on them all the same"
+            )
         if self.reference.sync_steps and not self.needs_reference:
             raise UserError("sync_ref_model: nothing reads the reference; set objective.beta or reward_kl_coef")
         self._check_routers()

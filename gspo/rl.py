@@ -35,7 +35,7 @@ from gspo.run.cli import StopSignal
 from gspo.run.profile import Profiler
 from gspo.run.progress import Progress, Timer, is_due
 from gspo.steps import Steps, describe, describe_layout, make_layout, make_steps
-from gspo.types import Batch, TrainState, UserError
+from gspo.types import Batch, Diverged, TrainState, UserError
 
 ROLLOUT_STREAM = 1  # of the run's random keys
 PHASES = ("rollout", "reward", "old_logps", "update")  # what a rollout costs, evaluation and checkpoints aside
@@ -213,7 +213,7 @@ def guard(
     """
     for j, metrics in enumerate(steps):
         if not (np.isfinite(metrics["loss"].value) and np.isfinite(metrics["grad_norm"].value)):
-            raise UserError(
+            raise Diverged(
                 f"rollout {index}, update {j}: loss or gradient is not finite{checkpointer.last_good()}; lower "
                 "optimizer.learning_rate"
             )

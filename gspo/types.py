@@ -35,6 +35,10 @@ class UserError(Exception):
     2."""
 
 
+class Diverged(UserError):
+    """A run whose loss or gradient is no longer a number."""
+
+
 def array(dims: str = "", **keywords) -> Any:
     """A field of a record that holds an array with these dimensions, letters of the key above; "": a scalar. Whatever
     cuts a record into rows or lays it out on a mesh reads them here (`map_arrays`), never in the field's name."""

@@ -148,7 +148,7 @@ def test_every_field_of_the_optimizer_changes_the_update():
         return seen
 
     others = {"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 2, "beta1": 0.5, "beta2": 0.5, "eps": 0.1,
-              "weight_decay": 0.1, "max_grad_norm": 3.0, "router_lr_scale": 0.5}  # fmt: skip
+              "weight_decay": 0.1, "max_grad_norm": 3.0, "lr_scale": "router=0.5"}  # fmt: skip
     assert others.keys() == set(base.optimizer().keys())
     for name, value in others.items():
         assert updates(**{name: value}) != updates(), name

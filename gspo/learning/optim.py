@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -56,9 +57,34 @@ def decays(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) not in NOT_DECAYED, params)
 
 
-def routers(params: Params) -> Any:
-    """Tree of bools: True for the weights of routers."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) == "router", params)
+def read_lr_scale(text: str) -> tuple[tuple[str, float], ...]:
+    """ "router=20, attention/query=0" -> (("router", 20.0), ("attention/query", 0.0)). Raises: UserError."""
+    pairs = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        pattern, equals, number = (piece.strip() for piece in part.rpartition("="))
+        try:
+            re.compile(pattern)
+            factor = float(number)
+        except (re.error, ValueError):
+            factor = float("nan")
+        if not (pattern and equals and 0 <= factor < float("inf")):
+            raise UserError(
+                f"lr_scale={text!r}: {part!r} is not PATTERN=FACTOR, such as router=20, with a regular expression for "
+                "names of parameters and a factor of zero or more"
+            )
+        pairs.append((pattern, factor))
+    return tuple(pairs)
+
+
+def lr_factors(scales: tuple[tuple[str, float], ...], params: Params) -> Any:
+    """Tree of floats: the factor of the first pattern that is found in a parameter's name ("blocks/moe/router"), else
+    1. Raises: UserError where a pattern is found in none."""
+    names = jax.tree_util.tree_map_with_path(lambda path, _: "/".join(str(entry.key) for entry in path), params)
+    known = jax.tree.leaves(names)
+    for pattern, _ in scales:
+        if not any(re.search(pattern, name) for name in known):
+            raise UserError(f"lr_scale: {pattern!r} is in the name of no parameter; there are {', '.join(known)}")
+    return jax.tree.map(lambda name: next((f for pattern, f in scales if re.search(pattern, name)), 1.0), names)
 
 
 def _name(path: Any) -> str:
@@ -69,9 +95,9 @@ def _name(path: Any) -> str:
 class AdamW:
     """What Adam does with a gradient, whatever the learning rate. Raises: UserError.
 
-    max_grad_norm    gradients are scaled down to this global L2 norm before Adam sees them; None: they are not
-    router_lr_scale  learning rate of leaves named "router" over that of the rest; 0 freezes them, and keeps them out of
-                     the norm
+    max_grad_norm  gradients are scaled down to this global L2 norm before Adam sees them; None: they are not
+    lr_scale       learning rate of some parameters over that of the rest, by patterns of their names, "router=20"; 0
+                   freezes them, and keeps them out of the norm
     The others as in `optax.adamw`.
     """
 
@@ -80,7 +106,7 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
-    router_lr_scale: float = 1.0
+    lr_scale: str = ""
 
     def __post_init__(self):
         for name, limit in (("beta1", 1), ("beta2", 1), ("weight_decay", float("inf"))):
@@ -91,8 +117,7 @@ class AdamW:
                 f"eps={self.eps} and max_grad_norm={self.max_grad_norm} must be positive (max_grad_norm=None: no "
                 "clipping)"
             )
-        if not self.router_lr_scale >= 0:
-            raise UserError(f"router_lr_scale={self.router_lr_scale} must be zero or more (0: frozen routers)")
+        read_lr_scale(self.lr_scale)
 
 
 def make_optimizer(
@@ -118,8 +143,11 @@ def make_optimizer(
         optax.add_decayed_weights(by.weight_decay, decays),
         optax.scale_by_learning_rate(learning_rate_at),
     ]
-    if by.router_lr_scale == 0:
-        chain.insert(0, optax.masked(optax.set_to_zero(), routers))
-    if by.router_lr_scale != 1:
-        chain.append(optax.masked(optax.scale(by.router_lr_scale), routers))
+    scales = read_lr_scale(by.lr_scale)
+    if scales:
+        frozen = lambda params: jax.tree.map(lambda factor: factor == 0, lr_factors(scales, params))  # noqa: E731
+        chain.insert(0, optax.masked(optax.set_to_zero(), frozen))
+        chain.append(
+            optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, lr_factors(scales, updates)))
+        )
     return optax.chain(*chain)

@@ -1,9 +1,12 @@
 """Several runs that differ in what is laid over one config, from one cold start: the arms of a comparison."""
 
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from gspo import build, rl, sft
+from gspo.report.campaign import Run
 from gspo.types import UserError
 
 
@@ -37,3 +40,59 @@ def laid_over(base: Any, changes: Any, **fields: Any) -> Any:
     config.update(changes)
     config.update(fields)
     return config
+
+
+def runs_of(
+    config: Any,
+    workdir: Path,
+    *,
+    figures: Sequence[str] = (),
+    arms: Sequence[str] = (),
+    seeds: Iterable[int] = (),
+) -> list[Run]:
+    """What the figures of a paper need: seed by seed, the cold starts before the arms that begin with them.
+
+    config                with the fields of configs/paper.py: cold_start, base, colds, arms, figures
+    figures, arms, seeds  only these; empty: all. An arm may be a part of a name, "B MoE".
+    Raises UserError for names that the config does not have."""
+    wanted = seeds_of_arms(config, figures, arms)
+    last, seeds = max((len(each) for each in wanted.values()), default=0), set(seeds)
+    runs: dict[Path, Run] = {}
+    for turn in range(last):  # the first seed of each arm, then the second
+        for arm, own in wanted.items():
+            if turn < len(own) and (not seeds or own[turn] in seeds):
+                cold = _cold_run(config, workdir, config.arms[arm].cold, own[turn])
+                folder = workdir / slug(arm) / str(own[turn])
+                changes = config.arms[arm].changes
+                changed = laid_over(config.base, changes, seed=own[turn], init_from=str(cold.folder))
+                runs.setdefault(cold.folder, cold)
+                runs.setdefault(folder, Run(arm, own[turn], folder, changed, cold.folder))
+    if not runs:
+        raise UserError(f"--seeds={','.join(map(str, sorted(seeds)))}: no arm that was asked for has one of them")
+    return list(runs.values())
+
+
+def seeds_of_arms(config: Any, figures: Sequence[str] = (), arms: Sequence[str] = ()) -> dict[str, list[int]]:
+    """arm -> its seeds, in the order of the figures. One that stands in several has the seeds of all."""
+    for name in figures:
+        if name not in config.figures:
+            raise UserError(f"--figures: there is no {name!r}; choose from {', '.join(config.figures)}")
+    found: dict[str, list[int]] = {}
+    for name in figures or config.figures:
+        for arm in config.figures[name].arms:
+            if not arms or any(part in arm for part in arms):
+                own = found.setdefault(arm, [])
+                own += [seed for seed in config.figures[name].seeds if seed not in own]
+    if not found:
+        raise UserError(f"--arms={','.join(arms)}: in the name of no arm; there are {', '.join(config.arms)}"[:500])
+    return found
+
+
+def _cold_run(config: Any, workdir: Path, name: str, seed: int) -> Run:
+    folder = workdir / "cold" / slug(name) / str(seed)
+    return Run(f"cold start {name}", seed, folder, laid_over(config.cold_start, config.colds[name], seed=seed), None)
+
+
+def slug(name: str) -> str:
+    """A name as one of a folder or a file."""
+    return re.sub(r"[^a-z0-9.+^-]+", "_", name.lower()).strip("_")

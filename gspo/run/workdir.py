@@ -36,7 +36,7 @@ def hold_workdir(workdir: str | os.PathLike, config: dict[str, Any], *,
             with _errors_in_one_line(workdir):
                 workdir.mkdir(parents=True, exist_ok=True)
                 held.enter_context(_lock(workdir))
-            _check_config(workdir, config, allow_changed_config)
+            check_config(workdir, config, allow_changed_config)
 
         distributed.on_primary(claim, f"opening {workdir}")
         yield workdir
@@ -88,7 +88,8 @@ def _as_text(config: dict[str, Any]) -> str:
     return json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
 
 
-def _check_config(workdir: Path, config: dict[str, Any], allow_changed_config: bool) -> None:
+def check_config(workdir: Path, config: dict[str, Any], allow_changed_config: bool) -> None:
+    """Raises UserError where the folder holds a run of another config, unless that is allowed."""
     differ = _differences_from_saved(workdir, config)
     if differ and not allow_changed_config:
         raise UserError(f"{workdir / 'config.json'} differs from this run's config: {'; '.join(differ)}. Use another "

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspo.learning.optim import decays, make_optimizer, make_schedule
+from gspo.learning.optim import decays, lr_factors, make_optimizer, make_schedule, read_lr_scale
 from gspo.types import UserError
 
 
@@ -106,6 +106,7 @@ def test_an_unknown_schedule_names_the_nearest_one():
 @pytest.mark.parametrize("options", [
     {"learning_rate": -1.0}, {"learning_rate": float("nan")}, {"schedule": "linear"}, {"beta1": 1.0}, {"eps": 0.0},
     {"schedule": "cosine", "warmup_steps": 10, "total_steps": 10}, {"weight_decay": -0.1}, {"max_grad_norm": 0.0},
+    {"lr_scale": "router"}, {"lr_scale": "router=-1"}, {"lr_scale": "=2"}, {"lr_scale": "(=2"}, {"lr_scale": "a=inf"},
 ])  # fmt: skip
 def test_settings_that_cannot_work_are_one_line_errors(options):
     # Catches: NaN parameters at the first update, or a decay that never happens.
@@ -121,10 +122,21 @@ def test_routers_learn_at_their_own_rate_and_not_at_all_at_zero(scale):
     grads = {"moe": {"router": jnp.full((2, 3), 100.0), "gate": jnp.full((2, 3), 0.01)}}
     settings = {"learning_rate": 0.1, "weight_decay": 0.5, "max_grad_norm": 1.0}
     moved = {}
-    for name, router_lr_scale in (("scaled", scale), ("plain", 1.0)):
-        optimizer = make_optimizer(**settings, router_lr_scale=router_lr_scale)
+    for name, lr_scale in (("scaled", f"router={scale}"), ("plain", "")):
+        optimizer = make_optimizer(**settings, lr_scale=lr_scale)
         moved[name] = optimizer.update(grads, optimizer.init(params), params)[0]["moe"]
     np.testing.assert_allclose(moved["scaled"]["router"], scale * moved["plain"]["router"], rtol=1e-6)
     assert float(jnp.abs(moved["plain"]["router"]).min()) > 0.1
     # Adam forgets a gradient's scale, but for eps.
     np.testing.assert_allclose(moved["scaled"]["gate"], moved["plain"]["gate"], rtol=1e-3)
+
+
+def test_the_first_pattern_that_is_in_a_name_gives_its_factor_and_each_must_be_in_one():
+    # Catches a last match that wins, a pattern that only whole names match, and a misspelt one that does nothing.
+    params = {
+        "blocks": {"moe": {"router": jnp.ones(2)}, "attention": {"query": jnp.ones(2), "query_norm": jnp.ones(2)}}
+    }
+    factors = lr_factors(read_lr_scale("attention/query$=0, attention=3"), params)["blocks"]
+    assert factors == {"moe": {"router": 1.0}, "attention": {"query": 0.0, "query_norm": 3.0}}
+    with pytest.raises(UserError, match=r"lr_scale: 'rooter'.*blocks/moe/router"):
+        lr_factors(read_lr_scale("rooter=2"), params)

@@ -1,0 +1,50 @@
+"""The ablation curves of the GSPO paper, with seeds, bands, controls and verdicts.
+
+python experiments/paper.py --config=configs/paper_cpu.py --workdir=runs/paper
+
+Runs all arms with all seeds side by side, one on each core, seed by seed; stopped and started again, it goes on.
+--figures=curves_b,dose --arms='B MoE' --seeds=10,11 run a part. Results lie in --results (default WORKDIR/results),
+where a finished run is known and not made again: curves/ARM.csv and runs.csv.
+"""
+
+import subprocess
+from pathlib import Path
+
+from absl import flags
+
+from configs import base
+from gspo.report import campaign
+from gspo.report.arms import runs_of
+from gspo.report.ledger import Ledger
+from gspo.run import cli
+
+flags.DEFINE_list("figures", [], "Only these figures of the config.")
+flags.DEFINE_list("arms", [], "Only arms whose name holds one of these.")
+flags.DEFINE_list("seeds", [], "Only these seeds.")
+flags.DEFINE_string("results", "", "Folder of the results; default: WORKDIR/results.")
+
+
+def main() -> None:
+    asked = cli.FLAGS
+    config, workdir = asked.config, Path(asked.workdir)
+    ledger = Ledger(Path(asked.results or workdir / "results"), base.rl(), commit())
+    runs = runs_of(config, workdir, figures=asked.figures, arms=asked.arms, seeds=map(int, asked.seeds))
+    missing = [run for run in runs if run.cold and not ledger.has(run)]
+    needed = {run.cold for run in missing}
+    runs = [run for run in runs if run in missing or run.folder in needed]
+    for run in missing:
+        if run.ended:  # and the ledger was lost, or is another
+            ledger.add(run)
+    options = {"allow_changed_config": asked.allow_changed_config}
+    campaign.train_all(runs, workers=config.workers, ended=ledger.add, **options)
+
+
+def commit() -> str:
+    """The commit of the code, with a + where files have changed since; "" outside of a repository."""
+    told = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], capture_output=True, text=True)
+    return told.stdout.strip()
+
+
+if __name__ == "__main__":
+    cli.define_flags()
+    cli.run(main, needs="figures")

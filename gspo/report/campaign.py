@@ -1,0 +1,193 @@
+"""The runs of many arms, side by side: each a process of its own on one core, until all have ended.
+
+A finished run is never made again, one that was stopped goes on where it was, and whoever stops the whole has runs of
+all arms alike: they go seed by seed. What has been recorded elsewhere (`gspo.report.ledger`) counts as finished.
+"""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from gspo import build, rl, sft
+from gspo.parallel import distributed
+from gspo.run import machine
+from gspo.run.cli import StopSignal
+from gspo.run.progress import duration
+from gspo.run.workdir import check_config
+from gspo.run.writers import read_jsonl
+from gspo.types import Diverged, UserError
+
+LOG, DIVERGED = "log.txt", "diverged.txt"  # in a run's folder: what it prints; why it could not go on
+MISTAKE = 2  # exit code of a user's mistake
+
+
+class Run(NamedTuple):
+    """One training. cold: the folder of the run whose weights it begins with; None: it is a cold start itself."""
+
+    arm: str
+    seed: int
+    folder: Path
+    config: Any
+    cold: Path | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}, seed {self.seed}"
+
+    @property
+    def length(self) -> int:
+        """Rollouts, or updates of a cold start."""
+        return self.config.num_rollouts if self.cold else self.config.num_updates
+
+    @property
+    def done(self) -> int:
+        """Rollouts, or updates, of which the metrics are written."""
+        path = self.folder / "metrics.jsonl"
+        lines = read_jsonl(path) if path.exists() else []
+        return lines[-1]["step"] if lines else 0
+
+    @property
+    def diverged(self) -> bool:
+        """Whether its loss stopped being a number, so that nothing follows."""
+        return (self.folder / DIVERGED).exists()
+
+    @property
+    def ended(self) -> bool:
+        return self.done >= self.length or self.diverged
+
+
+def train_one(run: Run, **options: Any) -> None:
+    """In this process. One whose loss is no longer a number has ended: the reason is kept."""
+    try:
+        if run.cold:
+            rl.train(build.rl_plan(run.config, str(run.folder)), str(run.folder), title=run.name, **options)
+        else:
+            sft.train(build.sft_plan(run.config, str(run.folder)), str(run.folder), title=run.name, **options)
+    except Diverged as reason:
+        if distributed.is_primary():
+            (run.folder / DIVERGED).write_text(f"{reason}\n")
+
+
+def train_all(
+    runs: Sequence[Run],
+    *,
+    workers: int = 0,
+    ended: Callable[[Run], None] = lambda run: None,
+    **options: Any,
+) -> None:
+    """Trains what has not ended, cold starts before what begins with them.
+
+    workers: how many at a time; 0: one for each core of a CPU, one on an accelerator or where there are many processes.
+    ended: called after each. options: those of `rl.train` and `sft.train`. Raises UserError when a run has failed, as
+    soon as the others have come to a checkpoint."""
+    for run in runs:
+        build.run_plan(run.config)  # all mistakes that a config shows, before the first of many hours
+        check_config(run.folder, run.config.to_dict(), options.get("allow_changed_config", False))
+    waiting = [run for run in runs if not run.ended]
+    many = jax.distributed.is_initialized()
+    workers = workers or (1 if many or machine.has_accelerator() else machine.cores())
+    if many or (machine.has_accelerator() and workers == 1):
+        for run in waiting:
+            train_one(run, **options)
+            ended(run)
+        return
+    _Crew(waiting, workers, ended, options).work()
+
+
+class _Crew:
+    """Processes at work on runs, each pinned to a core of its own where there are enough: a run's numbers are those of
+    one core, however many run beside it."""
+
+    def __init__(self, waiting: list[Run], workers: int, ended: Callable[[Run], None], options: dict[str, Any]):
+        self.waiting, self.ended, self.options = waiting, ended, options
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [-1]
+        self.places = [cores[i % len(cores)] for i in range(workers)]  # free ones
+        self.going: dict[int, tuple[Any, Run, int]] = {}  # sentinel -> process, run, its place
+        self.total, self.finished = len(waiting), 0
+        self.began, self.steps = time.perf_counter(), sum(run.length - run.done for run in waiting)
+
+    def work(self) -> None:
+        failure = None
+        with StopSignal() as stop:
+            while self.going or (self.waiting and not failure and not stop.requested):
+                while self.places and not failure and not stop.requested and self._start_next():
+                    pass
+                for sentinel in wait(list(self.going), timeout=0.5):
+                    failure = self._end(sentinel) or failure
+                if failure or stop.requested:
+                    for process, _, _ in self.going.values():
+                        process.terminate()  # it saves what it has, and leaves
+        if stop.requested:
+            raise stop.leave(f"{self.finished} of {self.total} runs ended; start the same command again to go on")
+        if failure:
+            raise UserError(failure)
+
+    def _start_next(self) -> bool:
+        """Starts the first run whose cold start has ended. Whether there was one."""
+        unfinished = {run.folder for run in self.waiting} | {run.folder for _, run, _ in self.going.values()}
+        ready = next((run for run in self.waiting if run.cold not in unfinished), None)
+        if ready is None:
+            return False
+        self.waiting.remove(ready)
+        place = self.places.pop(0)
+        ready.folder.mkdir(parents=True, exist_ok=True)
+        process = multiprocessing.get_context("spawn").Process(target=_child, args=(ready, place, self.options))
+        process.start()
+        self.going[process.sentinel] = (process, ready, place)
+        return True
+
+    def _end(self, sentinel: int) -> str | None:
+        """Notes that a process has ended; why it failed, or None."""
+        process, run, place = self.going.pop(sentinel)
+        process.join()
+        self.places.append(place)
+        if process.exitcode == 0:
+            self.finished += 1
+            self.ended(run)
+            self._report(run)
+        elif process.exitcode not in (128 + signal.SIGTERM, -signal.SIGTERM):
+            lines = (run.folder / LOG).read_text().strip().splitlines() or ["it said nothing"]
+            return f"{run.name} failed: {lines[-1].removeprefix('error: ')} ({run.folder / LOG})"
+        return None
+
+    def _report(self, run: Run) -> None:
+        going = sum(run.done for _, run, _ in self.going.values())
+        left = sum(run.length for run in self.waiting) + sum(run.length for _, run, _ in self.going.values()) - going
+        seconds = time.perf_counter() - self.began
+        eta = duration(seconds * left / max(self.steps - left, 1))
+        how = "diverged" if run.diverged else "done"
+        print(f"{self.finished}/{self.total}  {run.name}: {how}  ETA {eta}", flush=True)
+
+
+def _child(run: Run, place: int, options: dict[str, Any]) -> None:
+    """The process of one run. What it prints goes into a file of the run's folder."""
+    os.setpgrp()  # Ctrl-C is the parent's to hear, which then stops all
+    _die_with_parent()
+    with open(run.folder / LOG, "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    if place >= 0:
+        os.sched_setaffinity(0, {place})
+    machine.keep_heap()
+    machine.keep_programs()
+    try:
+        train_one(run, **options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(MISTAKE)
+
+
+def _die_with_parent() -> None:
+    """SIGTERM when the parent has been killed: nobody would wait for this one. Linux only."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
