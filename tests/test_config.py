@@ -17,7 +17,7 @@ from gspo.learning.scores import score_completions
 from gspo.steps import objective_of
 from tests.tiny_runs import ROOT, kept_compiles, parts_of, rl_config, sft_config, stateful_config  # noqa: F401 - a fixture
 
-HELPERS = ("base", "from_run", "models")  # what config files import; no experiments of their own
+HELPERS = ("base", "from_run", "models", "paper")  # what config files import; no experiments of their own
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", *HELPERS))
 
 

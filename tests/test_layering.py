@@ -29,7 +29,8 @@ TOWER = [
     "report.hlo", "report.collectives", "report.origins", "report.matmuls", "report.program",
     "report.plots", "report.tables", "report.measure", "report.flops", "report.speed",
     "plans", "build", "run.cli", "steps", "generate", "collect", "evaluate", "resume", "sft", "rl",
-    "report.aot", "report.verdicts", "report.arms", "report.workload", "report.cases",
+    "report.campaign", "report.arms", "report.ledger", "report.evidence",
+    "report.aot", "report.verdicts", "report.workload", "report.cases",
 ]  # fmt: skip
 CONFIG_READERS = ("build",)
 
