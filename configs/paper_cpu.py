@@ -62,6 +62,7 @@ def cold_start() -> ConfigDict:
     config.num_updates, config.batch_size = 300, 128
     config.optimizer.update(learning_rate=3e-3, schedule="cosine", warmup_steps=20)
     config.checkpoint.update(every=0, keep_best=False)
+    config.model.scan_layers = True
     return config
 
 
@@ -72,6 +73,7 @@ def rl() -> ConfigDict:
     config.eval.update(every=10, num_prompts=128)
     config.checkpoint.update(every=10, keep_last=1, keep_best=False)
     config.log.num_samples = 0
+    config.model.scan_layers = True  # most arms have few seeds: compiling counts as much as running
     return config
 
 
