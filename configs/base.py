@@ -31,7 +31,7 @@ def model() -> ConfigDict:
             tie_embeddings=placeholder(bool),  # [False]
             # How it runs: free to choose, whatever the weights.
             dtype="float32",  # of the matmuls; router, softmax, log-probs and parameters are float32 always
-            moe_backend="blocked",  # dense | blocked | ragged
+            moe_backend="auto",  # auto | dense | blocked | looped | ragged | tokamax (gspo/model/experts.py)
             remat=False,
             scan_layers=placeholder(bool),  # layers as a loop: compiles faster, runs slower; None: from 9 layers on
             attention_chunk=0,  # query columns whose attention scores exist at a time; 0: all

@@ -140,7 +140,7 @@ def prepare(plan: plans.RLPlan, tokenizer: Tokenizer | None = None) -> Run:
     source = prompt_source(plan.data, plan.data.train_split, tokenizer)
     collector = Collector(plan, steps, tokenizer, source)
     evaluate = make_evaluator(plan, steps.model, tokenizer, _shared_writer(plan, steps))
-    notes = [describe(steps.model, steps.abstract), _describe_updates(plan), *split_notes]
+    notes = [describe(steps.model, steps.abstract), _describe_updates(plan), *steps.notes, *split_notes]
     notes += [f"warning: {text}" for text in _warnings(plan)]
     if layout.several:
         notes.insert(1, describe_layout(plan.mesh, layout))

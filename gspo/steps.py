@@ -22,6 +22,8 @@ from gspo.learning.sampler import in_compute_dtype, make_sampler
 from gspo.learning.scores import make_scorer
 from gspo.learning.state import Start, add_critic, shardings_of, state_on_mesh
 from gspo.model.distribution import Sampling
+from gspo.model.experts import chosen_backend
+from gspo.model.spec import ModelSpec
 from gspo.model.transformer import Transformer, param_shardings
 from gspo.objectives import Objective, make_objective
 from gspo.parallel.sharding import ONE_DEVICE, Layout, indivisible, make_mesh
@@ -120,6 +122,7 @@ class Steps(NamedTuple):
     critic_step: Callable | None  # train_step's twin for state.critic
     learning_rate: optax.Schedule
     start: Start
+    notes: tuple[str, ...]  # lines for the log: what was chosen for the user
 
     @property
     def abstract(self) -> TrainState:
@@ -204,7 +207,22 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         critic_step=critic_step,
         learning_rate=learning_rate,
         start=start,
+        notes=_chosen_experts(plan, model.spec, devices, rows_per_prompt),
     )
+
+
+def _chosen_experts(plan: plans.RLPlan, spec: ModelSpec, devices: int, rows_per_prompt: int) -> tuple[str, ...]:
+    """A line on what moe_backend "auto" stands for, with the tokens that a device has at a time."""
+    if not spec.num_experts or spec.moe_backend != "auto":
+        return ()
+    rows = plan.update.micro_batch_size or plan.rollout.rows // plan.updates_per_rollout
+    frames = rows * plan.data.max_completion_length + rows // rows_per_prompt * plan.data.max_prompt_length
+    sizes = (spec.num_experts, spec.d_model, spec.d_expert)
+    found = [
+        f"{chosen_backend(tokens // devices * spec.experts_per_token, *sizes)!r} in {where}"
+        for where, tokens in (("updates", frames), ("decoding", plan.rollout.rows))
+    ]
+    return (f"model.moe_backend: {', '.join(found)}",)
 
 
 def objective_of(plan: plans.RLPlan) -> Objective:

@@ -48,7 +48,7 @@ class ModelSpec:
     qk_norm_over: str = "head"
     tie_embeddings: bool = False
     dtype: str = "float32"
-    moe_backend: str = "blocked"
+    moe_backend: str = "auto"
     remat: bool = False
     attention_chunk: int = 0
     scan_layers: bool | None = None

@@ -2,17 +2,22 @@
 gradient."""
 
 import functools
+import itertools
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspo.model.experts import BACKENDS, block_size, blocked_experts
+from gspo.model.experts import BACKENDS, block_size, blocked_experts, chosen_backend, looped_experts
 from gspo.model.moe import MoE
+from gspo.types import UserError
 from tests import model_oracle as oracle
 
 D, F = 6, 5
+HERE = [name for name in BACKENDS if name != "tokamax"]  # an optional package
 NAMES = ("h", "gates", "w_gate", "w_up", "w_down")
 
 
@@ -46,7 +51,7 @@ def value_and_grads(backend, **keywords):
     return jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2, 3, 4), has_aux=True))
 
 
-def assert_backends_agree(M, E, X, kind, backends=("blocked", "ragged"), **keywords):
+def assert_backends_agree(M, E, X, kind, backends=("blocked", "looped", "ragged"), **keywords):
     *arrays, weight = inputs(M, E, X)
     experts = draw_experts(kind, M, E, X)
     (_, expected), grads = value_and_grads("dense")(*arrays, weight, experts)
@@ -67,7 +72,7 @@ def loop(h, gates, w_gate, w_up, w_down, experts):
     return y
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_every_backend_equals_the_loop_over_tokens(backend):
     # Catches swapped gate and up matrices, gates applied before the experts, a token that reads another token's slot.
     *arrays, weight = inputs(27, 6, 2)
@@ -101,7 +106,7 @@ def test_the_block_size_changes_nothing(M, E, X, block):
     # Catches a block size that some number of tokens does not fit.
     for kind in ("random", "first", "last", "even"):
         if not (kind == "even" and E % X and X > 1):
-            assert_backends_agree(M, E, X, kind, backends=("blocked",), block=block)
+            assert_backends_agree(M, E, X, kind, backends=("blocked", "looped"), block=block)
 
 
 @pytest.mark.slow
@@ -112,12 +117,12 @@ def test_random_loads_fit_the_buffer(seed):
     E, M = int(rng.integers(1, 9)), int(rng.integers(1, 40))
     experts = rng.choice(E, (M, 1), p=rng.dirichlet(np.full(E, 0.3))).astype(np.int32)
     *arrays, _ = inputs(M, E, 1, seed)
-    for block in (1, 2, 5, 8):
-        y = blocked_experts(arrays[0], arrays[1], experts, *arrays[2:], block=block)
+    for block, backend in itertools.product((1, 2, 5, 8), (blocked_experts, looped_experts)):
+        y = backend(arrays[0], arrays[1], experts, *arrays[2:], block=block)
         np.testing.assert_allclose(y, loop(*arrays, experts), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_other_rows_do_not_change_a_token(backend):
     # Catches a capacity shared with padding, and pad rows whose slots overlap those of real tokens.
     *arrays, weight = inputs(27, 6, 2)
@@ -138,8 +143,31 @@ def test_a_block_holds_about_half_a_group_within_bounds(pairs, experts, block):
     assert block_size(pairs, experts) == block
 
 
+def test_auto_loops_over_large_blocks_on_a_cpu_and_leaves_accelerators_their_kernels(monkeypatch):
+    # Catches a loop of tiny products, one for each of many small experts, and a loop on a GPU.
+    assert chosen_backend(2176, 8, 128, 128, "cpu") == "looped"
+    assert chosen_backend(4352, 64, 64, 16, "cpu") == chosen_backend(128, 8, 128, 128, "cpu") == "blocked"
+    assert chosen_backend(2176, 8, 128, 128, "tpu") == "ragged"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert chosen_backend(2176, 8, 128, 128, "gpu") == "blocked"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "tokamax")
+    assert chosen_backend(2176, 8, 128, 128, "gpu") == "tokamax"
+
+
+def test_tokamax_is_called_as_ragged_dot_is_and_named_where_it_is_missing(monkeypatch):
+    # Catches an import that every other backend would need too, and a traceback for a package that is not there.
+    *arrays, _ = inputs(27, 6, 2)
+    experts = draw_experts("random", 27, 6, 2)
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    with pytest.raises(UserError, match=r"model.moe_backend='tokamax': the package is not installed"):
+        BACKENDS["tokamax"](arrays[0], arrays[1], experts, *arrays[2:])
+    monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(ragged_dot=jax.lax.ragged_dot))
+    y = BACKENDS["tokamax"](arrays[0], arrays[1], experts, *arrays[2:])
+    np.testing.assert_allclose(y, loop(*arrays, experts), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
-    "backend", ["blocked"] + [pytest.param(name, marks=pytest.mark.slow) for name in ("dense", "ragged")]
+    "backend", ["blocked", "looped"] + [pytest.param(name, marks=pytest.mark.slow) for name in ("dense", "ragged")]
 )
 def test_under_replay_gradients_reach_the_router_and_exactly_the_experts_that_ran(backend):
     # Catches a stop_gradient around the gates, weights that get a gradient without having run, and replay that runs
