@@ -4,16 +4,21 @@ python experiments/paper.py --config=configs/paper_cpu.py --workdir=runs/paper
 
 Runs all arms with all seeds side by side, one on each core, seed by seed; stopped and started again, it goes on.
 --figures=curves_b,dose --arms='B MoE' --seeds=10,11 run a part. Results lie in --results (default WORKDIR/results),
-where a finished run is known and not made again: curves/ARM.csv and runs.csv.
+where a finished run is known and not made again: curves/ARM.csv, runs.csv, the figures as PNG, PDF and CSV, and
+claims.md, the verdicts on experiments/paper_claims.py. --draw trains nothing and makes these of what is there.
 """
 
+import functools
 import subprocess
 from pathlib import Path
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from configs import base
-from gspo.report import campaign
+from experiments.paper_claims import CLAIMS
+from experiments.paper_figures import draw_all
+from gspo.report import campaign, evidence, tables
 from gspo.report.arms import runs_of
 from gspo.report.ledger import Ledger
 from gspo.run import cli
@@ -21,6 +26,7 @@ from gspo.run import cli
 flags.DEFINE_list("figures", [], "Only these figures of the config.")
 flags.DEFINE_list("arms", [], "Only arms whose name holds one of these.")
 flags.DEFINE_list("seeds", [], "Only these seeds.")
+flags.DEFINE_bool("draw", False, "Train nothing: figures and verdicts of what is there.")
 flags.DEFINE_string("results", "", "Folder of the results; default: WORKDIR/results.")
 
 
@@ -28,6 +34,14 @@ def main() -> None:
     asked = cli.FLAGS
     config, workdir = asked.config, Path(asked.workdir)
     ledger = Ledger(Path(asked.results or workdir / "results"), base.rl(), commit())
+    if not asked.draw:
+        train(config, workdir, ledger)
+    conclude(config, ledger)
+
+
+def train(config: ConfigDict, workdir: Path, ledger: Ledger) -> None:
+    """All runs that were asked for and are not in the ledger."""
+    asked = cli.FLAGS
     runs = runs_of(config, workdir, figures=asked.figures, arms=asked.arms, seeds=map(int, asked.seeds))
     missing = [run for run in runs if run.cold and not ledger.has(run)]
     needed = {run.cold for run in missing}
@@ -37,6 +51,19 @@ def main() -> None:
             ledger.add(run)
     options = {"allow_changed_config": asked.allow_changed_config}
     campaign.train_all(runs, workers=config.workers, ended=ledger.add, **options)
+
+
+def conclude(config: ConfigDict, ledger: Ledger) -> None:
+    """Figures and verdicts from what the ledger has."""
+    curves = functools.cache(ledger.curves)
+    for figure in draw_all(curves, config, ledger.folder):
+        print(f"figure: {figure}.png")
+    known = set(config.arms)
+    verdicts = [evidence.verdict(claim, curves) for claim in CLAIMS if claim.weights.keys() <= known]
+    rows, columns = evidence.claims_table(verdicts)
+    (ledger.folder / "claims.md").write_text(tables.markdown(rows, columns))
+    tables.show([[row[i] for i in (0, 1, 5, 6, 7)] for row in rows if row[7] != "not run"],
+                [columns[i] for i in (0, 1, 5, 6, 7)])  # fmt: skip
 
 
 def commit() -> str:

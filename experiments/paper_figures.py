@@ -1,0 +1,136 @@
+"""The figures of experiments/paper.py: what stands in each panel, from as many seeds as there are."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from gspo.report import bands
+from gspo.report.ledger import Curves
+
+Of = Callable[[str], Curves]  # arm -> its curves
+METHODS = ("GRPO", "GRPO+R2", "GSPO", "GSPO+R2")
+COLORS = {"GRPO": "#D55E00", "GRPO+R2": "#E69F00", "GSPO": "#0072B2", "GSPO+R2": "#56B4E9"}
+COLORS |= {f"dense {name}": color for name, color in COLORS.items()}
+PASS = "held-out pass@1"
+
+
+def some(curves: Of, arms: dict[str, str]) -> dict[str, Curves]:
+    """label -> arm, of those that have run."""
+    return {label: curves(arm) for label, arm in arms.items() if curves(arm)}
+
+
+def figure_1(curves: Of, setting: str, out: Path) -> None:
+    """Fig. 1: training reward against rollouts and tokens, held-out pass@1; the dense twin below."""
+    moe = some(curves, {m: f"{setting} MoE {m}" for m in METHODS})
+    dense = some(curves, {f"dense {m}": f"{setting} dense {m}" for m in ("GRPO", "GSPO")})
+    figure, axes = bands.new_figure(2, 2)
+    rows = bands.curve_panel(axes[0], moe, "reward", "Training reward, MoE", colors=COLORS)
+    rows += bands.curve_panel(axes[1], moe, "reward", "Training reward, MoE", x="tokens", colors=COLORS)
+    rows += bands.curve_panel(axes[2], dense, "reward", "Training reward, dense twin", colors=COLORS)
+    ends = {label: [(i, own)] for i, (label, own) in enumerate((moe | dense).items())}
+    rows += end_panel(axes[3], ends)
+    for panel in axes[:3]:
+        panel.set_ylim(0, 1)
+    bands.save(figure, axes, rows, out)
+
+
+def end_panel(axes, ends: dict[str, list[tuple[float, Curves]]]) -> bands.Rows:
+    rows = bands.dial_panel(axes, ends, PASS, "Held-out pass@1 at the end", "arm")
+    axes.set_xticks(range(len(ends)), ends, rotation=35, ha="right")
+    axes.set_xlabel("")
+    axes.set_ylim(0, 1)
+    for line, name in zip(axes.containers, ends, strict=False):
+        for part in (line[0], *line[1], *line[2]):
+            part.set_color(COLORS[name])
+        line.set_label("_" + name)
+    return rows
+
+
+def figure_2(curves: Of, settings: tuple[str, ...], out: Path) -> None:
+    """Fig. 2: share of clipped tokens."""
+    figure, axes = bands.new_figure(1, len(settings))
+    rows: bands.Rows = []
+    for panel, setting in zip(axes, settings, strict=True):
+        arms = some(curves, {m: f"{setting} MoE {m}" for m in ("GRPO", "GSPO")})
+        arms |= some(curves, {f"dense {m}": f"{setting} dense {m}" for m in ("GRPO", "GSPO")})
+        label = f"Clipped tokens, setting {setting} [%]"
+        rows += bands.curve_panel(panel, arms, "clipped", label, factor=100, log=True, colors=COLORS)
+        for line in panel.get_lines():
+            if line.get_label().startswith("dense"):
+                line.set_linestyle("--")
+    bands.save(figure, axes, rows, out)
+
+
+def figure_3(curves: Of, settings: tuple[str, ...], out: Path) -> None:
+    """Fig. 3: GRPO with and without Routing Replay; experts changed over a rollout."""
+    figure, axes = bands.new_figure(len(settings), 2)
+    rows: bands.Rows = []
+    for i, setting in enumerate(settings):
+        arms = some(curves, {m: f"{setting} MoE {m}" for m in ("GRPO", "GRPO+R2")})
+        label = f"Training reward, setting {setting}"
+        rows += bands.curve_panel(axes[2 * i], arms, "reward", label, colors=COLORS)
+        axes[2 * i].set_ylim(0, 1)
+        label = f"Experts changed per rollout, setting {setting} [%]"
+        rows += bands.curve_panel(axes[2 * i + 1], arms, "experts_changed", label, factor=100, colors=COLORS)
+        axes[2 * i + 1].set_ylim(bottom=0)
+    bands.save(figure, axes, rows, out)
+
+
+def heat_maps(curves: Of, rates: tuple[str, ...], clips: tuple[int, ...], out: Path) -> None:
+    """Learning rate x clip range, alike for both methods: training reward at the end, mean over the seeds."""
+    figure, axes = bands.new_figure(2, 2, width=3.9)
+    rows: bands.Rows = []
+    for panel, (model, method) in zip(axes, itertools.product(("B MoE", "dense"), ("GRPO", "GSPO")), strict=True):
+        table = np.full((len(rates), len(clips)), np.nan)
+        for i, rate in enumerate(rates):
+            for j, power in enumerate(clips):
+                own = curves(f"{model} {method} lr {rate} clip 2^{power}")
+                if own:
+                    table[i, j] = bands.matrix(own, "reward")[:, -5:].mean()
+        names = [f"x {2.0**power:g}" for power in clips]
+        labels = ("Learning rate", "Clip range")
+        rows += bands.heat_panel(panel, table, list(rates), names, f"{model} {method}", labels=labels)
+    bands.save(figure, axes, rows, out)
+
+
+def dose_response(curves: Of, doses: tuple[int, ...], out: Path) -> None:
+    """Reward and collapse against what the routers' rate is multiplied by, and the placebo."""
+    figure, axes = bands.new_figure(2, 2)
+    x = "Learning rate of the routers over the rest"
+    routers = {m: [(d, curves(f"router x{d} {m}")) for d in doses] for m in (*METHODS, "RSPO")}
+    placebo = {f"{model} {m}": [(d, curves(f"query x{d} {model} {m}")) for d in doses]
+               for model in ("MoE", "dense") for m in ("GRPO", "GSPO")}  # fmt: skip
+    rows = bands.dial_panel(axes[0], routers, PASS, "Held-out pass@1 at the end", x)
+    rows += bands.dial_panel(axes[1], routers, "experts changed per update", "Experts changed per update", x)
+    rows += bands.dial_panel(axes[2], routers, "collapsed", "Share of seeds that collapse", x)
+    rows += bands.dial_panel(axes[3], placebo, PASS, "Held-out pass@1 at the end", f"{x.replace('routers', 'queries')}")
+    for panel in axes:
+        panel.set_xscale("symlog", linthresh=1)
+        panel.set_xticks(doses, [f"{d}" for d in doses])
+    bands.save(figure, axes, rows, out)
+
+
+def draw_all(curves: Of, config, folder: Path) -> list[Path]:
+    """Every figure of which something has run. Returns the figures, without their endings."""
+    settings = tuple(s for s in ("A", "B") if curves(f"{s} MoE GRPO"))
+    drawn = []
+
+    def to(name: str) -> Path:
+        drawn.append(folder / name)
+        return drawn[-1]
+
+    for setting in settings:
+        figure_1(curves, setting, to(f"fig1_{setting.lower()}"))
+    if settings:
+        figure_2(curves, settings, to("fig2"))
+        figure_3(curves, settings, to("fig3"))
+    swept = [name.split(" lr ")[1].split(" clip 2^") for name in config.arms if " lr " in name and curves(name)]
+    if swept:
+        rates = sorted({rate for rate, _ in swept}, key=float)
+        heat_maps(curves, tuple(rates), tuple(sorted({int(power) for _, power in swept})), to("sweep"))
+    doses = {int(name.split()[1][1:]) for name in config.arms if name.startswith("router x") and curves(name)}
+    if doses:
+        dose_response(curves, tuple(sorted(doses)), to("dose"))
+    return drawn

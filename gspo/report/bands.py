@@ -1,0 +1,141 @@
+"""Panels over many seeds: curves with their bands, numbers against a dial, and tables as colours.
+
+Every panel returns what it has drawn as rows for a CSV; `save` writes a figure as PNG, PDF and CSV.
+"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gspo.report.evidence import STATISTICS, WINDOW, band, interval, iqm, smoothed
+from gspo.report.ledger import Curves
+from gspo.report.plots import COLORS, MARKERS, STYLE
+
+Rows = list[dict[str, str]]
+
+
+def matrix(curves: Curves, column: str, length: int = 0) -> np.ndarray:
+    """[seeds, rollouts] of what the rollouts of training say. A run that diverged says nothing after: its reward is 0
+    then, and the rest of it is as it was last."""
+    rows = [curve[column][~np.isnan(curve["reward"])] for curve in curves.values()]
+    length = max([length, *map(len, rows)])
+    missing = [np.full(length - len(row), 0.0 if column == "reward" else row[-1]) for row in rows]
+    return np.stack([np.concatenate(pair) for pair in zip(rows, missing, strict=True)])
+
+
+def curve_panel(
+    axes: Axes,
+    arms: Mapping[str, Curves],
+    column: str,
+    label: str,
+    *,
+    x: str = "rollout",
+    factor: float = 1.0,
+    log: bool = False,
+    window: int = WINDOW,
+    colors: Mapping[str, str] | None = None,
+) -> Rows:
+    """Interquartile mean over seeds with its 95% bootstrap band, each seed as a thin line; all smoothed over `window`
+    rollouts. arms: label -> curves; x: "rollout" or "tokens", in millions then."""
+    rows: Rows = []
+    for i, (name, curves) in enumerate(arms.items()):
+        if not curves:
+            continue
+        color = (colors or {}).get(name, COLORS[i % len(COLORS)])
+        values_SR = np.stack([smoothed(row, window) for row in factor * matrix(curves, column)])
+        at_R = np.arange(1, values_SR.shape[1] + 1) if x == "rollout" else matrix(curves, x).mean(axis=0) / 1e6
+        middle_R, low_R, high_R = band(values_SR)
+        axes.plot(at_R, values_SR.T, color=color, alpha=0.22, linewidth=0.5)
+        axes.fill_between(at_R, low_R, high_R, color=color, alpha=0.2, linewidth=0)
+        axes.plot(at_R, middle_R, color=color, linewidth=1.8, label=f"{name} (n = {len(curves)})")
+        rows += [
+            {"panel": label, "arm": name, x: f"{a:.6g}", "iqm": f"{m:.6g}", "low": f"{lo:.6g}", "high": f"{hi:.6g}"}
+            for a, m, lo, hi in zip(at_R, middle_R, low_R, high_R, strict=True)
+        ]
+    axes.set(xlabel="Rollout" if x == "rollout" else "Training tokens [millions]", ylabel=label)
+    if log:
+        axes.set_yscale("log")
+    axes.margins(x=0.01)
+    return rows
+
+
+def dial_panel(
+    axes: Axes, arms: Mapping[str, Sequence[tuple[float, Curves]]], statistic: str, label: str, dial: str
+) -> Rows:
+    """A statistic of runs against a dial: label -> (position, curves). Points are interquartile means with 95%
+    bootstrap intervals; single seeds are small dots."""
+    rows: Rows = []
+    measure = STATISTICS[statistic]
+    for i, (name, places) in enumerate(arms.items()):
+        color, known = COLORS[i % len(COLORS)], [(at, curves) for at, curves in places if curves]
+        if not known:
+            continue
+        values = [np.array([measure(curve) for curve in curves.values()]) for _, curves in known]
+        at, middle = [at for at, _ in known], [float(iqm(v)) for v in values]
+        edges = np.array([interval(v) for v in values]).T
+        away = np.abs(edges - np.array(middle))
+        counts = sorted({len(v) for v in values})
+        n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        axes.errorbar(at, middle, away, color=color, marker=MARKERS[i % len(MARKERS)], markersize=4.5, linewidth=1.5,
+                      elinewidth=0.9, label=f"{name} (n = {n})")  # fmt: skip
+        for place, own in zip(at, values, strict=True):
+            axes.plot([place] * len(own), own, ".", color=color, alpha=0.35, markersize=3)
+        rows += [
+            {"panel": label, "arm": name, dial: f"{a:g}", "iqm": f"{m:.6g}", "low": f"{lo:.6g}", "high": f"{hi:.6g}"}
+            for a, m, lo, hi in zip(at, middle, *edges, strict=True)
+        ]
+    axes.set(xlabel=dial, ylabel=label)
+    return rows
+
+
+def heat_panel(
+    axes: Axes, table: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, *, labels: tuple[str, str]
+) -> Rows:
+    """Numbers in [0, 1] as colours, with the numbers in them; NaN: not run. The largest is framed."""
+    axes.imshow(table, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    best = np.unravel_index(np.nanargmax(table), table.shape) if not np.isnan(table).all() else None
+    for (i, j), value in np.ndenumerate(table):
+        text = "-" if np.isnan(value) else f"{value:.2f}"
+        axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if value < 0.55 else "black",
+                  weight="bold" if (i, j) == best else "normal")  # fmt: skip
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel=labels[1], ylabel=labels[0], title=title)
+    axes.grid(False)
+    return [
+        {"panel": title, labels[0]: rows[i], labels[1]: columns[j], "value": f"{value:.6g}"}
+        for (i, j), value in np.ndenumerate(table)
+    ]
+
+
+def save(figure: Figure, panels: Sequence[Axes], rows: Rows, out: Path) -> None:
+    """Letters and legends for the panels; OUT.png, OUT.pdf, OUT.csv."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for letter, axes in zip("abcdefgh", panels, strict=False):
+        axes.annotate(letter, (0, 1), (-28, 8), xycoords="axes fraction", textcoords="offset points", weight="bold",
+                      fontsize=11)  # fmt: skip
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=7.5)
+    for ending in ("png", "pdf"):
+        figure.savefig(out.with_suffix(f".{ending}"), metadata={"CreationDate": None} if ending == "pdf" else None)
+    plt.close(figure)
+    fields = list(dict.fromkeys(name for row in rows for name in row))
+    with open(out.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, fields, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def new_figure(rows: int, columns: int, width: float = 3.6, height: float = 2.7) -> tuple[Figure, list[Axes]]:
+    """A figure in the house's style, and its panels in reading order."""
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(
+            rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False
+        )
+        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    return figure, list(grid.flat)
