@@ -108,8 +108,9 @@ class _Crew:
     """Processes at work on runs, each pinned to a core of its own where there are enough: a run's numbers are those of
     one core, however many run beside it."""
 
-    def __init__(self, waiting: list[Run], workers: int, ended: Callable[[Run], None], options: dict[str, Any]):
-        self.waiting, self.ended, self.options = waiting, ended, options
+    def __init__(self, waiting: list[Run], workers: int, ended: Callable[[Run], None], options: dict[str, Any],
+                 child: Callable[[Run, int, dict[str, Any]], None] | None = None):  # fmt: skip
+        self.waiting, self.ended, self.options, self.child = waiting, ended, options, child or _child
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [-1]
         self.places = [cores[i % len(cores)] for i in range(workers)]  # free ones
         self.going: dict[int, tuple[Any, Run, int]] = {}  # sentinel -> process, run, its place
@@ -141,7 +142,7 @@ class _Crew:
         self.waiting.remove(ready)
         place = self.places.pop(0)
         ready.folder.mkdir(parents=True, exist_ok=True)
-        process = multiprocessing.get_context("spawn").Process(target=_child, args=(ready, place, self.options))
+        process = multiprocessing.get_context("spawn").Process(target=self.child, args=(ready, place, self.options))
         process.start()
         self.going[process.sentinel] = (process, ready, place)
         return True
