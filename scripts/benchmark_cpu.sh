@@ -42,7 +42,7 @@ measure long_prompt update long_prompt --repeats=5 --vary=share_prompts=True,Fal
 measure mid update mid --repeats=3
 # 4. time per token as completions grow; completions of mixed length, all at once and some at a time
 measure growth rollout moe --repeats=3 --vary=max_completion_length=64,1024
-measure mixed rollout mixed --repeats=5 --vary=max_num_seqs=0,32
+measure mixed rollout mixed --repeats=5 --vary=max_num_seqs=0,16,32
 # 5. memory of an update with a large vocabulary
 measure vocab update vocab --repeats=1
 # smaller pieces

@@ -16,6 +16,8 @@ from gspo.model.spec import ModelSpec
 from gspo.model.transformer import Output, Transformer
 from gspo.types import Params, Rollout, array
 
+FIRST_WIDTH = 128  # columns that the cache of completions starts with
+
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
@@ -107,3 +109,12 @@ def rollout_of(state: DecodeState, prompt_QP: chex.Array, prompt_lengths_Q: chex
         truncated_B=~state.ended_B,
         decode_steps=state.step,
     )
+
+
+def cache_widths(max_completion_length: int) -> list[int]:
+    """Columns of the cache, stretch by stretch of a rollout: attention reads what there is, so a long completion starts
+    with a short cache. Each stretch is compiled, so they double."""
+    widths = [min(FIRST_WIDTH, max_completion_length)]
+    while widths[-1] < max_completion_length:
+        widths.append(min(2 * widths[-1], max_completion_length))
+    return widths

@@ -5,10 +5,11 @@ one (continuous batching).
         refill    rows that have ended leave their slots, the next ones move in, each with its first token
         decode    one token for every slot, until an eighth of the slots have ended (all, where no row waits)
 
-All slots write their keys and values at the same column of a ring of C columns, one slice per step as in the loop over
-all rows, but each slot sees only the columns since its row moved in: the keys are turned by their positions already, so
-their order is free. A slot holds a copy of its prompt's keys and values. Tokens are drawn with the keys of their row
-and place: what a row says does not depend on its slot, nor on how many there are.
+All slots write their keys and values at the same column of a ring, one slice per step as in the loop over all rows, but
+each slot sees only the columns since its row moved in: the keys are turned by their positions already, so their order
+is free. The ring is as wide as the longest row so far needs, in the steps of `cache_widths`. A slot holds a copy of its
+prompt's keys and values. Tokens are drawn with the keys of their row and place: what a row says does not depend on its
+slot, nor on how many there are.
 
 In this file S are slots. In the arrays of their caches both rows (B) and prompts (Q) are slots.
 """
@@ -20,7 +21,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from gspo.learning.decoded import DecodeState, Decoding, empty_state, rollout_of
+from gspo.learning.decoded import DecodeState, Decoding, cache_widths, empty_state, rollout_of
 from gspo.model.cache import Caches
 from gspo.model.transformer import Output, layers_of
 from gspo.parallel.sharding import ONE_DEVICE, Layout
@@ -108,19 +109,28 @@ def _sample(
     model, C, G = how.model, how.max_completion_length, how.num_generations
     B, S, first_Q = Q * G, num_slots, P - prompt_lengths_Q
     chex.assert_shape(prompt_lengths_Q, (Q,))
-    out, prompts = model.apply({"params": params}, prompt_QP, first_Q, 0, C, method="prefill")
+    widths = cache_widths(C)
+    out, prompts = model.apply({"params": params}, prompt_QP, first_Q, 0, widths[0], method="prefill")
     layers = None if model.spec.scanned else layers_of(params["blocks"], model.spec.num_layers)
     refill = _refill_of(how, params, key, first_row, first_Q, out.hidden_BTD[:, -1], prompts)
     decode = _decode_of(how, params, layers, B, P)
     least = max(1, S // ENDED_SHARE)
 
+    def fits(s: Slots):
+        return jnp.all(_ended(s, B, C) | (s.length_S <= s.caches[0].width))
+
+    def is_left(s: Slots):
+        return fits(s) & ((s.waiting < B) | ~jnp.all(_ended(s, B, C)))
+
     def goes_on(s: Slots):
-        return jnp.sum(_ended(s, B, C)) < jnp.where(s.waiting < B, least, S)
+        return fits(s) & (jnp.sum(_ended(s, B, C)) < jnp.where(s.waiting < B, least, S))
 
     def turn(s: Slots) -> Slots:
         return jax.lax.while_loop(goes_on, decode, refill(s))
 
-    s = jax.lax.while_loop(lambda s: s.waiting < B, turn, _empty_slots(how, out, prompts, key, B, S))
+    s = jax.lax.while_loop(is_left, turn, _empty_slots(how, out, prompts, key, B, S))
+    for width in widths[1:]:
+        s = jax.lax.while_loop(is_left, turn, _widened(s, width))
     return rollout_of(_left(s), prompt_QP, prompt_lengths_Q, jnp.repeat(first_Q, G))
 
 
@@ -145,6 +155,17 @@ def _empty_slots(how: Decoding, out: Output, prompts: Caches, key: chex.PRNGKey,
         last_S=zero_S,
         ended_S=jnp.zeros((S,), bool),
     )
+
+
+def _widened(s: Slots, width: int) -> Slots:
+    """A wider ring for rows of which one has filled it, laid out anew: the oldest column first."""
+
+    def from_oldest(dims, x):
+        return jnp.roll(x, -s.column, axis=dims.index("C")) if "C" in dims else x
+
+    full = s.caches[0].width
+    caches = tuple(map_arrays(from_oldest, cache).widened(width) for cache in s.caches)
+    return s.replace(caches=caches, column=jnp.int32(full), begin_S=full + 1 - s.length_S)
 
 
 def _refill_of(how: Decoding, params, key, first_row, first_Q, last_QD, prompts: Caches):
@@ -185,7 +206,8 @@ def _decode_of(how: Decoding, params, layers, B: int, P: int):
     def decode(s: Slots) -> Slots:
         live_S, fed_S = ~_ended(s, B, C), P + s.length_S - 1
         seen_SP = jnp.arange(P) >= s.first_S[:, None]
-        seen_SC = (jnp.arange(C) - s.begin_S[:, None]) % C < s.length_S[:, None]
+        width = s.caches[0].width
+        seen_SC = (jnp.arange(width) - s.begin_S[:, None]) % width < s.length_S[:, None]
         args = (s.last_S, fed_S - s.first_S, seen_SP, seen_SC, s.caches, s.column, layers)
         out, caches = how.model.apply({"params": params}, *args, method="decode")
         token_S, logp_S = how.next_token(params, s.key_S, out.hidden_BTD[:, 0], s.length_S)
@@ -197,7 +219,7 @@ def _decode_of(how: Decoding, params, layers, B: int, P: int):
         return s.replace(
             written=_append(written, live_S, s.row_S, s.length_S, token_S, logp_S),
             caches=caches,
-            column=(s.column + 1) % C,
+            column=(s.column + 1) % width,
             length_S=s.length_S + live_S,
             last_S=token_S,
             ended_S=s.ended_S | (live_S & how.is_end(token_S)),

@@ -10,13 +10,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from gspo.learning.decoded import DecodeState, Decoding, append, empty_state, rollout_of
+from gspo.learning.decoded import DecodeState, Decoding, append, cache_widths, empty_state, rollout_of
 from gspo.learning.refill import check_slots, sample_in_slots
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer, layers_of
 from gspo.types import Params, Rollout
 
-FIRST_WIDTH = 128  # columns that the cache of completions starts with
 FLOAT32 = ("router", "scale")  # names of parameters that are used in float32 whatever the compute dtype
 
 
@@ -103,12 +102,3 @@ def make_sampler(
         return on_mesh(rollout_of(state, prompt_QP, prompt_lengths_Q, first_B))
 
     return jax.jit(jax.named_scope("rollout")(sample))
-
-
-def cache_widths(max_completion_length: int) -> list[int]:
-    """Columns of the cache, stretch by stretch of a rollout: attention reads what there is, so a long completion starts
-    with a short cache. Each stretch is compiled, so they double."""
-    widths = [min(FIRST_WIDTH, max_completion_length)]
-    while widths[-1] < max_completion_length:
-        widths.append(min(2 * widths[-1], max_completion_length))
-    return widths

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from gspo.learning import decoded
 from gspo.learning.sampler import make_sampler
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer
@@ -140,6 +141,15 @@ def test_the_sampler_is_compiled_once():
     for key in range(5, 8):
         sample(*arguments(MOE, key))
     assert sample._cache_size() == 1
+
+
+def test_a_ring_that_grows_changes_no_row(monkeypatch):
+    # Catches columns that are lost or misplaced where the ring is widened, a row that is decoded past its width, and
+    # slots that are left undecoded or unfilled behind the last stretch.
+    monkeypatch.setattr(decoded, "FIRST_WIDTH", 1)
+    grown = sampler_of.__wrapped__(*CUT, 5)
+    for key in range(4):
+        assert_same_rows(jax.device_get(grown(*arguments(DENSE, key))), roll(CUT, key))
 
 
 # ---------------------------------------------------------------- meshes
