@@ -122,6 +122,7 @@ def rl() -> ConfigDict:
     config.top_k = 0
     config.top_p = 1.0
     config.min_p = 0.0
+    config.max_num_seqs = 0  # rows decoded at a time: one that has ended makes room for a waiting one; 0: all at once
     config.old_logps = "sampler"  # sampler | learner: whose log-probs of the rollout are the old policy's
     config.objective = (
         ConfigDict(  # None: as the preset has it, else the default; all are explained in gspo/objectives/presets.py

@@ -5,7 +5,8 @@
     mid          D 512, 8 layers, 16 experts of which 4 run: how close an update comes to the machine's matrix product
     long_prompt  as moe, prompts of 512 tokens: what it is worth to compute a prompt once per group
     vocab        as dense, 151,936 ids, 4 rows of 2,048 tokens: memory of the update
-    mixed        as moe, 8 of 514 ids end a completion: lengths are about geometric, mean 64, at most 512
+    mixed        as moe, 8 of 514 ids end a completion: lengths are about geometric, mean 64, at most 512. 32 prompts:
+                 the 256 rows are to be several times those that max_num_seqs decodes at a time
     qwen3-1.7b, moe-150m, moe-500m   for a GPU: 8 x 8 rows of 512 tokens
     tiny         for tests
 
@@ -42,7 +43,7 @@ VARIANTS = {
         dict(num_prompts=1, num_generations=4, max_prompt_length=1024, max_completion_length=1024,
              updates_per_rollout=1),
     ),
-    "mixed": (MOE, dict(max_completion_length=512)),
+    "mixed": (MOE, dict(num_prompts=32, max_completion_length=512)),
     "qwen3-1.7b": (models.model("qwen3-1.7b").to_dict(), GPU),
     "moe-150m": (dict(models.model("moe-150m").to_dict(), vocab_size=8192), GPU),
     "moe-500m": (dict(models.model("moe-500m").to_dict(), vocab_size=8192), GPU),

@@ -44,7 +44,7 @@ def rows_to_divide(config: ConfigDict) -> tuple[int, ...]:
     numbers: how many devices there may be is then for the user to say."""
     runs = [run for run in (config, *config.values()) if isinstance(run, ConfigDict) and "mesh" in run]
     changed = {name for field in leaf_fields(config.get("arms", ConfigDict())) for name in field.split(".")}
-    if changed & {"mesh", "num_prompts", "num_generations", "updates_per_rollout", "micro_batch_size"}:
+    if changed & {"mesh", "num_prompts", "num_generations", "updates_per_rollout", "micro_batch_size", "max_num_seqs"}:
         return ()
     if any(run.mesh.to_dict() != {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1} for run in runs):
         return ()
@@ -53,6 +53,7 @@ def rows_to_divide(config: ConfigDict) -> tuple[int, ...]:
         if "num_rollouts" in run:
             minibatch = run.num_prompts * run.num_generations // max(run.updates_per_rollout, 1)
             rows += [run.num_prompts, run.micro_batch_size or minibatch]
+            rows += [run.max_num_seqs] * bool(run.max_num_seqs)
         else:
             rows += [run.micro_batch_size or run.batch_size]
     return tuple(rows)
@@ -75,6 +76,7 @@ def rl_plan(config: ConfigDict, workdir: str = "") -> plans.RLPlan:
             num_prompts=config.num_prompts,
             num_generations=config.num_generations,
             sampling=Sampling(config.temperature, config.top_k, config.top_p, config.min_p),
+            max_num_seqs=config.max_num_seqs,
             **config.mismatch.to_dict(),
         ),
         experience=_experience(config),
@@ -133,7 +135,9 @@ def _common(config: ConfigDict, workdir: str, *, total_steps: int, eval_at_a_tim
             router_aux_loss_coef=config.get("router_aux_loss_coef", 0.0),
             router_z_loss_coef=config.get("router_z_loss_coef", 0.0),
         ),
-        "evaluation": plans.EvaluationPlan(**config.eval.to_dict(), at_a_time=eval_at_a_time),
+        "evaluation": plans.EvaluationPlan(
+            **config.eval.to_dict(), at_a_time=eval_at_a_time, max_num_seqs=config.get("max_num_seqs", 0)
+        ),
         "checkpoint": plans.CheckpointPlan(**config.checkpoint.to_dict()),
         "log": plans.LogPlan(
             num_samples=config.log.num_samples,

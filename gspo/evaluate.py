@@ -9,7 +9,6 @@ import numpy as np
 from gspo import plans
 from gspo.data.tokenizer import Tokenizer
 from gspo.generate import Generator, judge, prompt_source, sample_line
-from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer, abstract_params
 from gspo.run.checkpoint import restore_params
 from gspo.run.identity import check_identity, dated_tokenizer, identity
@@ -31,8 +30,8 @@ class Writer(NamedTuple):
 def make_writer(plan: plans.RunPlan, model: Transformer, tokenizer: Tokenizer) -> Writer:
     """A sampler of its own for evaluation: at eval.temperature, without cuts and without an injected mismatch."""
     sampled = model.clone(layout=make_rollout_layout(plan.mesh, model.layout))
-    sampling, k = Sampling(plan.evaluation.temperature), plan.evaluation.num_generations_eval
-    return Writer(make_rollout_params(plan.mesh, model), sampler_of(sampled, plan.data, tokenizer, sampling, k))
+    sampler = sampler_of(sampled, plan.data, tokenizer, *plan.evaluation.drawn)
+    return Writer(make_rollout_params(plan.mesh, model), sampler)
 
 
 def make_evaluator(

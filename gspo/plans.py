@@ -90,6 +90,7 @@ class RolloutPlan:
     num_prompts: int
     num_generations: int
     sampling: Sampling
+    max_num_seqs: int  # 0: all rows at once
     params: str
     router_noise: float
     expert_swap: float
@@ -102,16 +103,27 @@ class RolloutPlan:
                 f"temperature={self.sampling.temperature}: training needs a positive one; 0 (greedy) is for "
                 "eval.temperature"
             )
+        need(self.max_num_seqs >= 0, "max_num_seqs", self.max_num_seqs, "must be >= 0 (0: all rows at once)")
         one_of("mismatch.params", self.params, ROUNDINGS)
         if self.router_noise < 0 or not 0 <= self.expert_swap <= 1 or self.stale_rollouts < 0:
             raise UserError(
                 "mismatch: router_noise and stale_rollouts must not be negative, and expert_swap lies in [0, 1]"
+            )
+        if self.max_num_seqs and (self.router_noise or self.expert_swap):
+            raise UserError(
+                f"max_num_seqs={self.max_num_seqs}: mismatch.router_noise and mismatch.expert_swap are drawn for all "
+                "rows of a step together; set max_num_seqs=0"
             )
 
     @property
     def differs(self) -> bool:
         """Whether the sampler is made to differ from the learner."""
         return bool(self.params != "float32" or self.router_noise or self.expert_swap or self.stale_rollouts)
+
+    @property
+    def drawn(self) -> tuple[Sampling, int, int]:
+        """How, how many for each prompt, how many at a time: what `steps.sampler_of` takes."""
+        return self.sampling, self.num_generations, self.max_num_seqs
 
     @property
     def rows(self) -> int:
@@ -193,10 +205,16 @@ class EvaluationPlan:
     num_generations_eval: int
     temperature: float
     at_a_time: int  # prompts of one call of the sampler
+    max_num_seqs: int  # rows that it decodes at a time; 0: all
 
     def __post_init__(self):
         positive(self, "num_prompts", "num_generations_eval", under="eval.")
         need(self.temperature >= 0, "eval.temperature", self.temperature, "must be >= 0 (0 is greedy)")
+
+    @property
+    def drawn(self) -> tuple[Sampling, int, int]:
+        """As `RolloutPlan.drawn`: without cuts."""
+        return Sampling(self.temperature), self.num_generations_eval, self.max_num_seqs
 
 
 @dataclasses.dataclass(frozen=True)

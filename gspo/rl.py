@@ -26,7 +26,6 @@ from gspo.learning.drift import DISTANCES
 from gspo.learning.learner import make_ref_sync
 from gspo.learning.state import copy_tree
 from gspo.masked import Metrics, added, values
-from gspo.model.distribution import Sampling
 from gspo.objectives import warnings_of
 from gspo.parallel import distributed
 from gspo.resume import open_run, tokenizer_of_run
@@ -171,8 +170,7 @@ def _warnings(plan: plans.RLPlan) -> list[str]:
 
 def _shared_writer(plan: plans.RLPlan, steps: Steps) -> Writer | None:
     """The sampler of the rollouts, where evaluation draws in the same way: one compilation for both."""
-    own = (Sampling(plan.evaluation.temperature), plan.evaluation.num_generations_eval)
-    shared = own == (plan.rollout.sampling, plan.rollout.num_generations)
+    shared = plan.evaluation.drawn == plan.rollout.drawn
     shared = shared and not (plan.rollout.router_noise or plan.rollout.expert_swap)
     return Writer(steps.rollout_params, steps.sampler) if shared else None
 

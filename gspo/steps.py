@@ -64,7 +64,12 @@ def optimizer_of(plan: plans.OptimizerPlan, **changes: float) -> tuple[optax.Gra
 
 
 def sampler_of(
-    model: Transformer, data: plans.DataPlan, tokenizer: Tokenizer, sampling: Sampling, num_generations: int
+    model: Transformer,
+    data: plans.DataPlan,
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    num_generations: int,
+    max_num_seqs: int,
 ):
     return make_sampler(
         model,
@@ -73,6 +78,7 @@ def sampler_of(
         eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
         sampling=sampling,
+        max_num_seqs=max_num_seqs,
     )
 
 
@@ -191,7 +197,7 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         objective=objective,
         sampling=plan.rollout.sampling,
         rollout_params=make_rollout_params(plan.mesh, model),
-        sampler=sampler_of(sampled, plan.data, tokenizer, plan.rollout.sampling, plan.rollout.num_generations),
+        sampler=sampler_of(sampled, plan.data, tokenizer, *plan.rollout.drawn),
         scorer=make_scorer(
             model,
             completion_width=plan.data.max_completion_length,

@@ -87,7 +87,8 @@ class Rollout:
     routes_LBTX          int     experts that ran in each layer for each token; -1 where nothing was recorded. None for
                          dense models
     truncated_B          bool    the row was cut off at C tokens without an end-of-sequence token
-    decode_steps         int32   scalar: tokens that the decode loop drew per row, the length of the longest completion
+    decode_steps         int32   scalar: tokens that the decode loop drew per row, the length of the longest completion;
+                         where rows are decoded some at a time, per slot, on the device with most
     """
 
     tokens_BT: chex.Array = array("BT")

@@ -36,13 +36,13 @@ measure compile_moe compile moe --repeats=3
 measure compile_dense compile dense --repeats=3
 measure step_moe step moe
 measure step_dense step dense
-# 2. prompts of 512 tokens: the field that switches shared prompts is given by SHARE
-measure long_prompt update long_prompt --repeats=5 ${SHARE:+--vary="$SHARE"}
+# 2. prompts of 512 tokens, each once for its group or with every completion
+measure long_prompt update long_prompt --repeats=5 --vary=share_prompts=True,False
 # 3. a model of middle size against the matrix product
 measure mid update mid --repeats=3
-# 4. time per token as completions grow; completions of mixed length: REFILL is the field that switches refilling
+# 4. time per token as completions grow; completions of mixed length, all at once and some at a time
 measure growth rollout moe --repeats=3 --vary=max_completion_length=64,1024
-measure mixed rollout mixed --repeats=5 ${REFILL:+--vary="$REFILL"}
+measure mixed rollout mixed --repeats=5 --vary=max_num_seqs=0,16,32
 # 5. memory of an update with a large vocabulary
 measure vocab update vocab --repeats=1
 # smaller pieces

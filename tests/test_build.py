@@ -31,6 +31,20 @@ def test_a_number_that_must_be_positive_is_named_with_its_section(tmp_path, valu
         build.rl_plan(rl_config(tmp_path, **{"eval.num_prompts": value}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_num_seqs": -1}, r"max_num_seqs=-1: must be >= 0 \(0: all rows at once\)"),
+        ({"max_num_seqs": 4, "mismatch.router_noise": 0.1}, "max_num_seqs=4: .*router_noise.*set max_num_seqs=0"),
+        ({"max_num_seqs": 4, "mismatch.expert_swap": 0.1}, "max_num_seqs=4: .*expert_swap.*set max_num_seqs=0"),
+    ],
+)
+def test_rows_at_a_time_that_cannot_be_are_refused(tmp_path, changes, message):
+    # Catches a negative number taken for "all", and noise of a step under which a row would depend on its slot.
+    with pytest.raises(UserError, match=f"^{message}$"):
+        build.rl_plan(rl_config(tmp_path, old_logps="learner", **changes))
+
+
 def test_rows_that_devices_would_share_are_those_of_all_runs_of_a_config():
     # Catches a cold start, a micro-batch or an arm whose rows two devices cannot share, found after the devices were
     # made; and devices along an axis that the user has not left open.
@@ -42,6 +56,8 @@ def test_rows_that_devices_would_share_are_those_of_all_runs_of_a_config():
     assert sorted(build.rows_to_divide(several)) == [64, 128, 128]
     several.arms.GRPO.micro_batch_size = 3
     assert build.rows_to_divide(several) == ()
+    config.max_num_seqs = 48
+    assert build.rows_to_divide(config) == (64, 32, 48)
     config.mesh.fsdp = 2
     assert build.rows_to_divide(config) == ()
     config = base.sft()

@@ -120,7 +120,7 @@ def parts_of(config: ConfigDict) -> tuple[RunPlan, Tokenizer, Layout, Transforme
 
 
 def patch_samplers(patch: pytest.MonkeyPatch, make) -> None:
-    """Every sampler is made by make(model, data plan, tokenizer, sampling, num_generations)."""
+    """Every sampler is made by make(*arguments of `steps.sampler_of`)."""
     for module in (steps, evaluate):
         patch.setattr(module, "sampler_of", make)
 

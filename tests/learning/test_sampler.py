@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspo.learning import sampler
+from gspo.learning import decoded
 from gspo.learning.sampler import make_sampler
 from gspo.learning.scores import score_completions
 from gspo.model.distribution import Sampling
@@ -304,8 +304,8 @@ def test_a_cache_that_grows_changes_no_token(monkeypatch):
 
     wide = tokens()
     assert wide.completion_lengths_B.max() == C
-    monkeypatch.setattr(sampler, "FIRST_WIDTH", 1)
-    assert sampler.cache_widths(C) == [1, 2, 4, C]
+    monkeypatch.setattr(decoded, "FIRST_WIDTH", 1)
+    assert decoded.cache_widths(C) == [1, 2, 4, C]
     grown = tokens()
     np.testing.assert_array_equal(grown.tokens_BT, wide.tokens_BT)
     np.testing.assert_allclose(grown.logp_BC, wide.logp_BC, atol=1e-5)

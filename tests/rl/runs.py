@@ -19,7 +19,7 @@ FAST = {
 
 
 def replace_sampler(monkeypatch, wrap):
-    """Every sampler of the test is wrap(sampler, model, data plan, tokenizer, sampling, num_generations)."""
+    """Every sampler of the test is wrap(sampler, *arguments of `steps.sampler_of`)."""
     make = steps.sampler_of
     patch_samplers(monkeypatch, lambda *args: wrap(make(*args), *args))
 

@@ -32,8 +32,8 @@ def stale(sample, *_):
     return sample_from_kept
 
 
-def warmer(_, model, data, tokenizer, sampling, num_generations):
-    return MAKE_SAMPLER(model, data, tokenizer, Sampling(1.3 * sampling.temperature), num_generations)
+def warmer(_, model, data, tokenizer, sampling, *rest):
+    return MAKE_SAMPLER(model, data, tokenizer, Sampling(1.3 * sampling.temperature), *rest)
 
 
 def misplaced(sample, *_):

@@ -96,6 +96,26 @@ def test_all_minibatches_of_a_rollout_share_its_old_log_probs_and_move_away_from
     assert lines[0]["log_ratio/first_abs_max"] < 1e-5 < lines[0]["log_ratio/abs_max"]
 
 
+@pytest.mark.slow
+def test_rows_decoded_some_at_a_time_train_the_same_policy(folder, tmp_path, monkeypatch):
+    # Catches a field that ends in the plan, and rows, old log-probs, routes or ends that are others than those of all
+    # rows at once.
+    changes = FAST | {"num_rollouts": 1, "eval.every": 1, "router_replay.mode": "R3"}
+    draws = []
+    replace_sampler(monkeypatch, lambda sample, *_: lambda *args: (draws.append(sample(*args)), draws[-1])[1])
+    for name, slots in (("all", 0), ("some", 3)):
+        rl.train(build.rl_plan(rl_config(folder, max_num_seqs=slots, **changes)), tmp_path / name)
+    passes = [int(rollout.decode_steps) for rollout in draws]  # of a rollout between two evaluations, twice
+    assert (
+        len(passes) == 6 and max(passes[:3]) <= 6 and all(x >= 2 * y for x, y in zip(passes[3:], passes, strict=False))
+    )
+    whole, some = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("all", "some"))
+    for expected, line in zip(whole, some, strict=True):
+        assert line.keys() == expected.keys()
+        for field, value in expected.items():
+            np.testing.assert_allclose(line[field], value, rtol=1e-3, atol=1e-5, err_msg=field)
+
+
 def test_the_metrics_of_a_rollout_sum_up_its_updates(updates):
     # Catches a mean of means (the updates hold 1, 2 and 5 rows), a mean of maxima, a minimum that is averaged, drift
     # per update taken from the first minibatch (always 0).
