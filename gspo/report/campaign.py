@@ -17,6 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from gspo import build, rl, sft
 from gspo.parallel import distributed
@@ -111,15 +116,14 @@ class _Crew:
     def __init__(self, waiting: list[Run], workers: int, ended: Callable[[Run], None], options: dict[str, Any],
                  child: Callable[[Run, int, dict[str, Any]], None] | None = None):  # fmt: skip
         self.waiting, self.ended, self.options, self.child = waiting, ended, options, child or _child
+        self.board = Board(len(waiting), sum(run.length - run.done for run in waiting))
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [-1]
         self.places = [cores[i % len(cores)] for i in range(workers)]  # free ones
         self.going: dict[int, tuple[Any, Run, int]] = {}  # sentinel -> process, run, its place
-        self.total, self.finished = len(waiting), 0
-        self.began, self.steps = time.perf_counter(), sum(run.length - run.done for run in waiting)
 
     def work(self) -> None:
         failure = None
-        with StopSignal() as stop:
+        with StopSignal() as stop, self.board:
             while self.going or (self.waiting and not failure and not stop.requested):
                 while self.places and not failure and not stop.requested and self._start_next():
                     pass
@@ -128,8 +132,9 @@ class _Crew:
                 if failure or stop.requested:
                     for process, _, _ in self.going.values():
                         process.terminate()  # it saves what it has, and leaves
+                self.board.draw([run for _, run, _ in self.going.values()], self.waiting)
         if stop.requested:
-            raise stop.leave(f"{self.finished} of {self.total} runs ended; start the same command again to go on")
+            raise stop.leave(f"{self.board.ended} of {self.board.total} runs ended; start the same command again to go on")
         if failure:
             raise UserError(failure)
 
@@ -153,21 +158,64 @@ class _Crew:
         process.join()
         self.places.append(place)
         if process.exitcode == 0:
-            self.finished += 1
             self.ended(run)
-            self._report(run)
+            self.board.tell(run)
         elif process.exitcode not in (128 + signal.SIGTERM, -signal.SIGTERM):
             lines = (run.folder / LOG).read_text().strip().splitlines() or ["it said nothing"]
             return f"{run.name} failed: {lines[-1].removeprefix('error: ')} ({run.folder / LOG})"
         return None
 
-    def _report(self, run: Run) -> None:
-        going = sum(run.done for _, run, _ in self.going.values())
-        left = sum(run.length for run in self.waiting) + sum(run.length for _, run, _ in self.going.values()) - going
-        seconds = time.perf_counter() - self.began
-        eta = duration(seconds * left / max(self.steps - left, 1))
+
+class Board:
+    """How far the whole is: on a terminal a table of what runs and how long all will take, elsewhere a line for each
+    run that has ended. A context manager."""
+
+    SECONDS = 2.0  # between two looks at the files of the runs
+
+    def __init__(self, total: int, steps: int):
+        self.total, self.ended, self.steps, self.left = total, 0, steps, steps
+        self.began, self.drawn = time.perf_counter(), 0.0
+        console = Console()
+        self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+
+    def __enter__(self) -> "Board":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def draw(self, going: Sequence[Run], waiting: Sequence[Run]) -> None:
+        if time.perf_counter() < self.drawn + self.SECONDS:
+            return
+        self.drawn = time.perf_counter()
+        self.left = sum(run.length - run.done for run in going) + sum(run.length for run in waiting)
+        if not self.live:
+            return
+        table = Table.grid(padding=(0, 2))
+        for run in going:
+            lines = read_jsonl(run.folder / "metrics.jsonl") if (run.folder / "metrics.jsonl").exists() else []
+            reward = next((line["reward/mean"] for line in reversed(lines) if "reward/mean" in line), None)
+            said = "compiling" if not lines else "" if reward is None else f"reward {reward:.3f}"
+            table.add_row(run.name, ProgressBar(run.length, run.done, width=30), f"{run.done}/{run.length}", said)
+        head = Text(f"{self.ended} of {self.total} runs, {self.eta()} left", style="bold")
+        self.live.update(Group(head, table), refresh=True)
+
+    def tell(self, run: Run) -> None:
+        """A run has ended."""
+        self.ended += 1
         how = "diverged" if run.diverged else "done"
-        print(f"{self.finished}/{self.total}  {run.name}: {how}  ETA {eta}", flush=True)
+        line = f"{self.ended}/{self.total}  {run.name}: {how}  ETA {self.eta()}"
+        if self.live:
+            self.live.console.print(line, highlight=False)
+        else:
+            print(line, flush=True)
+
+    def eta(self) -> str:
+        done = self.steps - self.left
+        return duration((time.perf_counter() - self.began) / done * self.left) if done > 0 else "-"
 
 
 def _child(run: Run, place: int, options: dict[str, Any]) -> None:
