@@ -80,6 +80,11 @@ def rl() -> ConfigDict:
     return config
 
 
+def setting(name: str) -> dict:
+    """What makes a MoE of this setting learn as it does."""
+    return rate(RATES["A"]) if name == "A" else joined(rate(RATES["B"]), lr_scale("router=20"))
+
+
 def get_config():
     paper = Paper(cold_start(), rl())
     coarse, fine = paper.cold("coarse", model=COARSE), paper.cold("fine", model=FINE)
@@ -87,9 +92,8 @@ def get_config():
     both = methods(GRPO, GSPO)
 
     # ------------------------------------------------------------------ Fig. 1 to 3, and the interaction: A and B
-    setting = {"A": rate(RATES["A"]), "B": joined(rate(RATES["B"]), lr_scale("router=20"))}
     for name, cold in (("A", coarse), ("B", fine)):
-        arms = [paper.arm(f"{name} MoE {method}", cold, setting[name], both[method]) for method in both]
+        arms = [paper.arm(f"{name} MoE {method}", cold, setting(name), both[method]) for method in both]
         plain = rate(RATES[name])
         arms += [paper.arm(f"{name} dense {method}", dense, plain, both[method]) for method in ("GRPO", "GSPO")]
         paper.figure(f"curves_{name.lower()}", SEEDS, arms)
@@ -125,12 +129,12 @@ def get_config():
     arms = []
     for layers in (2, 8):
         deep = paper.cold(f"fine {layers} layers", model=FINE | {"num_layers": layers})
-        arms += [paper.arm(f"{layers} layers {m}", deep, setting["B"], both[m]) for m in ("GRPO", "GSPO")]
+        arms += [paper.arm(f"{layers} layers {m}", deep, setting("B"), both[m]) for m in ("GRPO", "GSPO")]
     paper.figure("depth", FEWER, arms)
 
     ranges = {"gspo_token": dict(epsilon=GSPO[0], epsilon_high=GSPO[1])}  # the others': their papers'
     arms = [
-        paper.arm(f"B MoE {preset}", fine, setting["B"], {"objective": {"preset": preset, **ranges.get(preset, {})}})
+        paper.arm(f"B MoE {preset}", fine, setting("B"), {"objective": {"preset": preset, **ranges.get(preset, {})}})
         for preset in OTHERS
     ]
     paper.figure("objectives", FEWER, arms)
@@ -138,7 +142,7 @@ def get_config():
     replays = {f"{m}{r}": joined(both[m], x) for m in ("GRPO", "GSPO") for r, x in (("", {}), ("+R2", R2), ("+R3", R3))}
     exact, other = [], []
     for updates in STALENESS:
-        at = joined(setting["B"], {"updates_per_rollout": updates})
+        at = joined(setting("B"), {"updates_per_rollout": updates})
         exact += [paper.arm(f"{updates} updates {method}", fine, at, both[method]) for method in both]
         for method, changes in replays.items():
             other.append(paper.arm(f"{updates} updates mismatch {method}", fine, at, MISMATCH, changes))
@@ -151,8 +155,16 @@ def get_config():
         "learner": MISMATCH,
     }
     for whose, changes in taken.items():
-        arms += [paper.arm(f"old by {whose} {m}", fine, setting["B"], changes, both[m]) for m in ("GRPO", "GSPO")]
+        arms += [paper.arm(f"old by {whose} {m}", fine, setting("B"), changes, both[m]) for m in ("GRPO", "GSPO")]
     paper.figure("old_logps", FEWER, arms)
+
+    # ------------------------------------------------------------------ a collapse, from its checkpoint before
+    kept = {"checkpoint": {"keep_last": 10}}
+    narrow = methods(scaled(GRPO, 0.5), GSPO)["GRPO"]
+    arms = [paper.arm("B MoE GRPO kept", fine, setting("B"), both["GRPO"], kept)]
+    for name, changes in {**both, "GRPO narrow": narrow}.items():
+        arms.append(paper.arm(f"again {name}", "B MoE GRPO kept@20", setting("B"), changes))
+    paper.figure("again", FEWER, arms)
 
     # ------------------------------------------------------------------ length, and why the ratio is normalised by it
     arms = []
@@ -161,6 +173,6 @@ def get_config():
         at = methods(GRPO, scaled(GSPO, (DIGITS / number) ** 0.5))
         at["sum"] = {"objective": {"preset": "grpo", "importance_sampling_level": "sequence_sum"}}
         for method in ("GRPO", "GSPO", "sum"):
-            arms.append(paper.arm(f"{number} digits {method}", cold, setting["B"], digits(number), at[method]))
+            arms.append(paper.arm(f"{number} digits {method}", cold, setting("B"), digits(number), at[method]))
     paper.figure("length", FEWER, arms)
     return paper.config

@@ -1,20 +1,22 @@
-"""One cold start, then several objectives from it: same prompts, same keys, a closing table and a figure.
+"""Several objectives from one cold start, on the same prompts with the same keys: a table, and a figure that shows
+whether the run is an ordinary one.
 
 python experiments/compare.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Leaves in the workdir: cold/ and one folder per arm and seed, table.md, curves.png. Run again, it resumes where it was
-stopped. A cell without a number, "-", is of what the arm has not: a dense model changes no experts.
+Leaves in the workdir: cold/ and a folder for each arm and seed, table.md, curves.png. Run again, it goes on where it
+was stopped. A cell without a number, "-", is of what the arm has not: a dense model changes no experts.
 """
 
 import statistics
 import time
 from pathlib import Path
 
+from configs import base
 from gspo import rl
 from gspo.parallel import distributed
-from gspo.report import tables
-from gspo.report.arms import train_arms
-from gspo.report.plots import plot_curves
+from gspo.report import arms, bands, tables
+from gspo.report.ledger import Curve, Ledger, curve_of
+from gspo.report.plots import COLORS
 from gspo.run import cli
 
 COLUMNS = (
@@ -32,16 +34,43 @@ COLUMNS = (
 def main() -> None:
     config, workdir = cli.FLAGS.config, Path(cli.FLAGS.workdir)
     start = time.perf_counter()
-    folders = train_arms(config, workdir, allow_changed_config=cli.FLAGS.allow_changed_config)
+    folders = arms.trained(config, workdir, allow_changed_config=cli.FLAGS.allow_changed_config)
     if not distributed.is_primary():
         return
     rows = [row(arm, seeds) for arm, seeds in folders.items()]
     (workdir / "table.md").write_text(tables.markdown(rows, COLUMNS))
-    runs = [(arm, folder) for arm, seeds in folders.items() for folder in seeds]
-    plot_curves([folder for _, folder in runs], [arm for arm, _ in runs], workdir / "curves.png")
+    ledger = Ledger(Path(config.reference), base.rl())
+    own = {arm: [curve_of(folder) for folder in seeds] for arm, seeds in folders.items()}
+    known = draw(own, ledger, workdir / "curves.png")
     tables.show(rows, COLUMNS)
     seconds = time.perf_counter() - start
     print(f"curves: {workdir / 'curves.png'}   table: {workdir / 'table.md'}   {seconds:.0f} s in all")
+    print(closing({len(seeds) for seeds in folders.values()}, known))
+
+
+def closing(seeds: set[int], known: int) -> str:
+    """What such a run can show, and what it cannot."""
+    few = "One seed shows" if seeds == {1} else f"{min(seeds)} seeds show"
+    return (
+        f"{few} what can happen, not how often: arms of one seed differ by chance too. The shaded range is that\n"
+        f"of {known} seeds with the same settings; verdicts with controls and intervals: experiments/README.md."
+    )
+
+
+def draw(own: dict[str, list[Curve]], ledger: Ledger, out: Path) -> int:
+    """Reward of each arm in a panel, over the range of the seeds in the ledger; clipped tokens of all. Returns how many
+    seeds there are."""
+    figure, axes = bands.new_figure(1, len(own) + 1, width=3.0)
+    known = 0
+    for i, (panel, (arm, curves)) in enumerate(zip(axes, own.items(), strict=False)):
+        before = ledger.curves(arm)
+        known = max(known, len(before))
+        bands.ordinary_panel(panel, dict(enumerate(curves)), before, "reward", arm, color=COLORS[i])
+        panel.set(ylim=(0, 1), ylabel="Training reward" if i == 0 else "")
+    clipped = {arm: dict(enumerate(curves)) for arm, curves in own.items()}
+    bands.curve_panel(axes[-1], clipped, "clipped", "Clipped tokens [%]", factor=100, log=True)
+    bands.save(figure, axes, [], out)
+    return known
 
 
 def row(arm: str, folders: list[Path]) -> list[str]:
@@ -75,4 +104,4 @@ def median(numbers: list[float]) -> float | None:
 
 if __name__ == "__main__":
     cli.define_flags()
-    cli.run(main, needs="arms")
+    cli.run(main, needs="figures")

@@ -44,8 +44,10 @@ def train(config: ConfigDict, workdir: Path, ledger: Ledger) -> None:
     asked = cli.FLAGS
     runs = runs_of(config, workdir, figures=asked.figures, arms=asked.arms, seeds=map(int, asked.seeds))
     missing = [run for run in runs if run.cold and not ledger.has(run)]
-    needed = {run.cold for run in missing}
-    runs = [run for run in runs if run in missing or run.folder in needed]
+    needed = {run.folder for run in missing}
+    for run in reversed(runs):  # what they begin with, and what that begins with
+        needed |= {run.cold} if run.folder in needed else set()
+    runs = [run for run in runs if run.folder in needed]
     for run in missing:
         if run.ended:  # and the ledger was lost, or is another
             ledger.add(run)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import base, gspo_running_sum, quickstart
+from configs import base, gspo_running_sum, objectives
 from gspo import build
 from gspo.types import UserError
 from tests.tiny_runs import rl_config
@@ -52,7 +52,7 @@ def test_rows_that_devices_would_share_are_those_of_all_runs_of_a_config():
     assert build.rows_to_divide(config) == (64, 128)
     config.micro_batch_size = 32
     assert build.rows_to_divide(config) == (64, 32)
-    several = quickstart.get_config()
+    several = objectives.get_config()
     assert sorted(build.rows_to_divide(several)) == [64, 128, 128]
     several.arms.GRPO.micro_batch_size = 3
     assert build.rows_to_divide(several) == ()

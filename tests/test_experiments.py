@@ -8,7 +8,7 @@ import pytest
 
 from gspo import evaluate
 from gspo.parallel import distributed
-from gspo.report import aot, arms, tables
+from gspo.report import aot, arms, campaign, tables
 from tests.tiny_runs import command, contents, kept_compiles  # noqa: F401 - fixtures
 
 CONFIG_FILE = """
@@ -29,12 +29,15 @@ def get_config(changes=""):
     return config
 """
 DENSE_ONCE = """
-    dense = {"num_experts": 0, "d_ff": 16}
-    config.cold_start.model.update(dense)
-    config.base.model.update(dense)
-    config.base.update(updates_per_rollout=1)
-    config.base.eval.every = 0
-    config.arms = ConfigDict({"Dense": {"objective": {"preset": "gspo"}}})
+    from configs.paper import Paper
+
+    paper = Paper(config.cold_start, config.base)
+    paper.config.base.update(updates_per_rollout=1)
+    paper.config.base.eval.every = 0
+    cold = paper.cold("dense", model={"num_experts": 0, "d_ff": 16})
+    paper.figure("one", (0,), [paper.arm("Dense", cold, {"objective": {"preset": "gspo"}})])
+    config = paper.config
+    config.reference = "nowhere"
 """
 TWO_BY_TWO = """
     config.seeds = (0, 1)
@@ -46,6 +49,17 @@ DRIFT = """
     config.modes = ("R3",)
     config.injections = ConfigDict({"router noise 0.3": {"router_noise": 0.3}}, allow_dotted_keys=True)
 """
+
+
+class InThisProcess:
+    """In place of the processes of a campaign."""
+
+    def __init__(self, waiting, workers, ended, options):
+        self.waiting, self.options = waiting, options
+
+    def work(self):
+        for run in self.waiting:
+            campaign.train_one(run, **self.options)
 
 
 @pytest.fixture
@@ -69,16 +83,18 @@ def cells(path):
     return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
 
 
-def test_compare_ends_in_its_table_for_a_dense_arm_with_one_update_and_no_evaluation(experiment):
+def test_compare_ends_in_its_table_for_a_dense_arm_with_one_update_and_no_evaluation(experiment, monkeypatch):
     # Catches hours of training that end in a KeyError for a metric that this arm never had, and an evaluation after
     # training shown as one before it.
+    monkeypatch.setattr(campaign, "_Crew", InThisProcess)
     workdir, stdout = experiment("compare", DENSE_ONCE)
     row = cells(workdir / "table.md")["Dense"]
     absent = {"pass@1 before", "experts changed per update", "experts changed per rollout"}
     assert {column for column, cell in row.items() if cell == "-"} == absent
-    (last,) = tables.lines_of(workdir / "dense", "metrics.jsonl")[-1:]
+    (last,) = tables.lines_of(workdir / "dense" / "0", "metrics.jsonl")[-1:]
     assert row["pass@1 after"] == f"{last['eval/pass@1']:.3f}"
     assert (workdir / "curves.png").exists() and "Dense" in stdout
+    assert "One seed shows what can happen, not how often" in stdout and "of 0 seeds" in stdout
 
 
 @pytest.mark.slow
@@ -107,11 +123,10 @@ def test_objectives_trains_tabulates_and_draws_every_seed_of_every_preset(experi
 def test_seeds_that_are_none_or_not_different_are_refused(tmp_path, command, seeds):  # noqa: F811
     # Catches one run that is counted as two, and a table of nothing.
     (tmp_path / "config.py").write_text(CONFIG_FILE.format(folder=str(tmp_path), more=TWO_BY_TWO))
-    for script in ("compare", "objectives"):
-        code, _, stderr = command(
-            script, f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run", f"--config.seeds={seeds}"
-        )
-        assert code == 2 and re.fullmatch(r"error: seeds=\(.*\): give one number or more, each once\n", stderr), stderr
+    code, _, stderr = command(
+        "objectives", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run", f"--config.seeds={seeds}"
+    )
+    assert code == 2 and re.fullmatch(r"error: seeds=\(.*\): give one number or more, each once\n", stderr), stderr
 
 
 @pytest.mark.slow
@@ -135,6 +150,7 @@ def trained(tmp_path, monkeypatch):
     lines = [{"step": step, "reward/mean": 0.5, "loss": 0.1, "eval/pass@1": 0.25} for step in range(2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(arms, "train_arms", lambda *_, **__: {"A": [folder]})
+    monkeypatch.setattr(arms, "trained", lambda *_, **__: {"A": [folder]})
     monkeypatch.setattr(evaluate, "evaluate_workdir", lambda *_, **__: (2, {"eval/pass@1": 0.25}, [{"prompt": "0="}]))
     monkeypatch.setattr(aot, "devices_of", lambda _: pytest.fail("compiled on a process that shows nothing"))
     return tmp_path / "run"
@@ -143,7 +159,8 @@ def trained(tmp_path, monkeypatch):
 @pytest.mark.parametrize("script", ["compare", "objectives", "evaluate"])
 def test_only_the_first_of_many_processes_prints_and_writes(tmp_path, trained, command, monkeypatch, script):  # noqa: F811
     # Catches sixteen hosts that print sixteen tables, and write one file all at once.
-    (tmp_path / "config.py").write_text(CONFIG_FILE.format(folder=str(tmp_path), more=TWO_BY_TWO))
+    more = DENSE_ONCE if script == "compare" else TWO_BY_TWO
+    (tmp_path / "config.py").write_text(CONFIG_FILE.format(folder=str(tmp_path), more=more))
     config = f"--config={tmp_path}/config.py" if script != "evaluate" else "--config=configs/gspo_running_sum.py"
     before = contents(trained)
     for primary in (False, True):

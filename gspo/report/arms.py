@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from gspo import build, rl, sft
-from gspo.report.campaign import Run
+from gspo.report.campaign import Run, train_all
 from gspo.types import UserError
 
 
 def train_arms(config: Any, workdir: Path, **options: Any) -> dict[str, list[Path]]:
     """The cold start, then each arm with each seed from it. Returns arm -> its folders, one per seed.
 
-    config   with the fields of configs/quickstart.py: cold_start, base, seeds, arms
+    config   with the fields of configs/objectives.py: cold_start, base, seeds, arms
     options  those of `rl.train` and `sft.train`
     A run that is in the workdir already is resumed where it was stopped. Raises UserError."""
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
@@ -61,15 +61,37 @@ def runs_of(
     for turn in range(last):  # the first seed of each arm, then the second
         for arm, own in wanted.items():
             if turn < len(own) and (not seeds or own[turn] in seeds):
-                cold = _cold_run(config, workdir, config.arms[arm].cold, own[turn])
-                folder = workdir / slug(arm) / str(own[turn])
-                changes = config.arms[arm].changes
-                changed = laid_over(config.base, changes, seed=own[turn], init_from=str(cold.folder))
-                runs.setdefault(cold.folder, cold)
-                runs.setdefault(folder, Run(arm, own[turn], folder, changed, cold.folder))
+                for run in _with_start(config, workdir, arm, own[turn]):
+                    runs.setdefault(run.folder, run)
     if not runs:
         raise UserError(f"--seeds={','.join(map(str, sorted(seeds)))}: no arm that was asked for has one of them")
     return list(runs.values())
+
+
+def _with_start(config: Any, workdir: Path, arm: str, seed: int) -> list[Run]:
+    """The run of an arm, behind all that it begins with: a cold start, or ARM@ROLLOUT, a checkpoint of another arm."""
+    begins, _, rollout = config.arms[arm].cold.partition("@")
+    if rollout:
+        before = _with_start(config, workdir, begins, seed)
+        init_from = before[-1].folder / "checkpoints" / rollout
+    else:
+        folder = workdir / "cold" / slug(begins) / str(seed)
+        cold_config = laid_over(config.cold_start, config.colds[begins], seed=seed)
+        before, init_from = [Run(f"cold start {begins}", seed, folder, cold_config, None)], folder
+    changed = laid_over(config.base, config.arms[arm].changes, seed=seed, init_from=str(init_from))
+    return [*before, Run(arm, seed, workdir / slug(arm) / str(seed), changed, before[-1].folder)]
+
+
+def trained(config: Any, workdir: Path, **options: Any) -> dict[str, list[Path]]:
+    """Trains what `runs_of` lists, side by side. Returns arm -> its folders, one per seed. options: those of
+    `campaign.train_all`."""
+    runs = runs_of(config, workdir)
+    train_all(runs, workers=config.workers, **options)
+    folders: dict[str, list[Path]] = {}
+    for run in runs:
+        if run.cold:
+            folders.setdefault(run.arm, []).append(run.folder)
+    return folders
 
 
 def seeds_of_arms(config: Any, figures: Sequence[str] = (), arms: Sequence[str] = ()) -> dict[str, list[int]]:
@@ -86,11 +108,6 @@ def seeds_of_arms(config: Any, figures: Sequence[str] = (), arms: Sequence[str] 
     if not found:
         raise UserError(f"--arms={','.join(arms)}: in the name of no arm; there are {', '.join(config.arms)}"[:500])
     return found
-
-
-def _cold_run(config: Any, workdir: Path, name: str, seed: int) -> Run:
-    folder = workdir / "cold" / slug(name) / str(seed)
-    return Run(f"cold start {name}", seed, folder, laid_over(config.cold_start, config.colds[name], seed=seed), None)
 
 
 def slug(name: str) -> str:

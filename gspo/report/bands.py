@@ -64,6 +64,25 @@ def curve_panel(
     return rows
 
 
+def ordinary_panel(
+    axes: Axes, own: Curves, before: Curves, column: str, title: str, *, color: str, window: int = WINDOW
+) -> None:
+    """Own curves over the range of those that were run before, smoothed over `window` rollouts; a thin line: not
+    smoothed."""
+    length = max(len(row) for row in matrix(own, column))
+    at_R = np.arange(1, length + 1)
+    if before:
+        values_SR = np.stack([smoothed(row, window) for row in matrix(before, column)[:, :length]])
+        label = f"range of {len(before)} seeds run before"
+        axes.fill_between(at_R[: values_SR.shape[1]], values_SR.min(axis=0), values_SR.max(axis=0), color="0.85",
+                          linewidth=0, label=label)  # fmt: skip
+    for row in matrix(own, column):
+        axes.plot(at_R, row, color=color, linewidth=0.5, alpha=0.5)
+        axes.plot(at_R, smoothed(row, window), color=color, linewidth=1.8)
+    axes.set_title(title, loc="left", pad=7)
+    axes.set(xlabel="Rollout")
+
+
 def dial_panel(
     axes: Axes, arms: Mapping[str, Sequence[tuple[float, Curves]]], statistic: str, label: str, dial: str
 ) -> Rows:
@@ -114,16 +133,18 @@ def heat_panel(
 
 
 def save(figure: Figure, panels: Sequence[Axes], rows: Rows, out: Path) -> None:
-    """Letters and legends for the panels; OUT.png, OUT.pdf, OUT.csv."""
+    """Letters and legends for the panels; OUT.png, and with rows OUT.pdf and OUT.csv."""
     out.parent.mkdir(parents=True, exist_ok=True)
     for letter, axes in zip("abcdefgh", panels, strict=False):
         axes.annotate(letter, (0, 1), (-28, 8), xycoords="axes fraction", textcoords="offset points", weight="bold",
                       fontsize=11)  # fmt: skip
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=7.5)
-    for ending in ("png", "pdf"):
+    for ending in ("png", "pdf") if rows else ("png",):
         figure.savefig(out.with_suffix(f".{ending}"), metadata={"CreationDate": None} if ending == "pdf" else None)
     plt.close(figure)
+    if not rows:
+        return
     fields = list(dict.fromkeys(name for row in rows for name in row))
     with open(out.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, fields, restval="", lineterminator="\n")

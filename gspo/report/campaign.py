@@ -134,7 +134,9 @@ class _Crew:
                         process.terminate()  # it saves what it has, and leaves
                 self.board.draw([run for _, run, _ in self.going.values()], self.waiting)
         if stop.requested:
-            raise stop.leave(f"{self.board.ended} of {self.board.total} runs ended; start the same command again to go on")
+            raise stop.leave(
+                f"{self.board.ended} of {self.board.total} runs ended; start the same command again to go on"
+            )
         if failure:
             raise UserError(failure)
 

@@ -39,7 +39,8 @@ METRICS = {  # column -> metric; "tokens" are added up, and one that a run has n
     "load_cv": "routing/load_cv",
 }
 RUN_FIELDS = ("arm", "seed", "config", "ended", "rollouts", "seconds", "commit", "date")
-Curves = dict[int, dict[str, np.ndarray]]  # seed -> column -> float64, NaN where empty
+Curve = dict[str, np.ndarray]  # column -> float64, NaN where empty
+Curves = dict[int, Curve]  # seed -> its curve
 
 
 class Ledger:
@@ -101,6 +102,11 @@ class Ledger:
         return {seed: _columns([row for row in rows if int(row["seed"]) == seed]) for seed in seeds}
 
 
+def curve_of(folder: Path) -> Curve:
+    """That of the run in a folder."""
+    return _columns(list(_as_rows(read_jsonl(folder / "metrics.jsonl"))))
+
+
 NOT_SECONDS = ("step", "tokens_per_second")
 
 
@@ -113,7 +119,7 @@ def _as_rows(lines: list[dict[str, Any]]) -> Iterator[dict[str, str]]:
         yield {name: "" if value is None else f"{value:.7g}" for name, value in values.items()}
 
 
-def _columns(rows: list[dict[str, str]]) -> dict[str, np.ndarray]:
+def _columns(rows: list[dict[str, str]]) -> Curve:
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in METRICS}
 
 

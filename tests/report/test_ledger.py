@@ -92,6 +92,15 @@ def test_runs_go_seed_by_seed_with_cold_starts_before_what_begins_with_them(tmp_
     assert first.config.init_from == second.config.init_from == str(tmp_path / "cold/small/10")
 
 
+def test_an_arm_may_begin_with_a_checkpoint_of_another_one(tmp_path):
+    # Catches a restart that begins with the cold start, or before the run whose checkpoint it needs.
+    config = paper(one=(["third"], (10,)))
+    config.arms.third = {"cold": "first@20", "changes": {"objective": {"beta": 0.2}}}
+    cold, first, third = runs_of(config, tmp_path)
+    assert (cold.cold, first.cold, third.cold) == (None, cold.folder, first.folder)
+    assert third.config.init_from == str(tmp_path / "first/10/checkpoints/20")
+
+
 def test_names_that_the_config_does_not_have_are_one_line_errors(tmp_path):
     # Catches an empty night of work for a misspelt figure.
     config = paper(one=(["first"], (10,)))
