@@ -34,8 +34,9 @@ DENSE_ONCE = """
     paper = Paper(config.cold_start, config.base)
     paper.config.base.update(updates_per_rollout=1)
     paper.config.base.eval.every = 0
-    cold = paper.cold("dense", model={"num_experts": 0, "d_ff": 16})
-    paper.figure("one", (0,), [paper.arm("Dense", cold, {"objective": {"preset": "gspo"}})])
+    dense = {"num_experts": 0, "d_ff": 16}
+    cold = paper.cold("dense", model=dense)
+    paper.figure("one", (0,), [paper.arm("Dense", cold, {"objective": {"preset": "gspo"}, "model": dense})])
     config = paper.config
     config.reference = "nowhere"
 """

@@ -97,16 +97,28 @@ def make_slots(experts_MX, num_experts: int, block: int, num_slots: int) -> Slot
     `block`. Pairs of experts outside of 0 .. num_experts - 1 get no slot.
     """
     M, X = experts_MX.shape
-    pair_P = jnp.arange(M * X, dtype=jnp.int32)
-    hot_PE = experts_MX.reshape(-1, 1) == jnp.arange(num_experts, dtype=experts_MX.dtype)
-    seen_PE = jnp.cumsum(hot_PE, axis=0, dtype=jnp.int32)
+    pair_P, expert_P = jnp.arange(M * X, dtype=jnp.int32), experts_MX.reshape(-1).astype(jnp.int32)
+    seen_PE = _counted(expert_P[:, None] == jnp.arange(num_experts))
     size_E = seen_PE[-1]
     padded_E = -(-size_E // block) * block
     start_E = jnp.cumsum(padded_E) - padded_E
-    slot_P = jnp.sum(jnp.where(hot_PE, seen_PE - 1 + start_E, 0), axis=1)
-    slot_P = jnp.where(jnp.any(hot_PE, axis=1), slot_P, num_slots + pair_P)
+    own_P = jnp.clip(expert_P, 0, num_experts - 1)
+    slot_P = start_E[own_P] + jnp.take_along_axis(seen_PE, own_P[:, None], axis=1)[:, 0] - 1
+    slot_P = jnp.where(own_P == expert_P, slot_P, num_slots + pair_P)
     pair_S = jnp.full((num_slots,), M * X, jnp.int32).at[slot_P].set(pair_P, unique_indices=True, mode="drop")
     return Slots(slot_P.reshape(M, X), pair_S // X, pair_S % X, size_E, start_E)
+
+
+def _counted(hot_PE, chunk: int = 64):
+    """[P, E] bool -> int32, how many are True in a column down to each row. A cumulative sum, by products with a
+    triangle of ones: XLA's own goes log P times over the array (4 times slower at 4,352 x 64 on a CPU)."""
+    P, E = hot_PE.shape
+    chunks = -(-P // chunk)
+    hot_ZcE = jnp.pad(hot_PE, ((0, chunks * chunk - P), (0, 0))).reshape(chunks, chunk, E).astype(jnp.float32)
+    within_ZcE = jnp.einsum("ij,ZjE->ZiE", jnp.tril(jnp.ones((chunk, chunk), jnp.float32)), hot_ZcE).astype(jnp.int32)
+    sum_ZE = within_ZcE[:, -1]
+    before_ZE = jnp.cumsum(sum_ZE, axis=0) - sum_ZE
+    return (within_ZcE + before_ZE[:, None]).reshape(chunks * chunk, E)[:P]
 
 
 def most_pairs(experts_MX, num_experts: int) -> int:

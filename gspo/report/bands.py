@@ -58,7 +58,7 @@ def curve_panel(
             for a, m, lo, hi in zip(at_R, middle_R, low_R, high_R, strict=True)
         ]
     axes.set(xlabel="Rollout" if x == "rollout" else "Training tokens [millions]", ylabel=label)
-    if log:
+    if log and any((np.asarray(line.get_ydata()) > 0).any() for line in axes.lines):  # else nothing that it could show
         axes.set_yscale("log")
     axes.margins(x=0.01)
     return rows
