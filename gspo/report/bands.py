@@ -139,7 +139,7 @@ def save(figure: Figure, panels: Sequence[Axes], rows: Rows, out: Path) -> None:
         axes.annotate(letter, (0, 1), (-28, 8), xycoords="axes fraction", textcoords="offset points", weight="bold",
                       fontsize=11)  # fmt: skip
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=7.5)
+            axes.legend(fontsize=7.5, framealpha=0.75, edgecolor="none")
     for ending in ("png", "pdf") if rows else ("png",):
         figure.savefig(out.with_suffix(f".{ending}"), metadata={"CreationDate": None} if ending == "pdf" else None)
     plt.close(figure)
