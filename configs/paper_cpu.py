@@ -113,6 +113,12 @@ def get_config():
     paper.figure("sweep_moe", SWEPT, swept("B MoE", fine, lr_scale("router=20")))
     paper.figure("sweep_dense", SWEPT, swept("dense", dense, {}))
 
+    arms = []
+    for power in (-2, 2):
+        at = methods(scaled(GRPO, 2.0**power), scaled(GSPO, 2.0**power))
+        arms += [paper.arm(f"B MoE {m} clip 2^{power}", fine, setting("B"), at[m]) for m in ("GRPO", "GSPO")]
+    paper.figure("clips", FEWER, arms)
+
     # ------------------------------------------------------------------ dose and response, with its placebo
     arms, rspo = [], {"objective": {"preset": "rspo"}}
     for dose in DOSES:

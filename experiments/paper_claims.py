@@ -48,8 +48,8 @@ for s in ("A", "B"):
 for power in (-2, 2):
     kind = "narrower" if power < 0 else "wider"
     CLAIMS.append(
-        Claim(f"2b {kind}", f"the same with ranges four times {kind}", "§5.2", "sweep_moe", CLIPPED,
-              lead(f"B MoE GSPO lr 3e-4 clip 2^{power}", f"B MoE GRPO lr 3e-4 clip 2^{power}"), 1.0)
+        Claim(f"2b {kind}", f"the same with ranges four times {kind}", "§5.2", "clips", CLIPPED,
+              lead(f"B MoE GSPO clip 2^{power}", f"B MoE GRPO clip 2^{power}"), 1.0)
     )  # fmt: skip
 CLAIMS += [
     Claim("4a", "more experts change in deeper models, over a rollout", "§5.3", "depth", "experts changed per rollout",

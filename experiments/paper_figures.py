@@ -112,6 +112,47 @@ def dose_response(curves: Of, doses: tuple[int, ...], out: Path) -> None:
     bands.save(figure, axes, rows, out)
 
 
+def staleness(curves: Of, updates: tuple[int, ...], out: Path) -> None:
+    """Updates per rollout x replay, with one program for both and with a sampler that differs."""
+    figure, axes = bands.new_figure(1, 2, width=4.2)
+    exact = {m: [(n, curves(f"{n} updates {m}")) for n in updates] for m in METHODS}
+    names = [f"{m}{r}" for m in ("GRPO", "GSPO") for r in ("", "+R2", "+R3")]
+    other = {m: [(n, curves(f"{n} updates mismatch {m}")) for n in updates] for m in names}
+    rows = bands.dial_panel(axes[0], exact, PASS, "Held-out pass@1, exact sampler", "Updates per rollout")
+    rows += bands.dial_panel(axes[1], other, PASS, "Held-out pass@1, int8 and noisy routers", "Updates per rollout")
+    for panel in axes:
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(updates, [f"{n}" for n in updates])
+        panel.set_ylim(0, 1)
+    bands.save(figure, axes, rows, out)
+
+
+def length(curves: Of, digits: tuple[int, ...], out: Path) -> None:
+    """Learning, the variance of log-ratios and clipped tokens against the length of completions."""
+    figure, axes = bands.new_figure(1, 3)
+    arms = {m: [(n, curves(f"{n} digits {m}")) for n in digits] for m in ("GRPO", "GSPO", "sum")}
+    x = "Digits"
+    rows = bands.dial_panel(axes[0], arms, PASS, "Held-out pass@1 at the end", x)
+    rows += bands.dial_panel(axes[1], arms, "log10 of the variance of log s", "log10 of the variance of log s", x)
+    rows += bands.dial_panel(axes[2], arms, "orders of magnitude of clipped tokens", "log10 of clipped tokens", x)
+    for panel in axes:
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(digits, [f"{n}" for n in digits])
+    bands.save(figure, axes, rows, out)
+
+
+def depth(curves: Of, layers: tuple[int, ...], out: Path) -> None:
+    """Experts changed against the number of layers."""
+    figure, axes = bands.new_figure(1, 2)
+    arms = {m: [(n, curves(f"{n} layers {m}" if n != 4 else f"B MoE {m}")) for n in layers] for m in ("GRPO", "GSPO")}
+    rows: bands.Rows = []
+    for panel, name in zip(axes, ("experts changed per update", "experts changed per rollout"), strict=True):
+        rows += bands.dial_panel(panel, arms, name, name.capitalize(), "Layers")
+        panel.set_xticks(layers)
+        panel.set_ylim(bottom=0)
+    bands.save(figure, axes, rows, out)
+
+
 def draw_all(curves: Of, config, folder: Path) -> list[Path]:
     """Every figure of which something has run. Returns the figures, without their endings."""
     settings = tuple(s for s in ("A", "B") if curves(f"{s} MoE GRPO"))
@@ -133,4 +174,12 @@ def draw_all(curves: Of, config, folder: Path) -> list[Path]:
     doses = {int(name.split()[1][1:]) for name in config.arms if name.startswith("router x") and curves(name)}
     if doses:
         dose_response(curves, tuple(sorted(doses)), to("dose"))
+    for name, draw, kind in (
+        ("staleness", staleness, "updates"),
+        ("length", length, "digits"),
+        ("depth", depth, "layers"),
+    ):
+        places = {int(arm.split()[0]) for arm in config.arms if arm.split()[1] == kind and curves(arm)}
+        if places:
+            draw(curves, tuple(sorted(places | ({4} if kind == "layers" else set()))), to(name))
     return drawn

@@ -1,0 +1,105 @@
+"""Figures over many seeds: what is drawn, from which numbers, and that no figure fails on what is not there."""
+
+import csv
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from configs import paper_cpu
+from experiments.paper_claims import CLAIMS
+from experiments.paper_figures import draw_all
+from gspo.report import bands
+from gspo.report.evidence import smoothed
+from tests.report.test_evidence import curve
+
+
+def seeds_of(*levels, length=8, **columns):
+    """seed -> a run whose reward is `level` all along."""
+    return {10 + i: curve([level] * length, **columns) for i, level in enumerate(levels)}
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_that_diverged_counts_with_a_reward_of_nothing(tmp_path):
+    # Catches a mean over the survivors, which makes the worst method the best.
+    curves = seeds_of(0.5, 0.5) | {12: curve([0.5] * 3, entropy=0.3)}
+    np.testing.assert_array_equal(bands.matrix(curves, "reward")[2], [0.5] * 3 + [0] * 5)
+    curves = {10: curve([0.5] * 5, entropy=0.2), 11: curve([0.5] * 3, entropy=0.3)}
+    np.testing.assert_array_equal(bands.matrix(curves, "entropy")[1], [0.3] * 5)
+
+
+def test_a_band_is_the_middle_of_the_seeds_with_its_interval(tmp_path):
+    # Catches a mean that one seed decides, and a CSV that is not what is drawn.
+    figure, (axes,) = bands.new_figure(1, 1)
+    rows = bands.curve_panel(axes, {"GRPO": seeds_of(0.1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 1.0)}, "reward", "Reward")
+    assert len(axes.lines) == 8 + 1 and axes.get_legend_handles_labels()[1] == ["GRPO (n = 8)"]
+    bands.save(figure, [axes], rows, tmp_path / "figure")
+    last = rows_of(tmp_path / "figure.csv")[-1]
+    assert (last["arm"], last["rollout"], last["iqm"]) == ("GRPO", "8", "0.5")
+    assert float(last["low"]) < 0.5 < float(last["high"])
+    assert (tmp_path / "figure.png").stat().st_size > 5000 and (tmp_path / "figure.pdf").exists()
+
+
+def test_a_share_that_is_nothing_everywhere_is_drawn_on_a_plain_axis(tmp_path):
+    # Catches a run that ends in its figure because no token was clipped.
+    figure, (axes,) = bands.new_figure(1, 1)
+    bands.curve_panel(axes, {"GRPO": seeds_of(0.5, clipped=0.0)}, "clipped", "Clipped", log=True)
+    bands.save(figure, [axes], [], tmp_path / "figure")
+    assert axes.get_yscale() == "linear" and not (tmp_path / "figure.csv").exists()
+
+
+def test_own_curves_lie_over_the_range_of_those_before(tmp_path):
+    # Catches a band of other rollouts than the curve's, and one of nothing where nothing was run before.
+    figure, (axes, other) = bands.new_figure(1, 2)
+    own = {0: curve(np.linspace(0, 0.7, 8))}
+    bands.ordinary_panel(axes, own, seeds_of(0.2, 0.4, 0.9, length=20), "reward", "GRPO", color="red")
+    (band,) = axes.collections
+    corners = band.get_paths()[0].vertices
+    assert corners[:, 0].max() == 8 and set(np.round(corners[:, 1], 6)) == {0.2, 0.9}
+    np.testing.assert_allclose(axes.lines[1].get_ydata(), smoothed(np.linspace(0, 0.7, 8)))
+    bands.ordinary_panel(other, own, {}, "reward", "GRPO", color="red")
+    assert not other.collections
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("all_of_them", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_figure_of_the_paper_is_drawn_from_what_there_is(tmp_path, all_of_them):
+    # Catches a night that ends in a figure of arms that have not run, and an arm's name that a figure has wrong.
+    config = paper_cpu.get_config()
+    columns = dict(
+        clipped=0.1, experts_changed=0.1, experts_changed_per_update=0.01, tokens=1e6, sequence_variance=1e-4
+    )
+    known = seeds_of(0.5, 0.6, 0.4, length=3, **columns)
+    asked = []
+
+    def curves(arm):
+        asked.append(arm)
+        return known if all_of_them or arm == "B MoE GRPO" else {}
+
+    drawn = draw_all(curves, config, tmp_path)
+    names = {path.name for path in drawn}
+    assert names == (
+        {"fig1_a", "fig1_b", "fig2", "fig3", "sweep", "dose", "staleness", "length", "depth"}
+        if all_of_them
+        else {"fig1_b", "fig2", "fig3"}
+    )
+    assert all(path.with_suffix(".png").exists() and path.with_suffix(".csv").exists() for path in drawn)
+    assert set(asked) <= set(config.arms), set(asked) - set(config.arms)
+
+
+def test_every_claim_is_about_arms_of_one_figure_that_runs_them():
+    # Catches a claim that nothing will ever judge.
+    config = paper_cpu.get_config()
+    for claim in CLAIMS:
+        missing = set(claim.weights) - set(config.arms)
+        assert not missing, f"{claim.number}: {missing}"
+        seeds = [
+            {seed for name in config.figures if arm in config.figures[name].arms for seed in config.figures[name].seeds}
+            for arm in claim.weights
+        ]
+        assert len(set.intersection(*seeds)) >= 3, claim.number
+        assert claim.figure in config.figures, claim.number
