@@ -37,14 +37,12 @@ def figure_1(curves: Of, setting: str, out: Path) -> None:
 
 
 def end_panel(axes, ends: dict[str, list[tuple[float, Curves]]]) -> bands.Rows:
-    rows = bands.dial_panel(axes, ends, PASS, "Held-out pass@1 at the end", "arm")
+    rows = bands.dial_panel(axes, ends, PASS, "Held-out pass@1 at the end", "arm", colors=COLORS)
     axes.set_xticks(range(len(ends)), ends, rotation=35, ha="right")
     axes.set_xlabel("")
     axes.set_ylim(0, 1)
-    for line, name in zip(axes.containers, ends, strict=False):
-        for part in (line[0], *line[1], *line[2]):
-            part.set_color(COLORS[name])
-        line.set_label("_" + name)
+    for line in axes.containers:
+        line.set_label("_")  # the axis names them
     return rows
 
 
@@ -72,7 +70,7 @@ def figure_3(curves: Of, settings: tuple[str, ...], out: Path) -> None:
         label = f"Training reward, setting {setting}"
         rows += bands.curve_panel(axes[2 * i], arms, "reward", label, colors=COLORS)
         axes[2 * i].set_ylim(0, 1)
-        label = f"Experts changed per rollout, setting {setting} [%]"
+        label = f"Experts changed, setting {setting} [%]"
         rows += bands.curve_panel(axes[2 * i + 1], arms, "experts_changed", label, factor=100, colors=COLORS)
         axes[2 * i + 1].set_ylim(bottom=0)
     bands.save(figure, axes, rows, out)

@@ -84,14 +84,21 @@ def ordinary_panel(
 
 
 def dial_panel(
-    axes: Axes, arms: Mapping[str, Sequence[tuple[float, Curves]]], statistic: str, label: str, dial: str
+    axes: Axes,
+    arms: Mapping[str, Sequence[tuple[float, Curves]]],
+    statistic: str,
+    label: str,
+    dial: str,
+    *,
+    colors: Mapping[str, str] | None = None,
 ) -> Rows:
     """A statistic of runs against a dial: label -> (position, curves). Points are interquartile means with 95%
     bootstrap intervals; single seeds are small dots."""
     rows: Rows = []
     measure = STATISTICS[statistic]
     for i, (name, places) in enumerate(arms.items()):
-        color, known = COLORS[i % len(COLORS)], [(at, curves) for at, curves in places if curves]
+        color = (colors or {}).get(name, COLORS[i % len(COLORS)])
+        known = [(at, curves) for at, curves in places if curves]
         if not known:
             continue
         values = [np.array([measure(curve) for curve in curves.values()]) for _, curves in known]
