@@ -72,7 +72,7 @@ def passes(lengths, slots):
     ("case", "slots"),
     [
         pytest.param(PLAIN, 17, id="moe-17"),
-        pytest.param(SCANNED, 5, id="moe-scanned-5"),
+        pytest.param(SCANNED, 5, id="moe-scanned-5", marks=pytest.mark.slow),
         pytest.param(CUT, 1, id="dense-cuts-1"),
         pytest.param(PLAIN, 1, id="moe-1", marks=pytest.mark.slow),
         pytest.param(PLAIN, 23, id="moe-23", marks=pytest.mark.slow),

@@ -62,6 +62,7 @@ def test_cold_starts_come_before_their_arms_and_nothing_is_made_twice(tmp_path, 
     work(runs, ended=lambda run: pytest.fail(f"{run.name} again"))
 
 
+@pytest.mark.slow
 def test_one_run_that_fails_stops_the_whole_with_its_last_line(tmp_path):
     # Catches a mistake that every arm repeats for a night, and a failure that nobody hears of.
     runs = runs_in(tmp_path)
