@@ -33,8 +33,8 @@ def test_every_field_of_a_record_declares_the_dimensions_that_its_name_says(name
     # Catches a field that is added without a declaration (rows would be cut along another axis, or not at all), and one
     # that is declared as another array.
     for field in dataclasses.fields(records()[name]):
-        if name == "DecodeState" and field.name == "caches":
-            continue
+        if name in ("DecodeState", "Slots") and field.name == "caches":
+            continue  # a tuple of records, each of which is checked by itself
         if field.type in (LossInputs, "LossInputs") or getattr(field.type, "__name__", "") in records():
             continue
         dims = field.metadata.get("dims")
