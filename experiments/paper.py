@@ -22,6 +22,7 @@ from gspo.report import campaign, evidence, tables
 from gspo.report.arms import runs_of
 from gspo.report.ledger import Ledger
 from gspo.run import cli
+from gspo.types import UserError
 
 flags.DEFINE_list("figures", [], "Only these figures of the config.")
 flags.DEFINE_list("arms", [], "Only arms whose name holds one of these.")
@@ -56,7 +57,9 @@ def train(config: ConfigDict, workdir: Path, ledger: Ledger) -> None:
 
 
 def conclude(config: ConfigDict, ledger: Ledger) -> None:
-    """Figures and verdicts from what the ledger has."""
+    """Figures and verdicts from what the ledger has. Raises UserError where it has nothing."""
+    if not ledger.runs:
+        raise UserError(f"--results={ledger.folder}: no run is recorded there yet; leave --draw out, or name another")
     curves = functools.cache(ledger.curves)
     for figure in draw_all(curves, config, ledger.folder):
         print(f"figure: {figure}.png")
