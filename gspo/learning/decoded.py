@@ -2,7 +2,6 @@
 at a time."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import chex
 import flax.struct
@@ -75,19 +74,16 @@ def empty_state(spec: ModelSpec, out: Output, caches: Caches, rows: int, width: 
     )
 
 
-def append(
-    state: DecodeState, token_B: chex.Array, logp_B: chex.Array, eos_ids: Sequence[int], pad_id: int
-) -> DecodeState:
+def append(how: Decoding, state: DecodeState, token_B: chex.Array, logp_B: chex.Array) -> DecodeState:
     """Writes one token to every row that has not ended; pads the others."""
     live_B = ~state.ended_B
     at = (0, state.step)
-    is_end_B = jnp.any(token_B[:, None] == jnp.asarray(eos_ids, jnp.int32), axis=1)
     return state.replace(
         step=state.step + 1,
-        tokens_BC=jax.lax.dynamic_update_slice(state.tokens_BC, jnp.where(live_B, token_B, pad_id)[:, None], at),
+        tokens_BC=jax.lax.dynamic_update_slice(state.tokens_BC, jnp.where(live_B, token_B, how.pad_id)[:, None], at),
         logp_BC=jax.lax.dynamic_update_slice(state.logp_BC, jnp.where(live_B, logp_B, 0.0)[:, None], at),
         lengths_B=state.lengths_B + live_B,
-        ended_B=state.ended_B | is_end_B,
+        ended_B=state.ended_B | how.is_end(token_B),
     )
 
 

@@ -75,7 +75,7 @@ def make_sampler(
         state = on_mesh(empty_state(spec, out, caches, B, C, pad_id))
         key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
         last_BD = jnp.repeat(out.hidden_BTD[:, -1], G, axis=0)
-        state = append(state, *how.next_token(params, key_B, last_BD, state.step), eos_ids, pad_id)
+        state = append(how, state, *how.next_token(params, key_B, last_BD, state.step))
 
         # Decode: feed the last token, draw the next.
         layers = None if spec.scanned else layers_of(params["blocks"], spec.num_layers)  # cut once, not for each token
@@ -92,7 +92,7 @@ def make_sampler(
                 routes_LBTX = jax.lax.dynamic_update_slice(routes_LBTX, out.free_routes_LBTX, (0, 0, P + column, 0))
             state = state.replace(caches=caches, routes_LBTX=routes_LBTX)
             drawn = how.next_token(params, key_B, out.hidden_BTD[:, 0], state.step)
-            return on_mesh(append(state, *drawn, eos_ids, pad_id))
+            return on_mesh(append(how, state, *drawn))
 
         for width in widths:
             state = state.replace(caches=tuple(cache.widened(width) for cache in state.caches))

@@ -18,18 +18,17 @@ from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console, Group
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from gspo import build, rl, sft
 from gspo.parallel import distributed
+from gspo.report import tables
 from gspo.run import machine
 from gspo.run.cli import StopSignal
-from gspo.run.progress import duration
+from gspo.run.progress import duration, live_on
 from gspo.run.workdir import check_config
-from gspo.run.writers import read_jsonl
 from gspo.types import Diverged, UserError
 
 LOG, DIVERGED = "log.txt", "diverged.txt"  # in a run's folder: what it prints; why it could not go on
@@ -55,11 +54,13 @@ class Run(NamedTuple):
         return self.config.num_rollouts if self.cold else self.config.num_updates
 
     @property
+    def lines(self) -> tables.Lines:
+        return tables.lines_of(self.folder, "metrics.jsonl")
+
+    @property
     def done(self) -> int:
         """Rollouts, or updates, of which the metrics are written."""
-        path = self.folder / "metrics.jsonl"
-        lines = read_jsonl(path) if path.exists() else []
-        return lines[-1]["step"] if lines else 0
+        return _last_step(self.lines)
 
     @property
     def diverged(self) -> bool:
@@ -69,6 +70,10 @@ class Run(NamedTuple):
     @property
     def ended(self) -> bool:
         return self.done >= self.length or self.diverged
+
+
+def _last_step(lines: tables.Lines) -> int:
+    return lines[-1]["step"] if lines else 0
 
 
 def train_one(run: Run, **options: Any) -> None:
@@ -177,8 +182,7 @@ class Board:
     def __init__(self, total: int, steps: int):
         self.total, self.ended, self.steps, self.left = total, 0, steps, steps
         self.began, self.drawn = time.perf_counter(), 0.0
-        console = Console()
-        self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self.live = live_on(Console())
 
     def __enter__(self) -> "Board":
         if self.live:
@@ -193,15 +197,16 @@ class Board:
         if time.perf_counter() < self.drawn + self.SECONDS:
             return
         self.drawn = time.perf_counter()
-        self.left = sum(run.length - run.done for run in going) + sum(run.length for run in waiting)
+        seen = [(run, run.lines) for run in going]
+        self.left = sum(run.length - _last_step(lines) for run, lines in seen) + sum(run.length for run in waiting)
         if not self.live:
             return
         table = Table.grid(padding=(0, 2))
-        for run in going:
-            lines = read_jsonl(run.folder / "metrics.jsonl") if (run.folder / "metrics.jsonl").exists() else []
+        for run, lines in seen:
+            done = _last_step(lines)
             reward = next((line["reward/mean"] for line in reversed(lines) if "reward/mean" in line), None)
             said = "compiling" if not lines else "" if reward is None else f"reward {reward:.3f}"
-            table.add_row(run.name, ProgressBar(run.length, run.done, width=30), f"{run.done}/{run.length}", said)
+            table.add_row(run.name, ProgressBar(run.length, done, width=30), f"{done}/{run.length}", said)
         head = Text(f"{self.ended} of {self.total} runs, {self.eta()} left", style="bold")
         self.live.update(Group(head, table), refresh=True)
 

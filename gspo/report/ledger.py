@@ -19,6 +19,7 @@ import numpy as np
 from gspo.report.arms import slug
 from gspo.report.campaign import Run
 from gspo.run import disk
+from gspo.run.workdir import flatten
 from gspo.run.writers import read_jsonl
 from gspo.types import UserError
 
@@ -66,7 +67,7 @@ class Ledger:
 
     def digest(self, run: Run) -> str:
         """Of the fields in which the run differs from the defaults, its seed and weights aside."""
-        before, now = _flat(self.defaults.to_dict()), _flat(run.config.to_dict())
+        before, now = flatten(self.defaults.to_dict()), flatten(run.config.to_dict())
         fields = {name: value for name, value in now.items() if before.get(name) != value}
         fields = {name: value for name, value in fields.items() if name not in ("seed", "init_from")}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
@@ -121,12 +122,6 @@ def _as_rows(lines: list[dict[str, Any]]) -> Iterator[dict[str, str]]:
 
 def _columns(rows: list[dict[str, str]]) -> Curve:
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in METRICS}
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, str]:
-    if not isinstance(node, dict) or not node:
-        return {prefix[:-1]: json.dumps(node, default=str)}
-    return {name: text for key, value in node.items() for name, text in _flat(value, f"{prefix}{key}.").items()}
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -65,6 +65,13 @@ def duration(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
+def live_on(console: Console) -> Live | None:
+    """A display that is redrawn on update only: no thread of its own that would compete with the training step. None
+    where nothing can be redrawn, and on all processes but the first."""
+    live = console.is_terminal and not console.is_dumb_terminal and distributed.is_primary()
+    return Live(console=console, auto_refresh=False) if live else None
+
+
 class Progress:
     """The state of the loop: a live display on a terminal, one line per update elsewhere (CI, a file). A context
     manager.
@@ -88,9 +95,7 @@ class Progress:
         self._done, self._latest, self._sample = start, {}, None
         self._began = time.perf_counter()
         self._console = console or Console()
-        live = self._console.is_terminal and not self._console.is_dumb_terminal and distributed.is_primary()
-        # Redrawn on update only: no thread of its own that would compete with the training step.
-        self._live = Live(console=self._console, auto_refresh=False) if live else None
+        self._live = live_on(self._console)
 
     def note(self, text: str) -> None:
         """One line above the display: what the run is, warnings."""

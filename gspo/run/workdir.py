@@ -115,15 +115,16 @@ def _differences_from_saved(workdir: Path, config: dict[str, Any]) -> list[str]:
         return _config_differences(path, path.read_text(), _as_text(config)) if path.exists() else []
 
 
+def flatten(node: Any, prefix: str = "") -> dict[str, str]:
+    """A nested dict -> {"a.b": the value as JSON, or its string where it is none}."""
+    if not isinstance(node, dict) or not node:
+        return {prefix[:-1]: json.dumps(node, default=str)}
+    return {name: text for key, value in node.items() for name, text in flatten(value, f"{prefix}{key}.").items()}
+
+
 def _config_differences(path: Path, saved: str, now: str) -> list[str]:
     """["objective.epsilon: saved 0.2, now 0.0003", ...]. Compared as JSON text, where NaN equals NaN and 1 is not
     True."""
-
-    def flatten(node: Any, prefix: str = "") -> dict[str, str]:
-        if not isinstance(node, dict) or not node:
-            return {prefix[:-1]: json.dumps(node)}
-        return {name: text for key, value in node.items() for name, text in flatten(value, f"{prefix}{key}.").items()}
-
     try:
         before, after = flatten(json.loads(saved)), flatten(json.loads(now))
     except ValueError as error:
