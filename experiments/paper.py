@@ -4,8 +4,9 @@ python experiments/paper.py --config=configs/paper_cpu.py --workdir=runs/paper
 
 Runs all arms with all seeds side by side, one on each core, seed by seed; stopped and started again, it goes on.
 --figures=curves_b,dose --arms='B MoE' --seeds=10,11 run a part. Results lie in --results (default WORKDIR/results),
-where a finished run is known and not made again: curves/ARM.csv, runs.csv, the figures as PNG, PDF and CSV, and
-claims.md, the verdicts on experiments/paper_claims.py. --draw trains nothing and makes these of what is there.
+where a finished run is known and not made again: curves/ARM.csv, runs.csv, the figures as PNG, PDF and CSV; arms.md,
+what each arm came to, and claims.md, the verdicts on experiments/paper_claims.py. --draw trains nothing and makes these
+of what is there.
 """
 
 import functools
@@ -60,15 +61,17 @@ def conclude(config: ConfigDict, ledger: Ledger) -> None:
     """Figures and verdicts from what the ledger has. Raises UserError where it has nothing."""
     if not ledger.runs:
         raise UserError(f"--results={ledger.folder}: no run is recorded there yet; leave --draw out, or name another")
-    curves = functools.cache(ledger.curves)
+    curves = functools.cache(lambda arm: ledger.curves(config.same.get(arm, arm)))
     for figure in draw_all(curves, config, ledger.folder):
         print(f"figure: {figure}.png")
-    known = set(config.arms)
+    known = {*config.arms, *config.same}
     verdicts = [evidence.verdict(claim, curves) for claim in CLAIMS if claim.weights.keys() <= known]
+    (ledger.folder / "arms.md").write_text(tables.markdown(*evidence.arms_table(list(config.arms), curves)))
     rows, columns = evidence.claims_table(verdicts)
     (ledger.folder / "claims.md").write_text(tables.markdown(rows, columns))
-    tables.show([[row[i] for i in (0, 1, 5, 6, 7)] for row in rows if row[7] != "not run"],
-                [columns[i] for i in (0, 1, 5, 6, 7)])  # fmt: skip
+    shown = [columns.index(name) for name in ("", "claim", "effect [interval]", "seeds", "verdict")]
+    judged = [row for row, found in zip(rows, verdicts, strict=True) if found.word != "not run"]
+    tables.show([[row[i] for i in shown] for row in judged], [columns[i] for i in shown])
 
 
 def commit() -> str:

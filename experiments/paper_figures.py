@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gspo.report import bands
+from gspo.report.evidence import LAST
 from gspo.report.ledger import Curves
 
 Of = Callable[[str], Curves]  # arm -> its curves
@@ -86,7 +87,7 @@ def heat_maps(curves: Of, rates: tuple[str, ...], clips: tuple[int, ...], out: P
             for j, power in enumerate(clips):
                 own = curves(f"{model} {method} lr {rate} clip 2^{power}")
                 if own:
-                    table[i, j] = bands.matrix(own, "reward")[:, -5:].mean()
+                    table[i, j] = bands.matrix(own, "reward")[:, -LAST:].mean()
         names = [f"x {2.0**power:g}" for power in clips]
         labels = ("Learning rate", "Clip range")
         rows += bands.heat_panel(panel, table, list(rates), names, f"{model} {method}", labels=labels)
@@ -151,10 +152,31 @@ def depth(curves: Of, layers: tuple[int, ...], out: Path) -> None:
     bands.save(figure, axes, rows, out)
 
 
+def compared(curves: Of, labels: dict[str, str], out: Path) -> None:
+    """Arms beside each other: training reward, clipped tokens, and held-out pass@1 at the end. labels: label -> arm."""
+    arms = some(curves, labels)
+    figure, axes = bands.new_figure(1, 3)
+    rows = bands.curve_panel(axes[0], arms, "reward", "Training reward")
+    rows += bands.curve_panel(axes[1], arms, "clipped", "Clipped tokens [%]", factor=100, log=True)
+    rows += end_panel(axes[2], {label: [(i, own)] for i, (label, own) in enumerate(arms.items())})
+    axes[0].set_ylim(0, 1)
+    bands.save(figure, axes, rows, out)
+
+
+COMPARED = {  # figure of the config -> what stands in it beside its own arms, and what its labels need not say
+    "best": ((), "best "),
+    "clips": (("B MoE GRPO", "B MoE GSPO"), "B MoE "),
+    "objectives": (("B MoE GRPO", "B MoE GSPO"), "B MoE "),
+    "old_logps": ((), "old by "),
+    "again": ((), "B MoE "),
+}
+
+
 def draw_all(curves: Of, config, folder: Path) -> list[Path]:
-    """Every figure of which something has run. Returns the figures, without their endings."""
+    """Every figure of which something has run, and against a dial at two places or more. Returns the figures, without
+    their endings."""
     settings = tuple(s for s in ("A", "B") if curves(f"{s} MoE GRPO"))
-    drawn = []
+    names, drawn = [*config.arms, *config.same], []
 
     def to(name: str) -> Path:
         drawn.append(folder / name)
@@ -165,19 +187,24 @@ def draw_all(curves: Of, config, folder: Path) -> list[Path]:
     if settings:
         figure_2(curves, settings, to("fig2"))
         figure_3(curves, settings, to("fig3"))
-    swept = [name.split(" lr ")[1].split(" clip 2^") for name in config.arms if " lr " in name and curves(name)]
+    swept = [name.split(" lr ")[1].split(" clip 2^") for name in names if " lr " in name and curves(name)]
     if swept:
         rates = sorted({rate for rate, _ in swept}, key=float)
         heat_maps(curves, tuple(rates), tuple(sorted({int(power) for _, power in swept})), to("sweep"))
-    doses = {int(name.split()[1][1:]) for name in config.arms if name.startswith("router x") and curves(name)}
-    if doses:
+    doses = {int(name.split()[1][1:]) for name in names if name.startswith("router x") and curves(name)}
+    if len(doses) > 1:
         dose_response(curves, tuple(sorted(doses)), to("dose"))
     for name, draw, kind in (
         ("staleness", staleness, "updates"),
         ("length", length, "digits"),
         ("depth", depth, "layers"),
     ):
-        places = {int(arm.split()[0]) for arm in config.arms if arm.split()[1] == kind and curves(arm)}
-        if places:
+        places = {int(arm.split()[0]) for arm in names if arm.split()[1] == kind and curves(arm)}
+        if len(places) > 1:
             draw(curves, tuple(sorted(places | ({4} if kind == "layers" else set()))), to(name))
+    for name, (beside, known) in COMPARED.items():
+        own = config.figures[name].arms if name in config.figures else ()
+        if any(curves(arm) for arm in own):
+            arms = (*beside, *own)
+            compared(curves, {arm.removeprefix(known): arm for arm in arms}, to(name))
     return drawn

@@ -52,7 +52,7 @@ def runs_of(
 ) -> list[Run]:
     """What the figures of a paper need: seed by seed, the cold starts before the arms that begin with them.
 
-    config                with the fields of configs/paper.py: cold_start, base, colds, arms, figures
+    config                with the fields of configs/paper.py: cold_start, base, colds, arms, same, figures
     figures, arms, seeds  only these; empty: all. An arm may be a part of a name, "B MoE".
     Raises UserError for names that the config does not have."""
     wanted = seeds_of_arms(config, figures, arms)
@@ -102,7 +102,8 @@ def seeds_of_arms(config: Any, figures: Sequence[str] = (), arms: Sequence[str] 
     found: dict[str, list[int]] = {}
     for name in figures or config.figures:
         for arm in config.figures[name].arms:
-            if not arms or any(part in arm for part in arms):
+            names = [arm, *(other for other, own in config.same.items() if own == arm)]
+            if not arms or any(part in one for part in arms for one in names):
                 own = found.setdefault(arm, [])
                 own += [seed for seed in config.figures[name].seeds if seed not in own]
     if not found:

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gspo.report.evidence import STATISTICS, WINDOW, band, interval, iqm, smoothed
+from gspo.report.evidence import STATISTICS, WINDOW, band, interval, middle_of, smoothed
 from gspo.report.ledger import Curves
 from gspo.report.plots import COLORS, MARKERS, STYLE
 
@@ -92,18 +92,18 @@ def dial_panel(
     *,
     colors: Mapping[str, str] | None = None,
 ) -> Rows:
-    """A statistic of runs against a dial: label -> (position, curves). Points are interquartile means with 95%
-    bootstrap intervals; single seeds are small dots."""
+    """A statistic of runs against a dial: label -> (position, curves). Points are interquartile means (of collapses:
+    shares) with 95% bootstrap intervals; single seeds are small dots."""
     rows: Rows = []
-    measure = STATISTICS[statistic]
+    measure, summed = STATISTICS[statistic], middle_of(statistic)
     for i, (name, places) in enumerate(arms.items()):
         color = (colors or {}).get(name, COLORS[i % len(COLORS)])
         known = [(at, curves) for at, curves in places if curves]
         if not known:
             continue
         values = [np.array([measure(curve) for curve in curves.values()]) for _, curves in known]
-        at, middle = [at for at, _ in known], [float(iqm(v)) for v in values]
-        edges = np.array([interval(v) for v in values]).T
+        at, middle = [at for at, _ in known], [float(summed(v)) for v in values]
+        edges = np.array([interval(v, middle=summed) for v in values]).T
         away = np.abs(edges - np.array(middle))
         counts = sorted({len(v) for v in values})
         n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"

@@ -2,10 +2,10 @@
 
 All arms of a seed share cold start, prompts and keys, so that arms are compared by the differences within seeds. A
 claim is a weighted sum over arms of one number per run; its effect is the interquartile mean of these sums over the
-seeds, with a bootstrap interval over seeds (Agarwal et al. 2021, arXiv 2108.13264, for one task).
+seeds, with a bootstrap interval over seeds (Agarwal et al. 2021, arXiv 2108.13264, for one task). Collapses, which are
+counted, are averaged over all seeds: an interquartile mean of zeros and ones is seldom their share.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -87,21 +87,26 @@ def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
     return stats.trim_mean(values, 0.25, axis=axis)
 
 
-def interval(values_S: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Bootstrap interval of the interquartile mean over seeds, by percentiles, always with the same resamples."""
+def middle_of(statistic: str) -> Callable[..., np.ndarray]:
+    """What many runs are summed up by: the share of those that collapse, of all else the interquartile mean."""
+    return np.mean if statistic == "collapsed" else iqm
+
+
+def interval(values_S: np.ndarray, confidence: float = 0.95, middle: Callable = iqm) -> tuple[float, float]:
+    """Bootstrap interval of the middle over seeds, by percentiles, always with the same resamples."""
     if len(values_S) < 2 or np.ptp(values_S) == 0:
         return float(values_S.min()), float(values_S.max())
     rng = np.random.default_rng(0)
-    found = stats.bootstrap((values_S,), iqm, confidence_level=confidence, n_resamples=RESAMPLES, method="percentile",
-                            vectorized=True, rng=rng)  # fmt: skip
+    found = stats.bootstrap(
+        (values_S,), middle, confidence_level=confidence, n_resamples=RESAMPLES, method="percentile", vectorized=True,
+        rng=rng,
+    )  # fmt: skip
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def band(values_SR: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """By rollout: interquartile mean over seeds, and its interval."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a rollout at which all seeds agree
-        edges = np.array([interval(column, confidence) for column in values_SR.T])
+    edges = np.array([interval(column, confidence) for column in values_SR.T])
     return iqm(values_SR, axis=0), edges[:, 0], edges[:, 1]
 
 
@@ -155,13 +160,32 @@ def verdict(claim: Claim, curves: Callable[[str], Curves]) -> Verdict:
         nothing = float("nan")
         return Verdict(claim, "not run", nothing, nothing, nothing, tuple(sums))
     values_S = np.array(list(sums.values()))
-    effect, (low, high) = float(iqm(values_S)), interval(values_S, claim.confidence)
+    middle = middle_of(claim.statistic)
+    effect, (low, high) = float(middle(values_S)), interval(values_S, claim.confidence, middle)
     word = "undecided"
     if low > min(claim.least, 0) and effect >= claim.least:
         word = "reproduced"
     elif high < claim.least:
         word = "not reproduced"
     return Verdict(claim, word, effect, low, high, tuple(sums))
+
+
+def arms_table(arms: Sequence[str], curves: Callable[[str], Curves]) -> tuple[list[list[str]], tuple[str, ...]]:
+    """Rows and columns of a table: what arms with three seeds or more came to, means with their intervals."""
+    columns = ("arm", "seeds", "held-out pass@1", "area under the reward", "collapsed", "clipped tokens [%]")
+    rows = []
+    for arm in arms:
+        runs = list(curves(arm).values())
+        if len(runs) < 3:
+            continue
+        cells = []
+        for name in columns[2:5]:
+            values = np.array([STATISTICS[name](run) for run in runs])
+            low, high = interval(values, middle=middle_of(name))
+            cells.append(f"{middle_of(name)(values):.2f} [{low:.2f}, {high:.2f}]")
+        clipped = 100 * iqm(np.array([mean_of("clipped")(run) for run in runs]))
+        rows.append([arm, str(len(runs)), *cells, f"{clipped:.2g}"])
+    return rows, columns
 
 
 def claims_table(verdicts: Sequence[Verdict]) -> tuple[list[list[str]], tuple[str, ...]]:

@@ -39,6 +39,7 @@ METRICS = {  # column -> metric; "tokens" are added up, and one that a run has n
     "grad_norm": "grad_norm/max",
     "load_cv": "routing/load_cv",
 }
+NOT_SETTINGS = ("seed", "init_from", "model.scan_layers", "model.moe_backend", "model.remat", "model.attention_chunk")
 RUN_FIELDS = ("arm", "seed", "config", "ended", "rollouts", "seconds", "commit", "date")
 Curve = dict[str, np.ndarray]  # column -> float64, NaN where empty
 Curves = dict[int, Curve]  # seed -> its curve
@@ -66,10 +67,10 @@ class Ledger:
         return known is not None
 
     def digest(self, run: Run) -> str:
-        """Of the fields in which the run differs from the defaults, its seed and weights aside."""
+        """Of the fields in which the run differs from the defaults, but for its seed, its weights, and how it runs."""
         before, now = flatten(self.defaults.to_dict()), flatten(run.config.to_dict())
         fields = {name: value for name, value in now.items() if before.get(name) != value}
-        fields = {name: value for name, value in fields.items() if name not in ("seed", "init_from")}
+        fields = {name: value for name, value in fields.items() if name not in NOT_SETTINGS}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
     def add(self, run: Run) -> None:

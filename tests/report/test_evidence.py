@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gspo.report import evidence
-from gspo.report.evidence import Claim, claims_table, has_collapsed, smoothed, verdict
+from gspo.report.evidence import Claim, arms_table, claims_table, has_collapsed, smoothed, verdict
 from gspo.report.ledger import METRICS
 
 
@@ -93,6 +93,17 @@ def test_orders_of_magnitude_are_differences_of_logarithms_of_means():
     found = judged(left, right, 1.0, "orders of magnitude of clipped tokens")
     assert found.word == "reproduced"
     assert found.low == pytest.approx(2.0)
+
+
+def test_collapses_are_averaged_over_all_seeds():
+    # Catches a share of collapses that leaves out the seeds at both ends: of 2 in 10 the interquartile mean is 0.
+    fell = [curve([0.8] * 10 + [0.0] * 10, clipped=0.1)] * 2 + [curve([0.8] * 20, clipped=0.1)] * 8
+    never = {s: curve([0.8] * 20) for s in range(10)}
+    found = judged(dict(enumerate(fell)), never, 0.1, "collapsed")
+    assert found.effect == pytest.approx(0.2)
+    rows, columns = arms_table(["left", "few"], {"left": dict(enumerate(fell)), "few": ends(0.1, 0.1)}.get)
+    assert [row[0] for row in rows] == ["left"]  # two seeds are no result
+    assert rows[0][columns.index("collapsed")].startswith("0.20 [0.00, 0.")
 
 
 def test_an_interval_is_the_same_at_every_call_and_narrower_with_more_seeds():
