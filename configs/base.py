@@ -28,6 +28,8 @@ def model() -> ConfigDict:
             rms_eps=placeholder(float),  # [1e-6]
             qk_norm=placeholder(bool),  # [True]
             qk_norm_over=placeholder(str),  # [head] | projection
+            qkv_bias=placeholder(bool),  # [False] of queries, keys and values, as Qwen2 has it
+            out_bias=placeholder(bool),  # [False] of the output of attention
             tie_embeddings=placeholder(bool),  # [False]
             # How it runs: free to choose, whatever the weights.
             dtype="float32",  # of the matmuls; router, softmax, log-probs and parameters are float32 always

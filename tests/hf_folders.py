@@ -38,6 +38,7 @@ SPECS = {
         TINY, qk_norm=False, tie_embeddings=True, rope_scaling=(8.0, 1.0, 4.0, 64.0)
     ),
     "OlmoeForCausalLM": dataclasses.replace(TINY_MOE, qk_norm_over="projection", norm_topk_prob=False, head_width=4),
+    "Qwen2ForCausalLM": dataclasses.replace(TINY, qk_norm=False, qkv_bias=True),
 }
 all_families = pytest.mark.parametrize("family", SPECS)
 

@@ -32,13 +32,15 @@ MOE = ModelSpec(
 
 @functools.cache
 def build(spec: ModelSpec, seed: int = 0):
-    """(model, params): the shapes of `init_params`, values drawn here. Norm scales are not 1, so a forgotten scale
-    shows."""
+    """(model, params): the shapes of `init_params`, values drawn here. Norm scales are not 1 and biases not 0, so a
+    forgotten one shows."""
     model, rng = Transformer(spec), np.random.default_rng(seed)
 
     def draw(path, leaf):
         if path[-1].key == "scale":
             return jnp.asarray(1 + 0.2 * rng.standard_normal(leaf.shape), jnp.float32)
+        if path[-1].key == "bias":
+            return jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32)
         fan_in = leaf.shape[1] if path[-1].key == "embedding" else leaf.shape[-2]
         return jnp.asarray(rng.standard_normal(leaf.shape) * fan_in**-0.5, jnp.float32)
 
@@ -127,9 +129,10 @@ def swiglu(x, w_gate, w_up, w_down):
 
 def attention(p, spec, h_TD):
     T, N, K, H = len(h_TD), spec.num_heads, spec.num_kv_heads, spec.head_width
-    q = (h_TD @ p["query"]).reshape(T, N, H)
-    k = (h_TD @ p["key"]).reshape(T, K, H)
-    v = (h_TD @ p["value"]).reshape(T, K, H)
+    bias = lambda name, there: p[f"{name}_bias"]["bias"] if there else 0.0  # noqa: E731
+    q = (h_TD @ p["query"] + bias("query", spec.qkv_bias)).reshape(T, N, H)
+    k = (h_TD @ p["key"] + bias("key", spec.qkv_bias)).reshape(T, K, H)
+    v = (h_TD @ p["value"] + bias("value", spec.qkv_bias)).reshape(T, K, H)
     for x, name in (q, "query_norm"), (k, "key_norm"):
         for t in range(T):
             if spec.qk_norm and spec.qk_norm_over == "projection":
@@ -145,7 +148,7 @@ def attention(p, spec, h_TD):
             weight = softmax(np.array([q[t, n] @ k[s, kv] / np.sqrt(H) for s in range(t + 1)]))
             for s in range(t + 1):
                 mixed[t, n] += weight[s] * v[s, kv]
-    return mixed.reshape(T, N * H) @ p["out"]
+    return mixed.reshape(T, N * H) @ p["out"] + bias("out", spec.out_bias)
 
 
 def decoder(params, spec, tokens, given_LTX=None):

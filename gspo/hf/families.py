@@ -24,12 +24,14 @@ from gspo.types import UserError
 
 class Row(NamedTuple):
     """path: leaf of our tree. name: of their tensors, with {layer} and {expert} where there is one for each: the
-    leading axes of the leaf. transposed: theirs is [out, in].
+    leading axes of the leaf. transposed: theirs is [out, in]. needs: field of the spec without which there is no such
+    leaf.
     """
 
     path: str
     name: str
     transposed: bool = False
+    needs: str = ""
 
     def positions(self, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         """Indices of the stacked axes, one per tensor of theirs, of a leaf of this shape."""
@@ -50,6 +52,15 @@ DECODER = (
     Row("blocks/mlp_norm/scale", LAYER + "post_attention_layernorm.weight"),
     Row("final_norm/scale", "model.norm.weight"),
     Row("head", "lm_head.weight", True),  # left out where the embeddings are tied
+    *(
+        Row(f"blocks/attention/{ours}_bias/bias", LAYER + f"self_attn.{theirs}_proj.bias", needs=field)
+        for ours, theirs, field in (
+            ("query", "q", "qkv_bias"),
+            ("key", "k", "qkv_bias"),
+            ("value", "v", "qkv_bias"),
+            ("out", "o", "out_bias"),
+        )
+    ),
 )
 QK_NORM = (
     Row("blocks/attention/query_norm/scale", LAYER + "self_attn.q_norm.weight"),
@@ -90,40 +101,51 @@ KEYS = dict(
     tie_embeddings="tie_word_embeddings",
 )  # fmt: skip
 EXPERTS = dict(num_experts="num_experts", experts_per_token="num_experts_per_tok")
+BIAS = dict(qkv_bias="attention_bias", out_bias="attention_bias")
+NO_BIAS = dict(qkv_bias=False, out_bias=False)
 COMMON = dict(rope_theta=1e4, rms_norm_eps=1e-6, tie_word_embeddings=False, num_key_value_heads=None, head_dim=None)
 
 FAMILIES = {
     "Qwen3ForCausalLM": Family(
         "qwen3", DECODER + QK_NORM + MLP, dict(qk_norm=True, qk_norm_over="head", num_experts=0),
-        dict(d_ff="intermediate_size"), COMMON | dict(head_dim=128, num_key_value_heads=32, use_sliding_window=False),
+        BIAS | dict(d_ff="intermediate_size"),
+        COMMON | dict(head_dim=128, num_key_value_heads=32, use_sliding_window=False, attention_bias=False),
     ),
     "Qwen3MoeForCausalLM": Family(
         "qwen3_moe", DECODER + QK_NORM + MOE, dict(qk_norm=True, qk_norm_over="head"),
-        EXPERTS | dict(d_expert="moe_intermediate_size", norm_topk_prob="norm_topk_prob"),
-        COMMON | dict(num_key_value_heads=4, norm_topk_prob=False, use_sliding_window=False),
+        BIAS | EXPERTS | dict(d_expert="moe_intermediate_size", norm_topk_prob="norm_topk_prob"),
+        COMMON | dict(num_key_value_heads=4, norm_topk_prob=False, use_sliding_window=False, attention_bias=False),
     ),
     "MixtralForCausalLM": Family(
-        "mixtral", DECODER + MIXTRAL_MOE, dict(qk_norm=False, norm_topk_prob=True),
+        "mixtral", DECODER + MIXTRAL_MOE, NO_BIAS | dict(qk_norm=False, norm_topk_prob=True),
         EXPERTS | dict(num_experts="num_local_experts", d_expert="intermediate_size"),
         COMMON | dict(rope_theta=1e6, rms_norm_eps=1e-5, num_key_value_heads=8),
     ),
     "LlamaForCausalLM": Family(
-        "llama", DECODER + MLP, dict(qk_norm=False, num_experts=0), dict(d_ff="intermediate_size"), COMMON
+        "llama", DECODER + MLP, dict(qk_norm=False, num_experts=0), BIAS | dict(d_ff="intermediate_size"),
+        COMMON | dict(attention_bias=False),
     ),
     "OlmoeForCausalLM": Family(
         "olmoe", DECODER + QK_NORM + MOE, dict(qk_norm=True, qk_norm_over="projection"),
-        EXPERTS | dict(d_expert="intermediate_size", norm_topk_prob="norm_topk_prob"),
-        COMMON | dict(rms_norm_eps=1e-5, norm_topk_prob=False),
+        BIAS | EXPERTS | dict(d_expert="intermediate_size", norm_topk_prob="norm_topk_prob"),
+        COMMON | dict(rms_norm_eps=1e-5, norm_topk_prob=False, attention_bias=False),
+    ),
+    "Qwen2ForCausalLM": Family(
+        "qwen2", DECODER + MLP, dict(qk_norm=False, num_experts=0, qkv_bias=True, out_bias=False),
+        dict(d_ff="intermediate_size"), COMMON | dict(num_key_value_heads=32, use_sliding_window=False),
     ),
 }  # fmt: skip
 ALIASES = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
 
 # Keys that change what is computed, and the values under which it is what we compute; left out, they have such a value.
+# Those that a family has a default for, it reads.
 COMPUTED = dict(
     hidden_act=("silu",), attention_bias=(False, None), mlp_bias=(False, None), clip_qkv=(None,),
     decoder_sparse_step=(1,),
     mlp_only_layers=(None, []), quantization_config=(None,),
 )  # fmt: skip
+# Fields of a spec by which families differ.
+TELLING = ("num_experts", "qk_norm", "qk_norm_over", "qkv_bias", "out_bias", "norm_topk_prob")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -131,18 +153,26 @@ def family_of(spec: ModelSpec) -> str:
     """Architecture name of a spec. Raises UserError where no family computes what it says."""
     for name, family in FAMILIES.items():
         moe_fits = bool(spec.num_experts) == ("num_experts" in family.keys)
-        if moe_fits and all(getattr(spec, field) == value for field, value in family.fixed.items()):
+        keys = _keys(family, spec)  # fields that share one must agree
+        said = dict(family.fixed) | {field: keys[key] for field, key in family.keys.items()}
+        if moe_fits and all(getattr(spec, field) == value for field, value in said.items()):
             return name
-    raise UserError(
-        f"no Hugging Face architecture has model.num_experts={spec.num_experts}, model.qk_norm={spec.qk_norm}, "
-        f"model.qk_norm_over={spec.qk_norm_over!r} and model.norm_topk_prob={spec.norm_topk_prob} together; known are "
-        f"{', '.join(FAMILIES)}"
-    )
+    fields = ", ".join(f"model.{field}={getattr(spec, field)!r}" for field in TELLING)
+    raise UserError(f"no Hugging Face architecture has {fields} together; known are {', '.join(FAMILIES)}")
+
+
+def _keys(family: Family, spec: ModelSpec) -> dict[str, Any]:
+    """The keys of a config.json that describe the spec."""
+    return {key: getattr(spec, field) for field, key in (KEYS | dict(family.keys)).items()}
 
 
 def table(spec: ModelSpec) -> tuple[Row, ...]:
-    """The rows of the spec's family; no head where the embeddings are tied."""
-    return tuple(row for row in FAMILIES[family_of(spec)].rows if not (spec.tie_embeddings and row.path == "head"))
+    """The rows of the spec's family: those that it has."""
+
+    def there(row: Row) -> bool:
+        return not (row.needs and not getattr(spec, row.needs)) and not (spec.tie_embeddings and row.path == "head")
+
+    return tuple(row for row in FAMILIES[family_of(spec)].rows if there(row))
 
 
 # ---------------------------------------------------------------------------------------------------- config.json
@@ -162,7 +192,7 @@ def spec_from_hf(config: Mapping[str, Any], **fields: Any) -> ModelSpec:
     family = FAMILIES[name]
     config = dict(family.defaults) | dict(config)
     for key, allowed in COMPUTED.items():
-        if key in config and config[key] not in allowed:
+        if key not in family.defaults and key in config and config[key] not in allowed:
             raise UserError(f"config.json: {key}={config[key]!r} is not supported, only {allowed[0]!r}")
     if config.get("sliding_window") and config.get("use_sliding_window", True):
         raise UserError(
@@ -175,6 +205,7 @@ def spec_from_hf(config: Mapping[str, Any], **fields: Any) -> ModelSpec:
         return config[key] if key in config else config[ALIASES[key]]
 
     found = {field: value(key) for field, key in (KEYS | dict(family.keys)).items()}
+    found |= {field: bool(found[field]) for field in BIAS if field in found}  # null: none
     found["num_kv_heads"] = found["num_kv_heads"] or found["num_heads"]
     found["head_width"] = found["head_width"] or found["d_model"] // found["num_heads"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -207,7 +238,7 @@ def hf_config(spec: ModelSpec, *, dtype: str = "float32", base: Mapping[str, Any
     kept = dict(base or dict(max_position_embeddings=32768, bos_token_id=None, eos_token_id=None, pad_token_id=None))
     for key in ("rope_parameters", "rope_scaling", "dtype", "num_local_experts", "num_experts"):
         kept.pop(key, None)
-    config = kept | {key: getattr(spec, field) for field, key in (KEYS | dict(family.keys)).items()}
+    config = kept | _keys(family, spec)
     rope = (
         dict(zip(LLAMA3, (*spec.rope_scaling[:3], int(spec.rope_scaling[3])), strict=True)) if spec.rope_scaling else {}
     )

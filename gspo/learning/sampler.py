@@ -16,7 +16,7 @@ from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer, layers_of
 from gspo.types import Params, Rollout
 
-FLOAT32 = ("router", "scale")  # names of parameters that are used in float32 whatever the compute dtype
+FLOAT32 = ("router", "scale", "bias")  # names of parameters that are used in float32 whatever the compute dtype
 
 
 def in_compute_dtype(params: Params, dtype: jnp.dtype) -> Params:

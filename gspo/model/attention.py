@@ -36,6 +36,17 @@ class RMSNorm(nn.Module):
         return (x32 * scale).astype(x.dtype)
 
 
+class Bias(nn.Module):
+    """A vector that starts at zero, float32, under the name "bias", to which no weight decay applies. axis: its logical
+    name."""
+
+    axis: str
+
+    @nn.compact
+    def __call__(self, width: int):
+        return self.param("bias", nn.with_partitioning(nn.initializers.zeros, (self.axis,)), (width,), jnp.float32)
+
+
 def rope_tables(
     positions_BT: chex.Array, head_width: int, theta: float, scaling: tuple[float, ...] = ()
 ) -> tuple[chex.Array, chex.Array]:
@@ -95,7 +106,8 @@ def attend(
 
 class Attention(nn.Module):
     """Grouped-query attention with optional RMSNorm on queries and keys before RoPE: over each head (Qwen3), or over
-    the whole projection, all heads together (OLMoE).
+    the whole projection, all heads together (OLMoE). Optional biases: on queries, keys and values (Qwen2), and on the
+    output.
     """
 
     num_heads: int
@@ -106,14 +118,18 @@ class Attention(nn.Module):
     dtype: jnp.dtype
     qk_norm_over: str = "head"
     layout: Layout = ONE_DEVICE
+    qkv_bias: bool = False
+    out_bias: bool = False
 
     def _project(self, name: str, x_BTD, heads: int, axis: str):
         kernel_init_ = nn.with_partitioning(kernel_init, ("embed", axis))
         kernel = self.param(name, kernel_init_, (x_BTD.shape[-1], heads * self.head_width), jnp.float32).astype(
             self.dtype
         )
-        y = (x_BTD @ self.layout.gathered(kernel, "embed", axis)).reshape(*x_BTD.shape[:2], heads, self.head_width)
-        return self.layout.constrain(y, "rows", None, axis, None)
+        y = x_BTD @ self.layout.gathered(kernel, "embed", axis)
+        if self.qkv_bias:
+            y += Bias(axis, name=f"{name}_bias")(y.shape[-1]).astype(self.dtype)
+        return self.layout.constrain(y.reshape(*y.shape[:2], heads, self.head_width), "rows", None, axis, None)
 
     def _norm(self, name: str, x_BTNH):
         norm = RMSNorm(self.rms_eps, name=name)
@@ -135,4 +151,6 @@ class Attention(nn.Module):
         shape = (self.num_heads * self.head_width, x_BTD.shape[-1])
         kernel = self.param("out", kernel_init_, shape, jnp.float32).astype(self.dtype)
         out_BTD = mixed_BTNH.reshape(*x_BTD.shape[:2], -1) @ self.layout.gathered(kernel, "heads", "embed")
+        if self.out_bias:
+            out_BTD += Bias("norm", name="out_bias")(shape[1]).astype(self.dtype)
         return out_BTD, kept

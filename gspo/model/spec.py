@@ -11,7 +11,8 @@ from gspo.types import UserError
 TOY = {
     "vocab_size": 0, "num_layers": 4, "d_model": 64, "num_heads": 4, "num_kv_heads": 2, "head_width": 16, "d_ff": 0,
     "num_experts": 8, "experts_per_token": 2, "d_expert": 64, "norm_topk_prob": True, "rope_theta": 1e4,
-    "rope_scaling": (), "rms_eps": 1e-6, "qk_norm": True, "qk_norm_over": "head", "tie_embeddings": False,
+    "rope_scaling": (), "rms_eps": 1e-6, "qk_norm": True, "qk_norm_over": "head", "qkv_bias": False,
+    "out_bias": False, "tie_embeddings": False,
 }  # fmt: skip
 UNROLLED_LAYERS = 8
 TOY_TOKENIZER = "chars:0123456789="
@@ -23,7 +24,8 @@ class ModelSpec:
 
     num_experts = 0 is a dense model of feed-forward width d_ff; else every layer holds experts of width d_expert.
     rope_scaling is () or the four numbers of Llama 3.1's rule (`gspo.model.attention.rope_tables`). qk_norm_over is
-    "head" (Qwen3) or "projection" (OLMoE).
+    "head" (Qwen3) or "projection" (OLMoE). qkv_bias: queries, keys and values have a bias (Qwen2); out_bias: so has the
+    output of attention.
     dtype is that of the matmuls ("float32" or "bfloat16"); parameters, router, softmax, norms and log-probs are
     float32. remat recomputes each block in the backward pass; attention_chunk > 0 does so with attention scores, that
     many query columns at a time, so that no [T, T] array of scores exists. scan_layers runs the layers as a loop, which
@@ -46,6 +48,8 @@ class ModelSpec:
     rms_eps: float = 1e-6
     qk_norm: bool = True
     qk_norm_over: str = "head"
+    qkv_bias: bool = False
+    out_bias: bool = False
     tie_embeddings: bool = False
     dtype: str = "float32"
     moe_backend: str = "auto"

@@ -3,10 +3,9 @@
     (tokens, routes) -> (hidden, routes)          whole frames, or groups packed behind their prompts: the learner
     (prompts) -> caches, (token, caches) -> ...   prefill and decode: the sampler
 
-One module serves Qwen3, Qwen3-MoE, Mixtral, Llama and OLMoE; a `ModelSpec` says which (`gspo.hf.families` reads it from
-a config.json). Parameters are stacked by layer; blocks run as a loop over them, or one after the other where there are
-few (`ModelSpec.scan_layers`). It is always called with the frame column of the first real token, from which positions
-and visibility follow.
+One module serves all families of `gspo.hf.families`; a `ModelSpec` says which. Parameters are stacked by layer; blocks
+run as a loop over them, or one after the other where there are few (`ModelSpec.scan_layers`). It is always called with
+the frame column of the first real token, from which positions and visibility follow.
 """
 
 from typing import Any, NamedTuple
@@ -71,7 +70,7 @@ class Block(nn.Module):
         rows = lambda x: self.layout.constrain(x, "rows", None, None)  # noqa: E731
         attention = Attention(
             s.num_heads, s.num_kv_heads, s.head_width, s.qk_norm, s.rms_eps, s.compute_dtype, s.qk_norm_over,
-            self.layout, name="attention",
+            self.layout, s.qkv_bias, s.out_bias, name="attention",
         )  # fmt: skip
         normed_BTD = RMSNorm(s.rms_eps, name="attention_norm")(x_BTD)
         with jax.named_scope("attention"):

@@ -52,7 +52,7 @@ def test_a_published_config_describes_the_model_of_that_name():
 @pytest.mark.parametrize(("changes", "words"), [
     (dict(architectures=["GPT2LMHeadModel"]), "Qwen3ForCausalLM, Qwen3MoeForCausalLM, MixtralForCausalLM, "
                                               "LlamaForCausalLM, Olmoe"),
-    (dict(attention_bias=True), "attention_bias"), (dict(hidden_act="gelu"), "hidden_act"),
+    (dict(mlp_bias=True), "mlp_bias"), (dict(hidden_act="gelu"), "hidden_act"),
     (dict(mlp_only_layers=[3]), "mlp_only"),
     (dict(decoder_sparse_step=2), "decoder_sparse_step"),
     (dict(sliding_window=4096, use_sliding_window=True), "sliding_window"),
@@ -83,10 +83,23 @@ def test_a_spec_knows_its_family_and_survives_its_config(family):
     assert SPECS.keys() == FAMILIES.keys()
 
 
+def test_biases_of_attention_are_read_where_the_family_may_have_them():
+    # Catches a bias that is dropped in silence: Qwen3 and Llama have it on all four projections, Qwen2 always on three.
+    for attention_bias in (True, False, None):
+        spec = spec_from_hf(published(attention_bias=attention_bias))
+        assert spec.qkv_bias == spec.out_bias == bool(attention_bias)
+    biased = dataclasses.replace(TINY, qk_norm=False, qkv_bias=True, out_bias=True)
+    assert hf_config(biased)["attention_bias"] is True and family_of(biased) == "LlamaForCausalLM"
+    assert family_of(dataclasses.replace(biased, out_bias=False)) == "Qwen2ForCausalLM"
+    with pytest.raises(UserError, match="attention_bias"):
+        spec_from_hf(hf_config(SPECS["MixtralForCausalLM"]) | {"attention_bias": True})
+
+
 def test_a_spec_of_no_family_is_a_one_line_error():
     # Catches an export that drops what makes the model different.
     plain_moe = dataclasses.replace(TINY_MOE, qk_norm=False, norm_topk_prob=False)
-    for odd in (dataclasses.replace(TINY, qk_norm_over="projection"), plain_moe):
+    one_bias = dataclasses.replace(TINY, qkv_bias=True)
+    for odd in (dataclasses.replace(TINY, qk_norm_over="projection"), plain_moe, one_bias):
         with pytest.raises(UserError, match="no Hugging Face architecture"):
             family_of(odd)
 
@@ -96,7 +109,9 @@ def test_a_spec_of_no_family_is_a_one_line_error():
     ("moe-500m", "Qwen3Moe", 493e6),
     ("qwen3-0.6b", "Qwen3", 596_049_920), ("qwen3-1.7b", "Qwen3", 1_720_574_976), ("qwen3-4b", "Qwen3", 4_022_468_096),
     ("qwen3-8b", "Qwen3", 8_190_735_360), ("qwen3-30b-a3b", "Qwen3Moe", 30_532_122_624),
-    ("qwen3-235b-a22b", "Qwen3Moe", 235_093_634_560), ("mixtral-8x7b", "Mixtral", 46_702_792_704),
+    ("qwen3-235b-a22b", "Qwen3Moe", 235_093_634_560),
+    ("qwen2.5-0.5b", "Qwen2", 494_032_768), ("qwen2.5-1.5b", "Qwen2", 1_543_714_304),
+    ("mixtral-8x7b", "Mixtral", 46_702_792_704),
     ("llama-3.2-1b", "Llama", 1_235_814_400), ("olmoe-1b-7b", "Olmoe", 6_919_161_856),
 ])  # fmt: skip
 def test_models_have_the_published_number_of_parameters(name, family, parameters):

@@ -35,7 +35,7 @@ def case(name, family, *, kv, tied=False, theta=100.0, scaling=None, slow=True, 
                         marks=[pytest.mark.slow] if slow else [])  # fmt: skip
 
 
-Q, QM, MX, LL, OL = "Qwen3", "Qwen3Moe", "Mixtral", "Llama", "Olmoe"
+Q, QM, MX, LL, OL, Q2 = "Qwen3", "Qwen3Moe", "Mixtral", "Llama", "Olmoe", "Qwen2"
 CASES = [
     case("qwen3-gqa2-untied-wide-head", Q, kv=2, head_dim=12, slow=False),
     case(
@@ -51,6 +51,10 @@ CASES = [
     case("mixtral-gqa2", MX, kv=2, num_local_experts=4, num_experts_per_tok=2, slow=False),
     case("llama3-gqa2-tied-scaled", LL, kv=2, tied=True, scaling=LLAMA3, slow=False),
     case("olmoe-gqa1-not-renormalised", OL, kv=4, norm_topk_prob=False, **MOE, slow=False),
+    case("qwen2-gqa2-tied", Q2, kv=2, tied=True, slow=False),
+    case("qwen2-gqa1-untied", Q2, kv=4),
+    case("llama-biased", LL, kv=2, attention_bias=True),
+    case("qwen3moe-biased", QM, kv=2, attention_bias=True, norm_topk_prob=True, moe_intermediate_size=20, **MOE),
     case("qwen3-gqa1-tied", Q, kv=4, tied=True, head_dim=8, rms_norm_eps=1e-2),
     case("qwen3-gqa4-narrow-head", Q, kv=1, head_dim=4, theta=1e6),
     case(
@@ -91,7 +95,8 @@ few_cases = pytest.mark.parametrize(
 
 @functools.cache
 def torch_model(family, fields):
-    """transformers' own model with random weights; norm scales are not 1, so that a forgotten one shows."""
+    """transformers' own model with random weights; norm scales are not 1 and biases not 0, so that a forgotten one
+    shows."""
     import torch
     import transformers
 
@@ -100,9 +105,10 @@ def torch_model(family, fields):
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for param in model.parameters():
+        for name, param in model.named_parameters():
             noise = torch.randn(param.shape, generator=generator)
-            param.copy_(1 + 0.2 * noise if param.ndim == 1 else noise * param.shape[-1] ** -0.5 * 1.5)
+            small = 0.2 * noise + (not name.endswith("bias"))
+            param.copy_(small if param.ndim == 1 else noise * param.shape[-1] ** -0.5 * 1.5)
     return model
 
 
