@@ -24,7 +24,9 @@ def model() -> ConfigDict:
             d_expert=placeholder(int),  # [64]
             norm_topk_prob=placeholder(bool),  # [True]
             rope_theta=placeholder(float),  # [1e4]
-            rope_scaling=placeholder(tuple),  # Llama 3.1's (factor, low, high, trained length); () for none
+            # ("yarn", factor, trained length), ("linear", factor), Llama 3.1's (factor, low, high, trained length), or
+            # () for none (gspo/model/rope.py)
+            rope_scaling=placeholder(tuple),
             rms_eps=placeholder(float),  # [1e-6]
             qk_norm=placeholder(bool),  # [True]
             qk_norm_over=placeholder(str),  # [head] | projection

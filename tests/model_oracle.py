@@ -91,24 +91,53 @@ def rms_norm(x, scale, eps):
 
 
 def rope(x_H, position, theta, scaling=()):
-    """Turns (x_i, x_{i + H/2}) by position · theta^(-2i/H). scaling: (factor, low, high, trained length) of Llama
-    3.1."""
+    """Turns (x_i, x_{i + H/2}) by position · frequency, and stretches them. scaling: as ModelSpec.rope_scaling."""
     half = len(x_H) // 2
     turned = np.empty_like(x_H)
     for i in range(half):
-        frequency = theta ** (-2 * i / len(x_H))
-        if scaling:
-            factor, low, high, length = scaling
-            wave = 2 * np.pi / frequency
-            if wave > length / low:
-                frequency = frequency / factor
-            elif wave > length / high:
-                smooth = (length / wave - low) / (high - low)
-                frequency = (1 - smooth) * frequency / factor + smooth * frequency
-        angle = position * frequency
+        angle = position * slowed(theta ** (-2 * i / len(x_H)), i, half, theta, scaling)
         turned[i] = x_H[i] * np.cos(angle) - x_H[i + half] * np.sin(angle)
         turned[i + half] = x_H[i + half] * np.cos(angle) + x_H[i] * np.sin(angle)
-    return turned
+    return turned * stretch(scaling)
+
+
+def slowed(frequency, i, half, theta, scaling):
+    """Frequency of pair i under a rule: by wave lengths in Llama 3.1 (low, high), by the pair's place in YaRN."""
+    if not scaling:
+        return frequency
+    if scaling[0] == "linear":
+        return frequency / scaling[1]
+    if scaling[0] == "yarn":
+        factor, length, fast, slow, _, truncate = scaling[1:3] + yarn_options(scaling)
+        # The pair whose wave turns n times within the trained length: length · θ^(-i/half) / 2π = n.
+        first, last = (half * np.log(length / (2 * np.pi * turns)) / np.log(theta) for turns in (fast, slow))
+        if truncate:
+            first, last = np.floor(first), np.ceil(last)
+        first, last = max(first, 0), min(last, 2 * half - 1)
+        slow_share = min(max((i - first) / (last - first), 0), 1)
+        return slow_share * frequency / factor + (1 - slow_share) * frequency
+    factor, low, high, length = scaling
+    wave = 2 * np.pi / frequency
+    if wave > length / low:
+        return frequency / factor
+    if wave > length / high:
+        smooth = (length / wave - low) / (high - low)
+        return (1 - smooth) * frequency / factor + smooth * frequency
+    return frequency
+
+
+def yarn_options(scaling):
+    """(fast, slow, attention, truncate) of ("yarn", factor, length, ...), defaults filled in."""
+    given = scaling[3:]
+    return (*given, *(32, 1, None, True)[len(given) :])
+
+
+def stretch(scaling):
+    """YaRN's factor on queries and keys."""
+    if not scaling or scaling[0] != "yarn":
+        return 1.0
+    attention = yarn_options(scaling)[2]
+    return 0.1 * np.log(scaling[1]) + 1 if attention is None else attention
 
 
 def top_k(z, k):

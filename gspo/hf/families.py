@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gspo.hf.rope import scaling_from_hf, scaling_to_hf
 from gspo.model.spec import ModelSpec
 from gspo.types import UserError
 
@@ -146,7 +147,6 @@ COMPUTED = dict(
 )  # fmt: skip
 # Fields of a spec by which families differ.
 TELLING = ("num_experts", "qk_norm", "qk_norm_over", "qkv_bias", "out_bias", "norm_topk_prob")
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def family_of(spec: ModelSpec) -> str:
@@ -210,17 +210,7 @@ def spec_from_hf(config: Mapping[str, Any], **fields: Any) -> ModelSpec:
     found["head_width"] = found["head_width"] or found["d_model"] // found["num_heads"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     found["rope_theta"] = float(rope.get("rope_theta", config["rope_theta"]))
-    return ModelSpec(**(found | dict(family.fixed) | dict(rope_scaling=_rope_scaling(rope)) | fields))
-
-
-def _rope_scaling(rope: Mapping[str, Any]) -> tuple[float, ...]:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise UserError(f"config.json: rope type {kind!r} is not supported, only 'default' and 'llama3'")
-    missing = [key for key in LLAMA3 if kind == "llama3" and key not in rope]
-    if missing:
-        raise UserError(f"config.json: rope type 'llama3' needs {missing[0]!r}")
-    return tuple(float(rope[key]) for key in LLAMA3) if kind == "llama3" else ()
+    return ModelSpec(**(found | dict(family.fixed) | dict(rope_scaling=scaling_from_hf(config)) | fields))
 
 
 def hf_config(spec: ModelSpec, *, dtype: str = "float32", base: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -239,15 +229,12 @@ def hf_config(spec: ModelSpec, *, dtype: str = "float32", base: Mapping[str, Any
     for key in ("rope_parameters", "rope_scaling", "dtype", "num_local_experts", "num_experts"):
         kept.pop(key, None)
     config = kept | _keys(family, spec)
-    rope = (
-        dict(zip(LLAMA3, (*spec.rope_scaling[:3], int(spec.rope_scaling[3])), strict=True)) if spec.rope_scaling else {}
-    )
     return config | dict(
         architectures=[name],
         model_type=family.model_type,
         hidden_act="silu",
         rope_theta=spec.rope_theta,
-        rope_scaling=dict(rope_type="llama3") | rope if rope else None,
+        rope_scaling=scaling_to_hf(spec.rope_scaling),
         torch_dtype=dtype,
     )
 

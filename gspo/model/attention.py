@@ -1,4 +1,4 @@
-"""RMSNorm, rotary positions and grouped-query attention.
+"""RMSNorm and grouped-query attention.
 
 What differs between whole frames, packed groups and decoding is how queries find their keys: `Attention` is given a
 function for it, a `Mix`.
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gspo.model.columns import cut_columns, join_columns
+from gspo.model.rope import apply_rope
 from gspo.parallel.sharding import ONE_DEVICE, Layout
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives a mean and not NaN
@@ -45,32 +46,6 @@ class Bias(nn.Module):
     @nn.compact
     def __call__(self, width: int):
         return self.param("bias", nn.with_partitioning(nn.initializers.zeros, (self.axis,)), (width,), jnp.float32)
-
-
-def rope_tables(
-    positions_BT: chex.Array, head_width: int, theta: float, scaling: tuple[float, ...] = ()
-) -> tuple[chex.Array, chex.Array]:
-    """Positions -> float32 (cos, sin), each [B, T, H/2]: angle p · θ^(-2i/H) (Su et al. 2021, "rotate half" layout of
-    Llama).
-
-    scaling: () or (factor, low, high, trained_length), the rule of Llama 3.1: waves that turn more than `high` times
-    within the trained length stay, those that turn less than `low` times are slowed down by `factor`, and those between
-    are interpolated."""
-    frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-    if scaling:
-        factor, low, high, trained_length = scaling
-        turns = trained_length * frequency / (2 * jnp.pi)
-        kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-        frequency = frequency * (kept + (1 - kept) / factor)
-    angle = positions_BT[:, :, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def apply_rope(x_BTNH: chex.Array, cos_BTh: chex.Array, sin_BTh: chex.Array) -> chex.Array:
-    """Rotates the pairs (x_i, x_{i+H/2}) by their angle; float32 inside, dtype of x outside."""
-    left, right = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_BTh[:, :, None, :], sin_BTh[:, :, None, :]
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_BTNH.dtype)
 
 
 def visible(first_B: chex.Array, start: chex.Array | int, queries: int, keys: int) -> chex.Array:

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from gspo.model.experts import BACKENDS
+from gspo.model.rope import rule_of
 from gspo.types import UserError
 
 # The model of a run that names none and starts from none: about 450k parameters. And its tokenizer.
@@ -23,7 +24,7 @@ class ModelSpec:
     """Everything that fixes the shape and the arithmetic of a model. Hashable, so that jit may take it as static.
 
     num_experts = 0 is a dense model of feed-forward width d_ff; else every layer holds experts of width d_expert.
-    rope_scaling is () or the four numbers of Llama 3.1's rule (`gspo.model.attention.rope_tables`). qk_norm_over is
+    rope_scaling is () or a rule of `gspo.model.rope`, ("yarn", 4.0, 32768.0) for one. qk_norm_over is
     "head" (Qwen3) or "projection" (OLMoE). qkv_bias: queries, keys and values have a bias (Qwen2); out_bias: so has the
     output of attention.
     dtype is that of the matmuls ("float32" or "bfloat16"); parameters, router, softmax, norms and log-probs are
@@ -44,7 +45,7 @@ class ModelSpec:
     d_expert: int = 0
     norm_topk_prob: bool = True
     rope_theta: float = 1e6
-    rope_scaling: tuple[float, ...] = ()
+    rope_scaling: tuple = ()
     rms_eps: float = 1e-6
     qk_norm: bool = True
     qk_norm_over: str = "head"
@@ -70,12 +71,10 @@ class ModelSpec:
             f"must be a multiple of num_kv_heads={self.num_kv_heads}",
         )
         need(self.head_width % 2 == 0, "head_width", "must be even for rotary positions")
-        scaling = self.rope_scaling
-        need(
-            not scaling or (len(scaling) == 4 and min(scaling) > 0 and scaling[1] < scaling[2]),
-            "rope_scaling",
-            "give (factor, low, high, trained_length), all positive and low < high, or () for none",
-        )
+        try:
+            rule_of(self.rope_scaling)
+        except ValueError as error:
+            need(False, "rope_scaling", error)
         need(self.qk_norm_over in ("head", "projection"), "qk_norm_over", "choose 'head' or 'projection'")
         need(self.dtype in ("float32", "bfloat16"), "dtype", "choose 'float32' or 'bfloat16'")
         need(self.attention_chunk >= 0, "attention_chunk", "must be >= 0 (0: all query columns at once)")

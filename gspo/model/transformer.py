@@ -15,10 +15,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gspo.model.attention import Attention, Mix, RMSNorm, attend, kernel_init, rope_tables, visible
+from gspo.model.attention import Attention, Mix, RMSNorm, attend, kernel_init, visible
 from gspo.model.cache import Caches, KVCache, StackedCache, attend_cached
 from gspo.model.moe import MoE
 from gspo.model.packing import Packing, attend_packed
+from gspo.model.rope import rope_tables
 from gspo.model.routing import route_dtype
 from gspo.model.spec import ModelSpec
 from gspo.parallel.sharding import ONE_DEVICE, Layout, tree_shardings, with_shardings

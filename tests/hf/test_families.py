@@ -1,6 +1,7 @@
 """Which config.json describes which model, and which none that we compute; configs/models.py."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -56,7 +57,9 @@ def test_a_published_config_describes_the_model_of_that_name():
     (dict(mlp_only_layers=[3]), "mlp_only"),
     (dict(decoder_sparse_step=2), "decoder_sparse_step"),
     (dict(sliding_window=4096, use_sliding_window=True), "sliding_window"),
-    (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn"),
+    (dict(rope_scaling={"rope_type": "longrope", "factor": 4.0}), "longrope"),
+    (dict(rope_scaling={"type": "yarn"}), "'yarn' needs 'factor'"),
+    (dict(rope_scaling={"type": "linear", "factor": -1}), "do not fit"),
     (dict(rope_scaling={"type": "llama3", "factor": 4.0}), "low_freq"),
     (dict(quantization_config={"bits": 4}), "quantization_config"), (dict(num_attention_heads=30), "num_heads"),
 ])  # fmt: skip
@@ -73,6 +76,27 @@ def test_a_config_without_a_needed_key_names_it():
     del config["moe_intermediate_size"]
     with pytest.raises(UserError, match="moe_intermediate_size"):
         spec_from_hf(config)
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(("rope", "scaling"), [
+    (YARN | {"rope_type": "yarn"}, ("yarn", 4.0, 32768.0)), (YARN | {"type": "yarn"}, ("yarn", 4.0, 32768.0)),
+    (YARN | {"type": "yarn", "beta_slow": 2}, ("yarn", 4.0, 32768.0, 32.0, 2.0)),
+    (YARN | {"type": "yarn", "attention_factor": 1.5}, ("yarn", 4.0, 32768.0, 32.0, 1.0, 1.5)),
+    (YARN | {"type": "yarn", "truncate": False}, ("yarn", 4.0, 32768.0, 32.0, 1.0, None, False)),
+    (YARN | {"type": "yarn", "factor": None}, ("yarn", 40960 / 32768, 32768.0)),
+    ({"type": "yarn", "factor": 2.0}, ("yarn", 2.0, 40960.0)),
+    (YARN | {"type": "yarn", "mscale": 2.0, "mscale_all_dim": 1.0},
+     ("yarn", 4.0, 32768.0, 32.0, 1.0, (1 + 0.2 * math.log(4)) / (1 + 0.1 * math.log(4)))),
+    ({"type": "linear", "factor": 2}, ("linear", 2.0)), ({"rope_type": "default"}, ()),
+])  # fmt: skip
+def test_rotary_rules_are_read_as_transformers_reads_them_and_survive_an_export(rope, scaling):
+    # Catches a default that is ours and not theirs: the trained length, a factor of null, the two mscales.
+    spec = spec_from_hf(published(rope_scaling=rope))
+    assert spec.rope_scaling == pytest.approx(scaling) if len(scaling) == 6 else spec.rope_scaling == scaling
+    assert spec_from_hf(json.loads(json.dumps(hf_config(spec)))) == spec
 
 
 @all_families

@@ -20,6 +20,7 @@ from tests.hf_folders import assert_bit_equal, needs_transformers
 LLAMA3 = dict(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64, rope_type="llama3"
 )
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
 SHAPE = dict(
     vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     max_position_embeddings=256,
@@ -53,6 +54,9 @@ CASES = [
     case("olmoe-gqa1-not-renormalised", OL, kv=4, norm_topk_prob=False, **MOE, slow=False),
     case("qwen2-gqa2-tied", Q2, kv=2, tied=True, slow=False),
     case("qwen2-gqa1-untied", Q2, kv=4),
+    case("qwen3-yarn", Q, kv=2, head_dim=12, scaling=YARN | dict(beta_fast=4, beta_slow=0.5), slow=False),
+    case("qwen2-yarn-mscale", Q2, kv=2, scaling=YARN | dict(mscale=2.0, mscale_all_dim=0.5, truncate=False)),
+    case("llama-linear", LL, kv=2, scaling=dict(rope_type="linear", factor=4.0)),
     case("llama-biased", LL, kv=2, attention_bias=True),
     case("qwen3moe-biased", QM, kv=2, attention_bias=True, norm_topk_prob=True, moe_intermediate_size=20, **MOE),
     case("qwen3-gqa1-tied", Q, kv=4, tied=True, head_dim=8, rms_norm_eps=1e-2),

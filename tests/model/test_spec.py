@@ -20,6 +20,7 @@ from tests.model_oracle import DENSE, MOE
         ("d_expert", 0),
         ("num_layers", 0),
         ("rope_scaling", (8.0, 4.0, 1.0, 64.0)),
+        ("rope_scaling", ("ntk", 4.0)),
         ("qk_norm_over", "layer"),
         ("attention_chunk", -1),
     ],
