@@ -23,6 +23,10 @@ def model() -> ConfigDict:
             experts_per_token=placeholder(int),  # [2]
             d_expert=placeholder(int),  # [64]
             norm_topk_prob=placeholder(bool),  # [True]
+            d_shared=placeholder(
+                int
+            ),  # [0] width of an expert that all tokens go through beside the routed ones; 0: none
+            shared_gate=placeholder(bool),  # [False] it is weighed by a gate of its own, as in Qwen2-MoE
             rope_theta=placeholder(float),  # [1e4]
             # ("yarn", factor, trained length), ("linear", factor), Llama 3.1's (factor, low, high, trained length), or
             # () for none (gspo/model/rope.py)

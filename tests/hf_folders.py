@@ -39,6 +39,9 @@ SPECS = {
     ),
     "OlmoeForCausalLM": dataclasses.replace(TINY_MOE, qk_norm_over="projection", norm_topk_prob=False, head_width=4),
     "Qwen2ForCausalLM": dataclasses.replace(TINY, qk_norm=False, qkv_bias=True),
+    "Qwen2MoeForCausalLM": dataclasses.replace(
+        TINY_MOE, qk_norm=False, qkv_bias=True, norm_topk_prob=False, d_shared=14, shared_gate=True
+    ),
 }
 all_families = pytest.mark.parametrize("family", SPECS)
 

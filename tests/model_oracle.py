@@ -205,6 +205,9 @@ def decoder(params, spec, tokens, given_LTX=None):
                 used = [int(e) for e in given_LTX[layer][t]]
             for e, gate in zip(used, gates_of(z[t], used, spec.norm_topk_prob), strict=True):
                 x[t] = x[t] + gate * swiglu(h[t], moe["gate"][e], moe["up"][e], moe["down"][e])
+            if spec.d_shared:
+                weight = 1 / (1 + np.exp(-(h[t] @ p["shared_gate"])[0])) if spec.shared_gate else 1.0
+                x[t] = x[t] + weight * swiglu(h[t], *(p["shared"][kind] for kind in ("gate", "up", "down")))
         routes.append(free)
         logits.append(z)
     hidden = np.stack([rms_norm(r, params["final_norm"]["scale"], spec.rms_eps) for r in x])

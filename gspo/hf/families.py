@@ -81,6 +81,13 @@ MIXTRAL_MOE = (
     Row("blocks/moe/up", LAYER + "block_sparse_moe.experts.{expert}.w3.weight", True),
     Row("blocks/moe/down", LAYER + "block_sparse_moe.experts.{expert}.w2.weight", True),
 )
+SHARED_GATED = (
+    *(
+        Row(f"blocks/shared/{kind}", LAYER + f"mlp.shared_expert.{kind}_proj.weight", True)
+        for kind in ("gate", "up", "down")
+    ),
+    Row("blocks/shared_gate", LAYER + "mlp.shared_expert_gate.weight", True),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +111,7 @@ KEYS = dict(
 EXPERTS = dict(num_experts="num_experts", experts_per_token="num_experts_per_tok")
 BIAS = dict(qkv_bias="attention_bias", out_bias="attention_bias")
 NO_BIAS = dict(qkv_bias=False, out_bias=False)
+NO_SHARED = dict(d_shared=0, shared_gate=False)
 COMMON = dict(rope_theta=1e4, rms_norm_eps=1e-6, tie_word_embeddings=False, num_key_value_heads=None, head_dim=None)
 
 FAMILIES = {
@@ -113,12 +121,12 @@ FAMILIES = {
         COMMON | dict(head_dim=128, num_key_value_heads=32, use_sliding_window=False, attention_bias=False),
     ),
     "Qwen3MoeForCausalLM": Family(
-        "qwen3_moe", DECODER + QK_NORM + MOE, dict(qk_norm=True, qk_norm_over="head"),
+        "qwen3_moe", DECODER + QK_NORM + MOE, NO_SHARED | dict(qk_norm=True, qk_norm_over="head"),
         BIAS | EXPERTS | dict(d_expert="moe_intermediate_size", norm_topk_prob="norm_topk_prob"),
         COMMON | dict(num_key_value_heads=4, norm_topk_prob=False, use_sliding_window=False, attention_bias=False),
     ),
     "MixtralForCausalLM": Family(
-        "mixtral", DECODER + MIXTRAL_MOE, NO_BIAS | dict(qk_norm=False, norm_topk_prob=True),
+        "mixtral", DECODER + MIXTRAL_MOE, NO_BIAS | NO_SHARED | dict(qk_norm=False, norm_topk_prob=True),
         EXPERTS | dict(num_experts="num_local_experts", d_expert="intermediate_size"),
         COMMON | dict(rope_theta=1e6, rms_norm_eps=1e-5, num_key_value_heads=8),
     ),
@@ -127,13 +135,20 @@ FAMILIES = {
         COMMON | dict(attention_bias=False),
     ),
     "OlmoeForCausalLM": Family(
-        "olmoe", DECODER + QK_NORM + MOE, dict(qk_norm=True, qk_norm_over="projection"),
+        "olmoe", DECODER + QK_NORM + MOE, NO_SHARED | dict(qk_norm=True, qk_norm_over="projection"),
         BIAS | EXPERTS | dict(d_expert="intermediate_size", norm_topk_prob="norm_topk_prob"),
         COMMON | dict(rms_norm_eps=1e-5, norm_topk_prob=False, attention_bias=False),
     ),
     "Qwen2ForCausalLM": Family(
         "qwen2", DECODER + MLP, dict(qk_norm=False, num_experts=0, qkv_bias=True, out_bias=False),
         dict(d_ff="intermediate_size"), COMMON | dict(num_key_value_heads=32, use_sliding_window=False),
+    ),
+    "Qwen2MoeForCausalLM": Family(
+        "qwen2_moe", DECODER + MOE + SHARED_GATED, dict(qk_norm=False, out_bias=False, shared_gate=True),
+        EXPERTS | dict(d_expert="moe_intermediate_size", d_shared="shared_expert_intermediate_size",
+                       norm_topk_prob="norm_topk_prob", qkv_bias="qkv_bias"),
+        COMMON | dict(num_key_value_heads=16, norm_topk_prob=False, use_sliding_window=False, qkv_bias=True,
+                      shared_expert_intermediate_size=5632),
     ),
 }  # fmt: skip
 ALIASES = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
@@ -146,7 +161,9 @@ COMPUTED = dict(
     mlp_only_layers=(None, []), quantization_config=(None,),
 )  # fmt: skip
 # Fields of a spec by which families differ.
-TELLING = ("num_experts", "qk_norm", "qk_norm_over", "qkv_bias", "out_bias", "norm_topk_prob")
+TELLING = (
+    "num_experts", "qk_norm", "qk_norm_over", "qkv_bias", "out_bias", "norm_topk_prob", "d_shared", "shared_gate",
+)  # fmt: skip
 
 
 def family_of(spec: ModelSpec) -> str:

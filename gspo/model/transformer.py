@@ -86,7 +86,19 @@ class Block(nn.Module):
         )  # fmt: skip
         with jax.named_scope("moe"):
             y_BTD, free_BTX, logits_BTE = moe(h_BTD, given_BTX)
+            if s.d_shared:
+                y_BTD += self._shared_expert(h_BTD)
         return rows(x_BTD + y_BTD), kept, free_BTX.astype(route_dtype(s.num_experts)), logits_BTE
+
+    def _shared_expert(self, h_BTD):
+        """What every token's shared expert adds to its routed ones, times σ(h w) where there is a gate."""
+        s = self.spec
+        y_BTD = SwiGLU(s.d_shared, s.compute_dtype, self.layout, name="shared")(h_BTD)
+        if not s.shared_gate:
+            return y_BTD
+        axes = ("embed", None)
+        w_D1 = self.param("shared_gate", nn.with_partitioning(kernel_init, axes), (s.d_model, 1), jnp.float32)
+        return y_BTD * jax.nn.sigmoid(h_BTD @ self.layout.gathered(w_D1.astype(s.compute_dtype), *axes))
 
 
 class Transformer(nn.Module):

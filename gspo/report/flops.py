@@ -4,7 +4,7 @@ Counted are matrix products, 2 FLOPs per multiply-add, of what has to be compute
 no padding, no recomputation (remat), no router's softmax. Formulas, for one token and one layer:
 
     projections   2 D (N + 2 K) H + 2 N H D
-    feed-forward  6 D F dense;  X 6 D F + 2 D E with experts
+    feed-forward  6 D F dense;  X 6 D F + 2 D E with experts, and 6 D F of a shared one, 2 D of its gate
     attention     4 N H s, s the columns that the token sees, itself included
     head          2 D V, where a token is predicted
     backward      twice the forward
@@ -37,7 +37,8 @@ def layer_weights(spec: ModelSpec, experts: float) -> float:
     D, H = spec.d_model, spec.head_width
     attention = D * (spec.num_heads + 2 * spec.num_kv_heads) * H + spec.num_heads * H * D
     if spec.num_experts:
-        return attention + 3 * D * spec.d_expert * experts + D * spec.num_experts
+        shared = 3 * D * spec.d_shared + D * spec.shared_gate
+        return attention + 3 * D * spec.d_expert * experts + D * spec.num_experts + shared
     return attention + 3 * D * spec.d_ff
 
 

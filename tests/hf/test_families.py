@@ -135,6 +135,7 @@ def test_a_spec_of_no_family_is_a_one_line_error():
     ("qwen3-8b", "Qwen3", 8_190_735_360), ("qwen3-30b-a3b", "Qwen3Moe", 30_532_122_624),
     ("qwen3-235b-a22b", "Qwen3Moe", 235_093_634_560),
     ("qwen2.5-0.5b", "Qwen2", 494_032_768), ("qwen2.5-1.5b", "Qwen2", 1_543_714_304),
+    ("qwen1.5-moe-a2.7b", "Qwen2Moe", 14_315_784_192),
     ("mixtral-8x7b", "Mixtral", 46_702_792_704),
     ("llama-3.2-1b", "Llama", 1_235_814_400), ("olmoe-1b-7b", "Olmoe", 6_919_161_856),
 ])  # fmt: skip

@@ -36,7 +36,7 @@ def case(name, family, *, kv, tied=False, theta=100.0, scaling=None, slow=True, 
                         marks=[pytest.mark.slow] if slow else [])  # fmt: skip
 
 
-Q, QM, MX, LL, OL, Q2 = "Qwen3", "Qwen3Moe", "Mixtral", "Llama", "Olmoe", "Qwen2"
+Q, QM, MX, LL, OL, Q2, Q2M = "Qwen3", "Qwen3Moe", "Mixtral", "Llama", "Olmoe", "Qwen2", "Qwen2Moe"
 CASES = [
     case("qwen3-gqa2-untied-wide-head", Q, kv=2, head_dim=12, slow=False),
     case(
@@ -59,6 +59,18 @@ CASES = [
     case("llama-linear", LL, kv=2, scaling=dict(rope_type="linear", factor=4.0)),
     case("llama-biased", LL, kv=2, attention_bias=True),
     case("qwen3moe-biased", QM, kv=2, attention_bias=True, norm_topk_prob=True, moe_intermediate_size=20, **MOE),
+    case("qwen2moe-gqa2", Q2M, kv=2, moe_intermediate_size=20, shared_expert_intermediate_size=28, **MOE, slow=False),
+    case(
+        "qwen2moe-unbiased-renormalised-tied",
+        Q2M,
+        kv=4,
+        tied=True,
+        qkv_bias=False,
+        norm_topk_prob=True,
+        moe_intermediate_size=20,
+        shared_expert_intermediate_size=28,
+        **MOE,
+    ),
     case("qwen3-gqa1-tied", Q, kv=4, tied=True, head_dim=8, rms_norm_eps=1e-2),
     case("qwen3-gqa4-narrow-head", Q, kv=1, head_dim=4, theta=1e6),
     case(

@@ -18,6 +18,7 @@ OLMOE = dataclasses.replace(
 LLAMA = dataclasses.replace(
     DENSE, qk_norm=False, tie_embeddings=False, num_kv_heads=4, rope_scaling=(8.0, 1.0, 4.0, 64.0)
 )  # its three waves: one is kept, one interpolated, one slowed down
+QWEN2_MOE = dataclasses.replace(MOE, norm_topk_prob=False, qk_norm=False, qkv_bias=True, d_shared=14, shared_gate=True)
 BIASED = dataclasses.replace(DENSE, qk_norm=False, qkv_bias=True, out_bias=True)  # Qwen2, and Llama's attention_bias
 WIDTH = 9
 SPECS = pytest.mark.parametrize("spec", [DENSE, MOE], ids=["dense", "moe"])
@@ -32,7 +33,11 @@ def frames(seed=0, lengths=(9, 6, 3)):
 # ---------------------------------------------------------------- against the oracle
 
 
-@pytest.mark.parametrize("spec", [DENSE, LLAMA, BIASED, MOE, OLMOE], ids=["dense", "llama", "biased", "moe", "olmoe"])
+@pytest.mark.parametrize(
+    "spec",
+    [DENSE, LLAMA, BIASED, MOE, OLMOE, QWEN2_MOE],
+    ids=["dense", "llama", "biased", "moe", "olmoe", "shared-expert"],
+)
 def test_logits_and_routes_equal_the_float64_decoder_under_left_padding(spec):
     # Catches any slip in a formula: residuals, norms, scale of scores, gates, the order of layers, the tied head, wrong
     # positions.
@@ -73,7 +78,15 @@ def test_given_routes_run_in_their_own_layer_row_and_column():
     [dataclasses.replace(DENSE, remat=True), dataclasses.replace(MOE, remat=True)]
     + [
         pytest.param(s, marks=pytest.mark.slow)
-        for s in (DENSE, MOE, LLAMA, BIASED, OLMOE, dataclasses.replace(MOE, moe_backend="ragged", remat=True))
+        for s in (
+            DENSE,
+            MOE,
+            LLAMA,
+            BIASED,
+            OLMOE,
+            QWEN2_MOE,
+            dataclasses.replace(MOE, moe_backend="ragged", remat=True),
+        )
     ],
     ids=lambda s: (
         f"{s.moe_backend if s.num_experts else 'mlp'}{'-remat' * s.remat}{'' if s.qk_norm else '-no-qk-norm'}"
