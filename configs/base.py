@@ -23,6 +23,8 @@ def model() -> ConfigDict:
             experts_per_token=placeholder(int),  # [2]
             d_expert=placeholder(int),  # [64]
             norm_topk_prob=placeholder(bool),  # [True]
+            router=placeholder(str),  # [softmax] | sigmoid, with a bias for the choice, as in DeepSeek-V3
+            routed_scale=placeholder(float),  # [1.0] factor on the gates of routed experts
             d_shared=placeholder(
                 int
             ),  # [0] width of an expert that all tokens go through beside the routed ones; 0: none

@@ -42,6 +42,7 @@ SPECS = {
     "Qwen2MoeForCausalLM": dataclasses.replace(
         TINY_MOE, qk_norm=False, qkv_bias=True, norm_topk_prob=False, d_shared=14, shared_gate=True
     ),
+    "Dots1ForCausalLM": dataclasses.replace(TINY_MOE, router="sigmoid", routed_scale=2.5, d_shared=20),
 }
 all_families = pytest.mark.parametrize("family", SPECS)
 

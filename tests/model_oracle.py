@@ -6,6 +6,7 @@ the frames, scans, masks and batched matmuls of the library. Sources: RMSNorm (1
 "rotate half" layout, grouped queries (2305.13245), SwiGLU (2002.05202), Qwen3 (2505.09388), GSPO (2507.18071).
 """
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -25,6 +26,10 @@ MOE = ModelSpec(
     vocab_size=11, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_width=6, rope_theta=100.0,
     num_experts=5, experts_per_token=2, d_expert=10,
 )  # fmt: skip
+# A sigmoid router and a shared expert, and all else that a block may have.
+DOTS1 = dataclasses.replace(
+    MOE, router="sigmoid", routed_scale=2.5, d_shared=20, qkv_bias=True, out_bias=True, rope_scaling=("yarn", 4.0, 64.0)
+)
 
 
 # ---------------------------------------------------------------- models under test
@@ -145,11 +150,21 @@ def top_k(z, k):
     return sorted(range(len(z)), key=lambda e: (-z[e], e))[:k]
 
 
-def gates_of(z_E, chosen, renormalise):
-    """Gate of each chosen expert: its share of the full softmax, renormalised over the chosen ones or not."""
-    p = softmax(z_E)
+def gates_of(z_E, chosen, renormalise, sigmoid=False, scale=1.0):
+    """Gate of each chosen expert: its share of the full softmax, or its sigmoid; renormalised over the chosen ones or
+    not; times a factor."""
+    p = 1 / (1 + np.exp(-z_E)) if sigmoid else softmax(z_E)
     total = sum(p[e] for e in chosen) if renormalise else 1.0
-    return [p[e] / total for e in chosen]
+    return [scale * p[e] / total for e in chosen]
+
+
+def margins(params, spec, router_LTE):
+    """[L, T] distance from the last chosen expert to the next, in what a router compares."""
+    scores = router_LTE
+    if spec.router == "sigmoid":
+        scores = np.exp(router_LTE) + params["blocks"]["moe"]["selection"]["bias"][:, None]
+    falling = -np.sort(-scores, axis=-1)
+    return falling[..., spec.experts_per_token - 1] - falling[..., spec.experts_per_token]
 
 
 def swiglu(x, w_gate, w_up, w_down):
@@ -181,8 +196,8 @@ def attention(p, spec, h_TD):
 
 
 def decoder(params, spec, tokens, given_LTX=None):
-    """One sequence without padding -> (logits [T, V], free routes [L, T, X], router logits [L, T, E]; both None if
-    dense).
+    """One sequence without padding -> (logits [T, V], free routes [L, T, X], router logits [L, T, E], log σ(z) of a
+    sigmoid router; both None if dense).
 
     params: a float64 tree. given_LTX: experts to run instead of the routers' choice; a token with a -1 routes freely.
     """
@@ -198,18 +213,21 @@ def decoder(params, spec, tokens, given_LTX=None):
             x = x + np.stack([swiglu(r, p["mlp"]["gate"], p["mlp"]["up"], p["mlp"]["down"]) for r in h])
             continue
         moe, free, z = p["moe"], [], h @ p["moe"]["router"]
+        sigmoid = spec.router == "sigmoid"
+        by = 1 / (1 + np.exp(-z)) + moe["selection"]["bias"] if sigmoid else z
         for t in range(T):
-            free.append(top_k(z[t], spec.experts_per_token))
+            free.append(top_k(by[t], spec.experts_per_token))
             used = free[t]
             if given_LTX is not None and min(given_LTX[layer][t]) >= 0:
                 used = [int(e) for e in given_LTX[layer][t]]
-            for e, gate in zip(used, gates_of(z[t], used, spec.norm_topk_prob), strict=True):
+            gates = gates_of(z[t], used, spec.norm_topk_prob, sigmoid, spec.routed_scale)
+            for e, gate in zip(used, gates, strict=True):
                 x[t] = x[t] + gate * swiglu(h[t], moe["gate"][e], moe["up"][e], moe["down"][e])
             if spec.d_shared:
                 weight = 1 / (1 + np.exp(-(h[t] @ p["shared_gate"])[0])) if spec.shared_gate else 1.0
                 x[t] = x[t] + weight * swiglu(h[t], *(p["shared"][kind] for kind in ("gate", "up", "down")))
         routes.append(free)
-        logits.append(z)
+        logits.append(-np.log1p(np.exp(-z)) if sigmoid else z)
     hidden = np.stack([rms_norm(r, params["final_norm"]["scale"], spec.rms_eps) for r in x])
     head = params["embedding"].T if spec.tie_embeddings else params["head"]
     return hidden @ head, (np.array(routes) if routes else None), (np.array(logits) if logits else None)

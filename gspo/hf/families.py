@@ -10,7 +10,8 @@ Sources: the configuration and modelling files of transformers 5, the tensor nam
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +27,14 @@ from gspo.types import UserError
 class Row(NamedTuple):
     """path: leaf of our tree. name: of their tensors, with {layer} and {expert} where there is one for each: the
     leading axes of the leaf. transposed: theirs is [out, in]. needs: field of the spec without which there is no such
-    leaf.
+    leaf. float32: an export keeps it so, whatever the dtype of the rest.
     """
 
     path: str
     name: str
     transposed: bool = False
     needs: str = ""
+    float32: bool = False
 
     def positions(self, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         """Indices of the stacked axes, one per tensor of theirs, of a leaf of this shape."""
@@ -88,19 +90,44 @@ SHARED_GATED = (
     ),
     Row("blocks/shared_gate", LAYER + "mlp.shared_expert_gate.weight", True),
 )
+SHARED = tuple(
+    Row(f"blocks/shared/{kind}", LAYER + f"mlp.shared_experts.{kind}_proj.weight", True)
+    for kind in ("gate", "up", "down")
+)
+SELECTION = (Row("blocks/moe/selection/bias", LAYER + "mlp.gate.e_score_correction_bias", float32=True),)
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """model_type: of config.json. fixed: what all models of the family have in common, by ModelSpec field. keys:
     ModelSpec field -> key of config.json, besides KEYS. defaults: what a config.json that leaves a key out means
-    (transformers' class defaults)."""
+    (transformers' class defaults). read, write: fields from keys and keys from fields that do not go one to one; fits:
+    whether the keys that are written say what the spec does."""
 
     model_type: str
     rows: tuple[Row, ...]
     fixed: Mapping[str, Any]
     keys: Mapping[str, str]
     defaults: Mapping[str, Any]
+    read: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
+    write: Callable[[ModelSpec], dict[str, Any]] = lambda spec: {}
+    fits: Callable[[ModelSpec], bool] = lambda spec: True
+
+
+def _read_shared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The shared experts of the DeepSeek kind: several of the routed ones' width, which are one that is wider."""
+    count = config.get("n_shared_experts")
+    if not count:
+        raise UserError(f"config.json: n_shared_experts={count!r} is not supported, only 1 or more")
+    return dict(d_shared=count * config["moe_intermediate_size"])
+
+
+def _write_shared(spec: ModelSpec) -> dict[str, Any]:
+    return dict(n_shared_experts=spec.d_shared // spec.d_expert)
+
+
+def _fits_shared(spec: ModelSpec) -> bool:
+    return spec.d_shared > 0 and spec.d_shared % spec.d_expert == 0
 
 
 KEYS = dict(
@@ -111,7 +138,8 @@ KEYS = dict(
 EXPERTS = dict(num_experts="num_experts", experts_per_token="num_experts_per_tok")
 BIAS = dict(qkv_bias="attention_bias", out_bias="attention_bias")
 NO_BIAS = dict(qkv_bias=False, out_bias=False)
-NO_SHARED = dict(d_shared=0, shared_gate=False)
+SOFTMAX = dict(router="softmax", routed_scale=1.0)
+PLAIN = SOFTMAX | dict(d_shared=0, shared_gate=False)
 COMMON = dict(rope_theta=1e4, rms_norm_eps=1e-6, tie_word_embeddings=False, num_key_value_heads=None, head_dim=None)
 
 FAMILIES = {
@@ -121,12 +149,12 @@ FAMILIES = {
         COMMON | dict(head_dim=128, num_key_value_heads=32, use_sliding_window=False, attention_bias=False),
     ),
     "Qwen3MoeForCausalLM": Family(
-        "qwen3_moe", DECODER + QK_NORM + MOE, NO_SHARED | dict(qk_norm=True, qk_norm_over="head"),
+        "qwen3_moe", DECODER + QK_NORM + MOE, PLAIN | dict(qk_norm=True, qk_norm_over="head"),
         BIAS | EXPERTS | dict(d_expert="moe_intermediate_size", norm_topk_prob="norm_topk_prob"),
         COMMON | dict(num_key_value_heads=4, norm_topk_prob=False, use_sliding_window=False, attention_bias=False),
     ),
     "MixtralForCausalLM": Family(
-        "mixtral", DECODER + MIXTRAL_MOE, NO_BIAS | NO_SHARED | dict(qk_norm=False, norm_topk_prob=True),
+        "mixtral", DECODER + MIXTRAL_MOE, NO_BIAS | PLAIN | dict(qk_norm=False, norm_topk_prob=True),
         EXPERTS | dict(num_experts="num_local_experts", d_expert="intermediate_size"),
         COMMON | dict(rope_theta=1e6, rms_norm_eps=1e-5, num_key_value_heads=8),
     ),
@@ -135,7 +163,7 @@ FAMILIES = {
         COMMON | dict(attention_bias=False),
     ),
     "OlmoeForCausalLM": Family(
-        "olmoe", DECODER + QK_NORM + MOE, NO_SHARED | dict(qk_norm=True, qk_norm_over="projection"),
+        "olmoe", DECODER + QK_NORM + MOE, PLAIN | dict(qk_norm=True, qk_norm_over="projection"),
         BIAS | EXPERTS | dict(d_expert="intermediate_size", norm_topk_prob="norm_topk_prob"),
         COMMON | dict(rms_norm_eps=1e-5, norm_topk_prob=False, attention_bias=False),
     ),
@@ -144,11 +172,21 @@ FAMILIES = {
         dict(d_ff="intermediate_size"), COMMON | dict(num_key_value_heads=32, use_sliding_window=False),
     ),
     "Qwen2MoeForCausalLM": Family(
-        "qwen2_moe", DECODER + MOE + SHARED_GATED, dict(qk_norm=False, out_bias=False, shared_gate=True),
+        "qwen2_moe", DECODER + MOE + SHARED_GATED, SOFTMAX | dict(qk_norm=False, out_bias=False, shared_gate=True),
         EXPERTS | dict(d_expert="moe_intermediate_size", d_shared="shared_expert_intermediate_size",
                        norm_topk_prob="norm_topk_prob", qkv_bias="qkv_bias"),
         COMMON | dict(num_key_value_heads=16, norm_topk_prob=False, use_sliding_window=False, qkv_bias=True,
                       shared_expert_intermediate_size=5632),
+    ),
+    "Dots1ForCausalLM": Family(
+        "dots1", DECODER + QK_NORM + MOE + SELECTION + SHARED,
+        dict(qk_norm=True, qk_norm_over="head", router="sigmoid", shared_gate=False),
+        BIAS | dict(num_experts="n_routed_experts", experts_per_token="num_experts_per_tok",
+                    d_expert="moe_intermediate_size", norm_topk_prob="norm_topk_prob",
+                    routed_scale="routed_scaling_factor"),
+        COMMON | dict(norm_topk_prob=False, routed_scaling_factor=1.0, attention_bias=False, sliding_window=4096,
+                      max_window_layers=62),
+        _read_shared, _write_shared, _fits_shared,
     ),
 }  # fmt: skip
 ALIASES = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
@@ -158,11 +196,13 @@ ALIASES = {"num_experts": "num_local_experts", "num_local_experts": "num_experts
 COMPUTED = dict(
     hidden_act=("silu",), attention_bias=(False, None), mlp_bias=(False, None), clip_qkv=(None,),
     decoder_sparse_step=(1,),
-    mlp_only_layers=(None, []), quantization_config=(None,),
+    mlp_only_layers=(None, []), quantization_config=(None,), first_k_dense_replace=(0, None), n_group=(1, None),
+    topk_group=(1, None), scoring_func=("sigmoid",), topk_method=("noaux_tc",), partial_rotary_factor=(1.0, None),
 )  # fmt: skip
 # Fields of a spec by which families differ.
 TELLING = (
     "num_experts", "qk_norm", "qk_norm_over", "qkv_bias", "out_bias", "norm_topk_prob", "d_shared", "shared_gate",
+    "router", "routed_scale",
 )  # fmt: skip
 
 
@@ -170,9 +210,11 @@ def family_of(spec: ModelSpec) -> str:
     """Architecture name of a spec. Raises UserError where no family computes what it says."""
     for name, family in FAMILIES.items():
         moe_fits = bool(spec.num_experts) == ("num_experts" in family.keys)
+        if not moe_fits or not family.fits(spec):
+            continue
         keys = _keys(family, spec)  # fields that share one must agree
         said = dict(family.fixed) | {field: keys[key] for field, key in family.keys.items()}
-        if moe_fits and all(getattr(spec, field) == value for field, value in said.items()):
+        if all(getattr(spec, field) == value for field, value in said.items()):
             return name
     fields = ", ".join(f"model.{field}={getattr(spec, field)!r}" for field in TELLING)
     raise UserError(f"no Hugging Face architecture has {fields} together; known are {', '.join(FAMILIES)}")
@@ -180,7 +222,7 @@ def family_of(spec: ModelSpec) -> str:
 
 def _keys(family: Family, spec: ModelSpec) -> dict[str, Any]:
     """The keys of a config.json that describe the spec."""
-    return {key: getattr(spec, field) for field, key in (KEYS | dict(family.keys)).items()}
+    return {key: getattr(spec, field) for field, key in (KEYS | dict(family.keys)).items()} | family.write(spec)
 
 
 def table(spec: ModelSpec) -> tuple[Row, ...]:
@@ -211,7 +253,7 @@ def spec_from_hf(config: Mapping[str, Any], **fields: Any) -> ModelSpec:
     for key, allowed in COMPUTED.items():
         if key not in family.defaults and key in config and config[key] not in allowed:
             raise UserError(f"config.json: {key}={config[key]!r} is not supported, only {allowed[0]!r}")
-    if config.get("sliding_window") and config.get("use_sliding_window", True):
+    if _slides(config, family):
         raise UserError(
             f"config.json: sliding_window={config['sliding_window']!r} is not supported, only full attention"
         )
@@ -227,7 +269,18 @@ def spec_from_hf(config: Mapping[str, Any], **fields: Any) -> ModelSpec:
     found["head_width"] = found["head_width"] or found["d_model"] // found["num_heads"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     found["rope_theta"] = float(rope.get("rope_theta", config["rope_theta"]))
+    found |= family.read(config)
     return ModelSpec(**(found | dict(family.fixed) | dict(rope_scaling=scaling_from_hf(config)) | fields))
+
+
+def _slides(config: Mapping[str, Any], family: Family) -> bool:
+    """Whether some layer sees a window of the sequence alone."""
+    if not config.get("sliding_window") or not config.get("use_sliding_window", True):
+        return False
+    if config.get("layer_types") is not None:
+        return "sliding_attention" in config["layer_types"]
+    begin = config["max_window_layers"] if "max_window_layers" in family.defaults else 0
+    return begin < config.get("num_hidden_layers", math.inf)
 
 
 def hf_config(spec: ModelSpec, *, dtype: str = "float32", base: Mapping[str, Any] | None = None) -> dict[str, Any]:

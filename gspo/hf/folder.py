@@ -185,16 +185,17 @@ def export_params(
     carried over.
 
     params: of one or many devices or processes; every process must call. dtype: "float32" loses nothing; "bfloat16"
-    halves the folder, and is exact only for parameters that are bfloat16 numbers. source: folder whose tokenizer files,
-    and other keys of config.json, are taken over. The config.json is written last, so that a folder that was cut short
-    does not load.
+    halves the folder, and is exact only for parameters that are bfloat16 numbers (biases of sigmoid routers stay
+    float32). source: folder whose tokenizer files, and other keys of config.json, are taken over. The config.json is
+    written last, so that a folder that was cut short does not load.
     Raises: UserError if `out` is not an empty or new folder, cannot be written, or if the spec is of no known family.
     """
     out, kind = Path(out), np.dtype(jnp.dtype(dtype))
     base = read_config(source) if source and (Path(source) / "config.json").is_file() else None
     config = hf_config(spec, dtype=dtype, base=base)
     leaves = _flat(spec, params)
-    shards = _plan(table(spec), leaves, kind.itemsize, shard_bytes)
+    rows = table(spec)
+    shards = _plan(rows, leaves, kind, shard_bytes)
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     primary, fetch, carried = distributed.is_primary(), _fetcher(leaves), []
     try:
@@ -206,11 +207,12 @@ def export_params(
             tensors = {}
             for row, at in shard:
                 tensor = fetch(row, at)
-                tensors[row.tensor(at)] = np.ascontiguousarray((tensor.T if row.transposed else tensor).astype(kind))
+                tensor = (tensor.T if row.transposed else tensor).astype(_kept(row, kind))
+                tensors[row.tensor(at)] = np.ascontiguousarray(tensor)
             if primary:
                 safetensors.numpy.save_file(tensors, out / file, metadata={"format": "pt"})
         if primary:
-            total = sum(leaf.size for leaf in leaves.values()) * kind.itemsize
+            total = sum(leaves[row.path].size * _kept(row, kind).itemsize for row in rows)
             weight_map = {row.tensor(at): file for file, shard in zip(files, shards, strict=True) for row, at in shard}
             (out / INDEX).write_text(
                 json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
@@ -224,8 +226,13 @@ def export_params(
     return carried
 
 
+def _kept(row: Row, kind: np.dtype) -> np.dtype:
+    """The dtype of a row's tensors in an export of this one."""
+    return np.dtype(np.float32) if row.float32 else kind
+
+
 def _plan(
-    rows: tuple[Row, ...], leaves: Mapping[str, Any], itemsize: int, limit: int
+    rows: tuple[Row, ...], leaves: Mapping[str, Any], kind: np.dtype, limit: int
 ) -> list[list[tuple[Row, tuple[int, ...]]]]:
     """All tensors, layer by layer, cut into shards of at most `limit` bytes (a tensor that is larger has its own)."""
     entries = [(row, at) for row in rows for at in row.positions(leaves[row.path].shape)]
@@ -237,7 +244,7 @@ def _plan(
     shards: list[list] = [[]]
     room = limit
     for row, at in entries:
-        size = int(np.prod(leaves[row.path].shape[len(at) :])) * itemsize
+        size = int(np.prod(leaves[row.path].shape[len(at) :])) * _kept(row, kind).itemsize
         if size > room and shards[-1]:
             shards.append([])
             room = limit

@@ -12,7 +12,7 @@ from gspo.types import UserError
 TOY = {
     "vocab_size": 0, "num_layers": 4, "d_model": 64, "num_heads": 4, "num_kv_heads": 2, "head_width": 16, "d_ff": 0,
     "num_experts": 8, "experts_per_token": 2, "d_expert": 64, "norm_topk_prob": True,
-    "d_shared": 0, "shared_gate": False, "rope_theta": 1e4,
+    "router": "softmax", "routed_scale": 1.0, "d_shared": 0, "shared_gate": False, "rope_theta": 1e4,
     "rope_scaling": (), "rms_eps": 1e-6, "qk_norm": True, "qk_norm_over": "head", "qkv_bias": False,
     "out_bias": False, "tie_embeddings": False,
 }  # fmt: skip
@@ -26,6 +26,8 @@ class ModelSpec:
 
     num_experts = 0 is a dense model of feed-forward width d_ff; else every layer holds experts of width d_expert, and
     beside them one of width d_shared that all tokens go through (0: none), times σ(h w) with shared_gate (Qwen2-MoE).
+    router is "softmax", or "sigmoid" with a bias for the choice that is not trained (DeepSeek-V3,
+    `gspo.model.routing`); routed_scale multiplies the gates of routed experts.
     rope_scaling is () or a rule of `gspo.model.rope`, ("yarn", 4.0, 32768.0) for one. qk_norm_over is
     "head" (Qwen3) or "projection" (OLMoE). qkv_bias: queries, keys and values have a bias (Qwen2); out_bias: so has the
     output of attention.
@@ -46,6 +48,8 @@ class ModelSpec:
     experts_per_token: int = 0
     d_expert: int = 0
     norm_topk_prob: bool = True
+    router: str = "softmax"
+    routed_scale: float = 1.0
     d_shared: int = 0
     shared_gate: bool = False
     rope_theta: float = 1e6
@@ -88,6 +92,8 @@ class ModelSpec:
                 0 < self.experts_per_token <= self.num_experts, "experts_per_token", f"must be in 1..{self.num_experts}"
             )
             need(self.d_expert > 0, "d_expert", "must be positive in a Mixture of Experts")
+            need(self.router in ("softmax", "sigmoid"), "router", "choose 'softmax' or 'sigmoid'")
+            need(self.routed_scale > 0, "routed_scale", "must be positive")
             need(self.d_shared >= 0, "d_shared", "must be >= 0 (0: no shared expert)")
             need(self.d_shared or not self.shared_gate, "shared_gate", "there is no shared expert (d_shared=0)")
         else:

@@ -28,7 +28,7 @@ from gspo.types import Params
 
 class Output(NamedTuple):
     """hidden_BTD after the final norm; and for MoE models the experts that each layer's router would choose freely
-    (free_routes_LBTX, also under replay) with its float32 logits (router_logits_LBTE).
+    (free_routes_LBTX, also under replay) with its float32 logits (router_logits_LBTE; log σ(z) of a sigmoid router).
     """
 
     hidden_BTD: chex.Array
@@ -82,7 +82,7 @@ class Block(nn.Module):
             return rows(x_BTD + SwiGLU(s.d_ff, s.compute_dtype, self.layout, name="mlp")(h_BTD)), kept, None, None
         moe = MoE(
             s.num_experts, s.experts_per_token, s.d_expert, s.norm_topk_prob, s.moe_backend, s.compute_dtype,
-            self.layout, self.router_noise, self.router_swap, name="moe",
+            self.layout, self.router_noise, self.router_swap, s.router, s.routed_scale, name="moe",
         )  # fmt: skip
         with jax.named_scope("moe"):
             y_BTD, free_BTX, logits_BTE = moe(h_BTD, given_BTX)

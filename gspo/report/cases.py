@@ -211,7 +211,7 @@ def moe(works: Works, repeats: int, small: bool) -> tuple[list[Record], Record]:
     installed = [name for name in BACKENDS if name != "tokamax" or importlib.util.find_spec(name)]
     for backend in installed:
         layer = MoE(spec.num_experts, spec.experts_per_token, spec.d_expert, spec.norm_topk_prob, backend,
-                    spec.compute_dtype)  # fmt: skip
+                    spec.compute_dtype, router=spec.router, routed_scale=spec.routed_scale)  # fmt: skip
         params = nn.unbox(jax.jit(layer.init)(jax.random.key(0), x_BTD))
         functions[backend] = functools.partial(jax.jit(jax.grad(_squares, argnums=(1, 2)), static_argnums=0),
                                                layer, params, x_BTD)  # fmt: skip

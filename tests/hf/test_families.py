@@ -70,6 +70,22 @@ def test_a_config_that_we_do_not_compute_is_an_error_and_never_an_approximation(
         spec_from_hf(published(**changes))
 
 
+@pytest.mark.parametrize(("changes", "words"), [
+    (dict(n_group=8), "n_group=8"), (dict(topk_group=4), "topk_group=4"),
+    (dict(scoring_func="softmax"), "scoring_func"),
+    (dict(n_shared_experts=None), "n_shared_experts"), (dict(max_window_layers=1), "sliding_window"),
+    (dict(layer_types=["full_attention", "sliding_attention"]), "sliding_window"),
+])  # fmt: skip
+def test_a_sigmoid_router_that_is_limited_to_groups_or_has_no_shared_expert_is_refused(changes, words):
+    # Catches routes that are chosen among too many experts, and a window that is seen through.
+    config = hf_config(SPECS["Dots1ForCausalLM"]) | dict(sliding_window=4096, max_window_layers=2, n_group=1)
+    assert spec_from_hf(config, moe_backend="dense") == SPECS["Dots1ForCausalLM"]
+    assert config["n_shared_experts"] == 2 and config["routed_scaling_factor"] == 2.5
+    with pytest.raises(UserError, match=words) as error:
+        spec_from_hf(config | changes)
+    assert "\n" not in str(error.value)
+
+
 def test_a_config_without_a_needed_key_names_it():
     # Catches a KeyError, and a silent default for something that no default can know.
     config = published()
@@ -123,7 +139,9 @@ def test_a_spec_of_no_family_is_a_one_line_error():
     # Catches an export that drops what makes the model different.
     plain_moe = dataclasses.replace(TINY_MOE, qk_norm=False, norm_topk_prob=False)
     one_bias = dataclasses.replace(TINY, qkv_bias=True)
-    for odd in (dataclasses.replace(TINY, qk_norm_over="projection"), plain_moe, one_bias):
+    uneven = dataclasses.replace(SPECS["Dots1ForCausalLM"], d_shared=15)  # no whole number of experts
+    scaled = dataclasses.replace(TINY_MOE, routed_scale=2.0)
+    for odd in (dataclasses.replace(TINY, qk_norm_over="projection"), plain_moe, one_bias, uneven, scaled):
         with pytest.raises(UserError, match="no Hugging Face architecture"):
             family_of(odd)
 

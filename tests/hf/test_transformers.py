@@ -28,6 +28,8 @@ SHAPE = dict(
 )  # fmt: skip
 MOE = dict(num_experts=6, num_experts_per_tok=2)
 
+DEEPSEEK = dict(n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=20, routed_scaling_factor=2.5)
+
 
 def case(name, family, *, kv, tied=False, theta=100.0, scaling=None, slow=True, **fields):
     rope = dict(scaling or dict(rope_type="default")) | dict(rope_theta=theta)
@@ -36,7 +38,7 @@ def case(name, family, *, kv, tied=False, theta=100.0, scaling=None, slow=True, 
                         marks=[pytest.mark.slow] if slow else [])  # fmt: skip
 
 
-Q, QM, MX, LL, OL, Q2, Q2M = "Qwen3", "Qwen3Moe", "Mixtral", "Llama", "Olmoe", "Qwen2", "Qwen2Moe"
+Q, QM, MX, LL, OL, Q2, Q2M, D1 = "Qwen3", "Qwen3Moe", "Mixtral", "Llama", "Olmoe", "Qwen2", "Qwen2Moe", "Dots1"
 CASES = [
     case("qwen3-gqa2-untied-wide-head", Q, kv=2, head_dim=12, slow=False),
     case(
@@ -71,6 +73,8 @@ CASES = [
         shared_expert_intermediate_size=28,
         **MOE,
     ),
+    case("dots1-gqa2-renormalised", D1, kv=2, norm_topk_prob=True, n_shared_experts=2, **DEEPSEEK, slow=False),
+    case("dots1-gqa1-tied-biased", D1, kv=4, tied=True, attention_bias=True, n_shared_experts=1, **DEEPSEEK),
     case("qwen3-gqa1-tied", Q, kv=4, tied=True, head_dim=8, rms_norm_eps=1e-2),
     case("qwen3-gqa4-narrow-head", Q, kv=1, head_dim=4, theta=1e6),
     case(
@@ -125,6 +129,9 @@ def torch_model(family, fields):
             noise = torch.randn(param.shape, generator=generator)
             small = 0.2 * noise + (not name.endswith("bias"))
             param.copy_(small if param.ndim == 1 else noise * param.shape[-1] ** -0.5 * 1.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     return model
 
 

@@ -19,6 +19,8 @@ from tests.model_oracle import DENSE, MOE
         ("experts_per_token", 6),
         ("d_expert", 0),
         ("num_layers", 0),
+        ("router", "tanh"),
+        ("routed_scale", 0.0),
         ("d_shared", -1),
         ("shared_gate", True),
         ("rope_scaling", (8.0, 4.0, 1.0, 64.0)),
