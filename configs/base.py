@@ -18,11 +18,12 @@ def model() -> ConfigDict:
             num_heads=placeholder(int),  # [4]
             num_kv_heads=placeholder(int),  # [2]
             head_width=placeholder(int),  # [16]
-            d_ff=placeholder(int),  # width of dense feed-forward layers; used where num_experts = 0
+            d_ff=placeholder(int),  # width of dense feed-forward layers; used where num_experts = 0, or dense_layers
             num_experts=placeholder(int),  # [8]
             experts_per_token=placeholder(int),  # [2]
             d_expert=placeholder(int),  # [64]
             norm_topk_prob=placeholder(bool),  # [True]
+            dense_layers=placeholder(tuple),  # [()] layers, from 0 on, that have no experts but a feed-forward of d_ff
             router=placeholder(str),  # [softmax] | sigmoid, with a bias for the choice, as in DeepSeek-V3
             routed_scale=placeholder(float),  # [1.0] factor on the gates of routed experts
             d_shared=placeholder(

@@ -281,8 +281,9 @@ def describe(model: Transformer, abstract: TrainState) -> str:
         return f"dense model, {spec.num_layers} layers, {total:,} parameters"
     routed = [tuple(entry.key for entry in path[-2:]) for path in sizes]
     expert = sum(n for name, n in zip(routed, sizes.values(), strict=True) if name in EXPERTS)
+    dense = f" of which {len(spec.dense_layers)} dense" if spec.dense_layers else ""
     active = total - expert + expert * spec.experts_per_token // spec.num_experts
     return (
-        f"MoE model, {spec.num_layers} layers, {spec.num_experts} experts of which {spec.experts_per_token} run, "
-        f"{total:,} parameters, {active:,} active"
+        f"MoE model, {spec.num_layers} layers{dense}, {spec.num_experts} experts of which {spec.experts_per_token} "
+        f"run, {total:,} parameters, {active:,} active"
     )

@@ -30,6 +30,8 @@ MOE = ModelSpec(
 DOTS1 = dataclasses.replace(
     MOE, router="sigmoid", routed_scale=2.5, d_shared=20, qkv_bias=True, out_bias=True, rope_scaling=("yarn", 4.0, 64.0)
 )
+# Dense layers in between: four stretches of like layers, one of them of two.
+MIXED = dataclasses.replace(MOE, num_layers=5, dense_layers=(0, 3), d_ff=12)
 
 
 # ---------------------------------------------------------------- models under test
@@ -199,17 +201,21 @@ def decoder(params, spec, tokens, given_LTX=None):
     """One sequence without padding -> (logits [T, V], free routes [L, T, X], router logits [L, T, E], log σ(z) of a
     sigmoid router; both None if dense).
 
-    params: a float64 tree. given_LTX: experts to run instead of the routers' choice; a token with a -1 routes freely.
+    L: of the layers with a router. params: a float64 tree. given_LTX: experts to run instead of the routers' choice; a
+    token with a -1 routes freely.
     """
     x = params["embedding"][np.asarray(tokens)].copy()
-    T, routes, logits = len(tokens), [], []
+    T, routes, logits, denses = len(tokens), [], [], 0
     for layer in range(spec.num_layers):
-        p = jax.tree.map(lambda w, layer=layer: w[layer], params["blocks"])
+        dense = not spec.num_experts or layer in spec.dense_layers
+        stack, place = ("dense_blocks", denses) if dense and spec.num_experts else ("blocks", layer - denses)
+        denses += stack == "dense_blocks"
+        p = jax.tree.map(lambda w, place=place: w[place], params[stack])
         x = x + attention(
             p["attention"], spec, np.stack([rms_norm(r, p["attention_norm"]["scale"], spec.rms_eps) for r in x])
         )
         h = np.stack([rms_norm(r, p["mlp_norm"]["scale"], spec.rms_eps) for r in x])
-        if not spec.num_experts:
+        if dense:
             x = x + np.stack([swiglu(r, p["mlp"]["gate"], p["mlp"]["up"], p["mlp"]["down"]) for r in h])
             continue
         moe, free, z = p["moe"], [], h @ p["moe"]["router"]
@@ -218,8 +224,8 @@ def decoder(params, spec, tokens, given_LTX=None):
         for t in range(T):
             free.append(top_k(by[t], spec.experts_per_token))
             used = free[t]
-            if given_LTX is not None and min(given_LTX[layer][t]) >= 0:
-                used = [int(e) for e in given_LTX[layer][t]]
+            if given_LTX is not None and min(given_LTX[place][t]) >= 0:
+                used = [int(e) for e in given_LTX[place][t]]
             gates = gates_of(z[t], used, spec.norm_topk_prob, sigmoid, spec.routed_scale)
             for e, gate in zip(used, gates, strict=True):
                 x[t] = x[t] + gate * swiglu(h[t], moe["gate"][e], moe["up"][e], moe["down"][e])

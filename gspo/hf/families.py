@@ -1,100 +1,34 @@
-"""The families of models that Hugging Face folders hold, as data: names of tensors, and config.json <-> ModelSpec.
+"""The families of models that Hugging Face folders hold, as data: which tensors, and config.json <-> ModelSpec.
 
-A row of a table pairs a leaf of our tree with the name of their tensors. Their kernels are [out, in] and one file entry
-per layer and expert; ours are [in, out] and stacked, [L, ...] and [L, E, ...]. Heads need no splitting: in both, column
-n · H + h of a projection is entry h of head n, and rotary positions pair entry i with i + H/2. `gspo.hf.folder` reads
-the same rows for import and for export.
+`gspo.hf.folder` reads the same rows (`gspo.hf.rows`) for import and for export.
 
-Sources: the configuration and modelling files of transformers 5, the tensor names of the published checkpoints.
+Source: the configuration and modelling files of transformers 5.
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from gspo.hf.rope import scaling_from_hf, scaling_to_hf
+from gspo.hf.rows import (
+    DECODER,
+    MIXTRAL_MOE,
+    MLP,
+    MOE,
+    QK_NORM,
+    SELECTION,
+    SHARED,
+    SHARED_GATED,
+    Row,
+    with_dense_layers,
+)
 from gspo.model.spec import ModelSpec
 from gspo.types import UserError
 
 # ---------------------------------------------------------------------------------------------------- the tables
-
-
-class Row(NamedTuple):
-    """path: leaf of our tree. name: of their tensors, with {layer} and {expert} where there is one for each: the
-    leading axes of the leaf. transposed: theirs is [out, in]. needs: field of the spec without which there is no such
-    leaf. float32: an export keeps it so, whatever the dtype of the rest.
-    """
-
-    path: str
-    name: str
-    transposed: bool = False
-    needs: str = ""
-    float32: bool = False
-
-    def positions(self, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        """Indices of the stacked axes, one per tensor of theirs, of a leaf of this shape."""
-        return np.ndindex(shape[: self.name.count("{")])
-
-    def tensor(self, at: tuple[int, ...]) -> str:
-        return self.name.format(**dict(zip(("layer", "expert"), at, strict=False)))
-
-
-LAYER = "model.layers.{layer}."
-DECODER = (
-    Row("embedding", "model.embed_tokens.weight"),
-    Row("blocks/attention_norm/scale", LAYER + "input_layernorm.weight"),
-    Row("blocks/attention/query", LAYER + "self_attn.q_proj.weight", True),
-    Row("blocks/attention/key", LAYER + "self_attn.k_proj.weight", True),
-    Row("blocks/attention/value", LAYER + "self_attn.v_proj.weight", True),
-    Row("blocks/attention/out", LAYER + "self_attn.o_proj.weight", True),
-    Row("blocks/mlp_norm/scale", LAYER + "post_attention_layernorm.weight"),
-    Row("final_norm/scale", "model.norm.weight"),
-    Row("head", "lm_head.weight", True),  # left out where the embeddings are tied
-    *(
-        Row(f"blocks/attention/{ours}_bias/bias", LAYER + f"self_attn.{theirs}_proj.bias", needs=field)
-        for ours, theirs, field in (
-            ("query", "q", "qkv_bias"),
-            ("key", "k", "qkv_bias"),
-            ("value", "v", "qkv_bias"),
-            ("out", "o", "out_bias"),
-        )
-    ),
-)
-QK_NORM = (
-    Row("blocks/attention/query_norm/scale", LAYER + "self_attn.q_norm.weight"),
-    Row("blocks/attention/key_norm/scale", LAYER + "self_attn.k_norm.weight"),
-)
-MLP = tuple(Row(f"blocks/mlp/{kind}", LAYER + f"mlp.{kind}_proj.weight", True) for kind in ("gate", "up", "down"))
-MOE = (
-    Row("blocks/moe/router", LAYER + "mlp.gate.weight", True),
-    *(
-        Row(f"blocks/moe/{kind}", LAYER + f"mlp.experts.{{expert}}.{kind}_proj.weight", True)
-        for kind in ("gate", "up", "down")
-    ),
-)
-MIXTRAL_MOE = (
-    Row("blocks/moe/router", LAYER + "block_sparse_moe.gate.weight", True),
-    Row("blocks/moe/gate", LAYER + "block_sparse_moe.experts.{expert}.w1.weight", True),
-    Row("blocks/moe/up", LAYER + "block_sparse_moe.experts.{expert}.w3.weight", True),
-    Row("blocks/moe/down", LAYER + "block_sparse_moe.experts.{expert}.w2.weight", True),
-)
-SHARED_GATED = (
-    *(
-        Row(f"blocks/shared/{kind}", LAYER + f"mlp.shared_expert.{kind}_proj.weight", True)
-        for kind in ("gate", "up", "down")
-    ),
-    Row("blocks/shared_gate", LAYER + "mlp.shared_expert_gate.weight", True),
-)
-SHARED = tuple(
-    Row(f"blocks/shared/{kind}", LAYER + f"mlp.shared_experts.{kind}_proj.weight", True)
-    for kind in ("gate", "up", "down")
-)
-SELECTION = (Row("blocks/moe/selection/bias", LAYER + "mlp.gate.e_score_correction_bias", float32=True),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,20 +48,44 @@ class Family:
     fits: Callable[[ModelSpec], bool] = lambda spec: True
 
 
-def _read_shared(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The shared experts of the DeepSeek kind: several of the routed ones' width, which are one that is wider."""
+def _read_sparse(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The dense layers of the Qwen kind: those listed, and all but every so-manieth."""
+    step, listed = config["decoder_sparse_step"], config["mlp_only_layers"] or ()
+    if step < 1:
+        raise UserError(f"config.json: decoder_sparse_step={step!r} is not supported, only 1 or more")
+    dense = (layer for layer in range(config["num_hidden_layers"]) if layer in listed or (layer + 1) % step)
+    return _with_dense(tuple(dense), config)
+
+
+def _write_sparse(spec: ModelSpec) -> dict[str, Any]:
+    return dict(decoder_sparse_step=1, mlp_only_layers=list(spec.dense_layers)) | _dense_width(spec)
+
+
+def _with_dense(dense: tuple[int, ...], config: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(dense_layers=dense, d_ff=config["intermediate_size"]) if dense else {}
+
+
+def _dense_width(spec: ModelSpec) -> dict[str, Any]:
+    return dict(intermediate_size=spec.d_ff) if spec.dense_layers else {}
+
+
+def _read_deepseek(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The first layers may be dense; the shared experts, of the routed ones' width, are one that is wider."""
     count = config.get("n_shared_experts")
     if not count:
         raise UserError(f"config.json: n_shared_experts={count!r} is not supported, only 1 or more")
-    return dict(d_shared=count * config["moe_intermediate_size"])
+    dense = tuple(range(config["first_k_dense_replace"] or 0))
+    return _with_dense(dense, config) | dict(d_shared=count * config["moe_intermediate_size"])
 
 
-def _write_shared(spec: ModelSpec) -> dict[str, Any]:
-    return dict(n_shared_experts=spec.d_shared // spec.d_expert)
+def _write_deepseek(spec: ModelSpec) -> dict[str, Any]:
+    keys = dict(n_shared_experts=spec.d_shared // spec.d_expert, first_k_dense_replace=len(spec.dense_layers))
+    return keys | _dense_width(spec)
 
 
-def _fits_shared(spec: ModelSpec) -> bool:
-    return spec.d_shared > 0 and spec.d_shared % spec.d_expert == 0
+def _fits_deepseek(spec: ModelSpec) -> bool:
+    whole = spec.d_shared > 0 and spec.d_shared % spec.d_expert == 0
+    return whole and spec.dense_layers == tuple(range(len(spec.dense_layers)))
 
 
 KEYS = dict(
@@ -139,6 +97,8 @@ EXPERTS = dict(num_experts="num_experts", experts_per_token="num_experts_per_tok
 BIAS = dict(qkv_bias="attention_bias", out_bias="attention_bias")
 NO_BIAS = dict(qkv_bias=False, out_bias=False)
 SOFTMAX = dict(router="softmax", routed_scale=1.0)
+ALL_MOE = dict(dense_layers=())
+SPARSE = dict(decoder_sparse_step=1, mlp_only_layers=())
 PLAIN = SOFTMAX | dict(d_shared=0, shared_gate=False)
 COMMON = dict(rope_theta=1e4, rms_norm_eps=1e-6, tie_word_embeddings=False, num_key_value_heads=None, head_dim=None)
 
@@ -151,10 +111,12 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": Family(
         "qwen3_moe", DECODER + QK_NORM + MOE, PLAIN | dict(qk_norm=True, qk_norm_over="head"),
         BIAS | EXPERTS | dict(d_expert="moe_intermediate_size", norm_topk_prob="norm_topk_prob"),
-        COMMON | dict(num_key_value_heads=4, norm_topk_prob=False, use_sliding_window=False, attention_bias=False),
+        COMMON | dict(num_key_value_heads=4, norm_topk_prob=False, use_sliding_window=False, attention_bias=False,
+                      **SPARSE, intermediate_size=6144),
+        _read_sparse, _write_sparse,
     ),
     "MixtralForCausalLM": Family(
-        "mixtral", DECODER + MIXTRAL_MOE, NO_BIAS | PLAIN | dict(qk_norm=False, norm_topk_prob=True),
+        "mixtral", DECODER + MIXTRAL_MOE, NO_BIAS | PLAIN | ALL_MOE | dict(qk_norm=False, norm_topk_prob=True),
         EXPERTS | dict(num_experts="num_local_experts", d_expert="intermediate_size"),
         COMMON | dict(rope_theta=1e6, rms_norm_eps=1e-5, num_key_value_heads=8),
     ),
@@ -163,7 +125,7 @@ FAMILIES = {
         COMMON | dict(attention_bias=False),
     ),
     "OlmoeForCausalLM": Family(
-        "olmoe", DECODER + QK_NORM + MOE, PLAIN | dict(qk_norm=True, qk_norm_over="projection"),
+        "olmoe", DECODER + QK_NORM + MOE, PLAIN | ALL_MOE | dict(qk_norm=True, qk_norm_over="projection"),
         BIAS | EXPERTS | dict(d_expert="intermediate_size", norm_topk_prob="norm_topk_prob"),
         COMMON | dict(rms_norm_eps=1e-5, norm_topk_prob=False, attention_bias=False),
     ),
@@ -176,7 +138,8 @@ FAMILIES = {
         EXPERTS | dict(d_expert="moe_intermediate_size", d_shared="shared_expert_intermediate_size",
                        norm_topk_prob="norm_topk_prob", qkv_bias="qkv_bias"),
         COMMON | dict(num_key_value_heads=16, norm_topk_prob=False, use_sliding_window=False, qkv_bias=True,
-                      shared_expert_intermediate_size=5632),
+                      shared_expert_intermediate_size=5632, **SPARSE, intermediate_size=5632),
+        _read_sparse, _write_sparse,
     ),
     "Dots1ForCausalLM": Family(
         "dots1", DECODER + QK_NORM + MOE + SELECTION + SHARED,
@@ -185,8 +148,8 @@ FAMILIES = {
                     d_expert="moe_intermediate_size", norm_topk_prob="norm_topk_prob",
                     routed_scale="routed_scaling_factor"),
         COMMON | dict(norm_topk_prob=False, routed_scaling_factor=1.0, attention_bias=False, sliding_window=4096,
-                      max_window_layers=62),
-        _read_shared, _write_shared, _fits_shared,
+                      max_window_layers=62, first_k_dense_replace=0, intermediate_size=10944),
+        _read_deepseek, _write_deepseek, _fits_deepseek,
     ),
 }  # fmt: skip
 ALIASES = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
@@ -202,7 +165,7 @@ COMPUTED = dict(
 # Fields of a spec by which families differ.
 TELLING = (
     "num_experts", "qk_norm", "qk_norm_over", "qkv_bias", "out_bias", "norm_topk_prob", "d_shared", "shared_gate",
-    "router", "routed_scale",
+    "router", "routed_scale", "dense_layers",
 )  # fmt: skip
 
 
@@ -231,7 +194,8 @@ def table(spec: ModelSpec) -> tuple[Row, ...]:
     def there(row: Row) -> bool:
         return not (row.needs and not getattr(spec, row.needs)) and not (spec.tie_embeddings and row.path == "head")
 
-    return tuple(row for row in FAMILIES[family_of(spec)].rows if there(row))
+    rows = tuple(row for row in FAMILIES[family_of(spec)].rows if there(row))
+    return with_dense_layers(rows, spec) if spec.num_experts and spec.dense_layers else rows
 
 
 # ---------------------------------------------------------------------------------------------------- config.json

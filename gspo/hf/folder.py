@@ -236,10 +236,10 @@ def _plan(
 ) -> list[list[tuple[Row, tuple[int, ...]]]]:
     """All tensors, layer by layer, cut into shards of at most `limit` bytes (a tensor that is larger has its own)."""
     entries = [(row, at) for row in rows for at in row.positions(leaves[row.path].shape)]
-    last = max(at[0] for _, at in entries if at) + 1
+    last = max(row.layer(at) for row, at in entries if at) + 1
     place = {"embedding": -1, "final_norm/scale": last, "head": last}
     entries.sort(
-        key=lambda entry: entry[1][0] if entry[1] else place[entry[0].path]
+        key=lambda entry: entry[0].layer(entry[1]) if entry[1] else place[entry[0].path]
     )  # stable: the experts of a leaf stay neighbours
     shards: list[list] = [[]]
     room = limit

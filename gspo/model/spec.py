@@ -12,7 +12,8 @@ from gspo.types import UserError
 TOY = {
     "vocab_size": 0, "num_layers": 4, "d_model": 64, "num_heads": 4, "num_kv_heads": 2, "head_width": 16, "d_ff": 0,
     "num_experts": 8, "experts_per_token": 2, "d_expert": 64, "norm_topk_prob": True,
-    "router": "softmax", "routed_scale": 1.0, "d_shared": 0, "shared_gate": False, "rope_theta": 1e4,
+    "dense_layers": (), "router": "softmax", "routed_scale": 1.0, "d_shared": 0, "shared_gate": False,
+    "rope_theta": 1e4,
     "rope_scaling": (), "rms_eps": 1e-6, "qk_norm": True, "qk_norm_over": "head", "qkv_bias": False,
     "out_bias": False, "tie_embeddings": False,
 }  # fmt: skip
@@ -24,10 +25,11 @@ TOY_TOKENIZER = "chars:0123456789="
 class ModelSpec:
     """Everything that fixes the shape and the arithmetic of a model. Hashable, so that jit may take it as static.
 
-    num_experts = 0 is a dense model of feed-forward width d_ff; else every layer holds experts of width d_expert, and
-    beside them one of width d_shared that all tokens go through (0: none), times σ(h w) with shared_gate (Qwen2-MoE).
-    router is "softmax", or "sigmoid" with a bias for the choice that is not trained (DeepSeek-V3,
-    `gspo.model.routing`); routed_scale multiplies the gates of routed experts.
+    num_experts = 0 is a dense model of feed-forward width d_ff; else every layer holds experts of width d_expert but
+    those in dense_layers, numbered from 0, which are dense too. d_shared is the width of one more expert that all
+    tokens go through (0: none), times σ(h w) with shared_gate (Qwen2-MoE). router is "softmax", or "sigmoid" with a
+    bias for the choice that is not trained (DeepSeek-V3, `gspo.model.routing`); routed_scale multiplies the gates of
+    routed experts.
     rope_scaling is () or a rule of `gspo.model.rope`, ("yarn", 4.0, 32768.0) for one. qk_norm_over is
     "head" (Qwen3) or "projection" (OLMoE). qkv_bias: queries, keys and values have a bias (Qwen2); out_bias: so has the
     output of attention.
@@ -48,6 +50,7 @@ class ModelSpec:
     experts_per_token: int = 0
     d_expert: int = 0
     norm_topk_prob: bool = True
+    dense_layers: tuple[int, ...] = ()
     router: str = "softmax"
     routed_scale: float = 1.0
     d_shared: int = 0
@@ -92,6 +95,13 @@ class ModelSpec:
                 0 < self.experts_per_token <= self.num_experts, "experts_per_token", f"must be in 1..{self.num_experts}"
             )
             need(self.d_expert > 0, "d_expert", "must be positive in a Mixture of Experts")
+            dense = self.dense_layers
+            need(
+                dense == tuple(sorted({*dense} & {*range(self.num_layers)})) and len(dense) < self.num_layers,
+                "dense_layers",
+                f"give some numbers of layers in 0..{self.num_layers - 1} in rising order, but not all (num_experts=0)",
+            )
+            need(self.d_ff > 0 or not dense, "d_ff", f"must be positive, the width of dense_layers={dense}")
             need(self.router in ("softmax", "sigmoid"), "router", "choose 'softmax' or 'sigmoid'")
             need(self.routed_scale > 0, "routed_scale", "must be positive")
             need(self.d_shared >= 0, "d_shared", "must be >= 0 (0: no shared expert)")
@@ -102,6 +112,15 @@ class ModelSpec:
     @property
     def compute_dtype(self):
         return jnp.dtype(self.dtype)
+
+    def stack_of(self, layer: int) -> str:
+        """The stack of parameters that a layer belongs to (`gspo.model.layers`)."""
+        return "dense_blocks" if self.num_experts and layer in self.dense_layers else "blocks"
+
+    @property
+    def moe_layers(self) -> int:
+        """Number of layers with a router."""
+        return self.num_layers - len(self.dense_layers) if self.num_experts else 0
 
     @property
     def scanned(self) -> bool:

@@ -235,7 +235,7 @@ def losses(works: Works, repeats: int, small: bool) -> tuple[list[Record], Recor
     work = next(iter(works.values()))
     batch = work.steps.minibatches(work.batch())[0]
     inputs = batch.inputs
-    L, X = work.spec.num_layers, max(work.spec.experts_per_token, 1)
+    L, X = work.spec.moe_layers or work.spec.num_layers, max(work.spec.experts_per_token, 1)
     inputs = inputs.replace(
         ref_logp_BC=inputs.old_logp_BC,
         router_logp_LBCX=jnp.full((L, *inputs.mask_BC.shape, X), -1.9),

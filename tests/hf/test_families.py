@@ -54,8 +54,7 @@ def test_a_published_config_describes_the_model_of_that_name():
     (dict(architectures=["GPT2LMHeadModel"]), "Qwen3ForCausalLM, Qwen3MoeForCausalLM, MixtralForCausalLM, "
                                               "LlamaForCausalLM, Olmoe"),
     (dict(mlp_bias=True), "mlp_bias"), (dict(hidden_act="gelu"), "hidden_act"),
-    (dict(mlp_only_layers=[3]), "mlp_only"),
-    (dict(decoder_sparse_step=2), "decoder_sparse_step"),
+    (dict(mlp_only_layers=list(range(48))), "dense_layers"), (dict(decoder_sparse_step=0), "decoder_sparse_step"),
     (dict(sliding_window=4096, use_sliding_window=True), "sliding_window"),
     (dict(rope_scaling={"rope_type": "longrope", "factor": 4.0}), "longrope"),
     (dict(rope_scaling={"type": "yarn"}), "'yarn' needs 'factor'"),
@@ -115,6 +114,21 @@ def test_rotary_rules_are_read_as_transformers_reads_them_and_survive_an_export(
     assert spec_from_hf(json.loads(json.dumps(hf_config(spec)))) == spec
 
 
+@pytest.mark.parametrize(("changes", "dense"), [
+    (dict(mlp_only_layers=[3, 0]), (0, 3)), (dict(decoder_sparse_step=3), (0, 1, 3, 4, 6)),
+    (dict(decoder_sparse_step=4, mlp_only_layers=[3, 90]), (0, 1, 2, 3, 4, 5, 6)),
+])  # fmt: skip
+def test_dense_layers_in_between_are_those_of_transformers_and_survive_an_export(changes, dense):
+    # Catches a step that counts from the first layer, a list that is added to it wrongly, and their width.
+    spec = spec_from_hf(published(num_hidden_layers=8, **changes))
+    assert (spec.dense_layers, spec.d_ff, spec.moe_layers) == (dense, 6144, 8 - len(dense))
+    assert spec_from_hf(json.loads(json.dumps(hf_config(spec, base=published(**changes))))) == spec
+    with pytest.raises(UserError, match="no Hugging Face architecture"):
+        family_of(dataclasses.replace(spec, qk_norm_over="projection"))
+    with pytest.raises(UserError, match=next(iter(changes))):
+        spec_from_hf(hf_config(SPECS["OlmoeForCausalLM"]) | changes)
+
+
 @all_families
 def test_a_spec_knows_its_family_and_survives_its_config(family):
     # Catches an export under another architecture's name, whose router or norm would differ.
@@ -141,7 +155,8 @@ def test_a_spec_of_no_family_is_a_one_line_error():
     one_bias = dataclasses.replace(TINY, qkv_bias=True)
     uneven = dataclasses.replace(SPECS["Dots1ForCausalLM"], d_shared=15)  # no whole number of experts
     scaled = dataclasses.replace(TINY_MOE, routed_scale=2.0)
-    for odd in (dataclasses.replace(TINY, qk_norm_over="projection"), plain_moe, one_bias, uneven, scaled):
+    last_dense = dataclasses.replace(SPECS["Dots1ForCausalLM"], dense_layers=(1,), d_ff=8)
+    for odd in (dataclasses.replace(TINY, qk_norm_over="projection"), plain_moe, one_bias, uneven, scaled, last_dense):
         with pytest.raises(UserError, match="no Hugging Face architecture"):
             family_of(odd)
 

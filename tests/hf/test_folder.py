@@ -86,7 +86,7 @@ def test_the_bias_of_a_sigmoid_router_stays_float32_in_a_bfloat16_export(tmp_pat
     # Catches a bias that is rounded, after which other experts are chosen; published folders keep it in float32 too.
     spec, params, folder = exported(tmp_path, "Dots1ForCausalLM", dtype="bfloat16")
     kept = {name for name, x in read_all(folder).items() if x.dtype == np.float32}
-    assert kept == {f"model.layers.{i}.mlp.gate.e_score_correction_bias" for i in range(2)}
+    assert kept == {f"model.layers.{i}.mlp.gate.e_score_correction_bias" for i in (1, 2)}
     again = hf.import_params(folder, spec, abstract_params(Transformer(spec)))
     bias = [tree["blocks"]["moe"]["selection"]["bias"] for tree in (again, params)]
     np.testing.assert_array_equal(*bias)

@@ -11,7 +11,7 @@ import pytest
 from gspo.model.transformer import Transformer
 from tests import model_oracle as oracle
 
-DENSE, MOE, DOTS1 = oracle.DENSE, oracle.MOE, oracle.DOTS1
+DENSE, MOE, DOTS1, MIXED = oracle.DENSE, oracle.MOE, oracle.DOTS1, oracle.MIXED
 OLMOE = dataclasses.replace(
     MOE, norm_topk_prob=False, qk_norm_over="projection", num_kv_heads=1, tie_embeddings=True, moe_backend="dense"
 )
@@ -35,8 +35,8 @@ def frames(seed=0, lengths=(9, 6, 3)):
 
 @pytest.mark.parametrize(
     "spec",
-    [DENSE, LLAMA, BIASED, MOE, OLMOE, QWEN2_MOE, DOTS1],
-    ids=["dense", "llama", "biased", "moe", "olmoe", "shared-expert", "sigmoid"],
+    [DENSE, LLAMA, BIASED, MOE, OLMOE, QWEN2_MOE, DOTS1, MIXED],
+    ids=["dense", "llama", "biased", "moe", "olmoe", "shared-expert", "sigmoid", "dense-between"],
 )
 def test_logits_and_routes_equal_the_float64_decoder_under_left_padding(spec):
     # Catches any slip in a formula: residuals, norms, scale of scores, gates, the order of layers, the tied head, wrong
@@ -56,15 +56,18 @@ def test_logits_and_routes_equal_the_float64_decoder_under_left_padding(spec):
     assert (out.free_routes_LBTX is None) == (spec.num_experts == 0)
 
 
-@pytest.mark.parametrize("spec", [MOE, QWEN2_MOE, DOTS1], ids=["moe", "shared-expert", "sigmoid"])
+@pytest.mark.parametrize(
+    "spec", [MOE, QWEN2_MOE, DOTS1, MIXED], ids=["moe", "shared-expert", "sigmoid", "dense-between"]
+)
 def test_given_routes_run_in_their_own_layer_row_and_column(spec):
     # Catches replay that is shifted by a column, crossed between layers by the scan, or between rows; and -1 that
     # routes to expert 0. The gates are those of the current logits, in each kind of router.
     rows, tokens_BT, first_B = frames(1)
     _, params = oracle.build(spec)
     rng = np.random.default_rng(2)
-    given = np.stack([rng.permutation(5)[:2] for _ in range(2 * 3 * WIDTH)]).reshape(2, 3, WIDTH, 2).astype(np.int8)
-    given[rng.random((2, 3, WIDTH)) < 0.3] = -1
+    L = spec.moe_layers
+    given = np.stack([rng.permutation(5)[:2] for _ in range(L * 3 * WIDTH)]).reshape(L, 3, WIDTH, 2).astype(np.int8)
+    given[rng.random((L, 3, WIDTH)) < 0.3] = -1
     out, logits_BTV = oracle.forward(spec)(params, tokens_BT, first_B, given)
     exact = oracle.float64(params)
     for b, row in enumerate(rows):
@@ -86,6 +89,7 @@ def test_given_routes_run_in_their_own_layer_row_and_column(spec):
             OLMOE,
             QWEN2_MOE,
             DOTS1,
+            MIXED,
             dataclasses.replace(MOE, moe_backend="ragged", remat=True),
         )
     ],
@@ -167,7 +171,11 @@ def test_a_row_of_nothing_but_padding_is_finite_and_leaves_the_others_alone(spec
 
 
 @pytest.mark.parametrize(
-    "spec", [DENSE, MOE, dataclasses.replace(MOE, scan_layers=True)], ids=["dense", "moe", "moe-scanned"]
+    "spec",
+    [DENSE, MOE]
+    + [dataclasses.replace(spec, scan_layers=True) for spec in (MOE, MIXED)]
+    + [pytest.param(spec, marks=pytest.mark.slow) for spec in (MIXED, DOTS1)],
+    ids=["dense", "moe", "moe-scanned", "dense-between-scanned", "dense-between", "sigmoid"],
 )
 def test_prefill_and_decode_equal_the_full_forward_at_every_position(spec):
     # Catches a cache read one column late, RoPE positions that restart with the completion, attention to columns not
@@ -201,7 +209,7 @@ def test_prefill_and_decode_equal_the_full_forward_at_every_position(spec):
         np.testing.assert_array_equal(np.concatenate(found, axis=2)[:, real_BT], full.free_routes_LBTX[:, real_BT])
 
 
-@SPECS
+@pytest.mark.parametrize("spec", [DENSE, MOE, MIXED], ids=["dense", "moe", "dense-between"])
 def test_layers_in_a_loop_and_one_after_the_other_compute_the_same(spec):
     # Catches layers in another order, routes or caches of another layer, gradients of a layer that end in another.
     _, tokens_BT, first_B = frames(13)
@@ -216,7 +224,7 @@ def test_layers_in_a_loop_and_one_after_the_other_compute_the_same(spec):
             return jnp.sum(weight * out.hidden_BTD), out
 
         jaxpr = str(jax.make_jaxpr(loss)(params))
-        assert (f"length={spec.num_layers}" in jaxpr) == scan_layers
+        assert (f"length={2 if spec is MIXED else spec.num_layers}" in jaxpr) == scan_layers
         return jax.jit(jax.grad(loss, has_aux=True))(params)
 
     (looped, out), (unrolled, other) = both(True), both(False)
@@ -281,7 +289,7 @@ def test_bfloat16_compute_is_finite_and_close_while_router_and_logits_stay_float
 # ---------------------------------------------------------------- parameters and specs
 
 
-@SPECS
+@pytest.mark.parametrize("spec", [DENSE, MOE, DOTS1, MIXED], ids=["dense", "moe", "sigmoid", "dense-between"])
 def test_parameters_are_stacked_by_layer_and_each_axis_has_a_name(spec):
     # Catches layers that share weights, a scan that is unrolled into copies, and an axis that sharding could never cut.
     boxed = jax.eval_shape(Transformer(spec).init_params, jax.random.key(0))
@@ -290,7 +298,9 @@ def test_parameters_are_stacked_by_layer_and_each_axis_has_a_name(spec):
         assert isinstance(leaf, nn.Partitioned) and len(leaf.names) == leaf.value.ndim, path
         assert leaf.value.dtype == jnp.float32
         if "blocks" in jax.tree_util.keystr(path):
-            assert leaf.names[0] == "layers" and leaf.value.shape[0] == spec.num_layers
+            dense = "dense_blocks" in jax.tree_util.keystr(path)
+            size = len(spec.dense_layers) if dense else spec.num_layers - len(spec.dense_layers)
+            assert leaf.names[0] == "layers" and leaf.value.shape[0] == size
     assert ("head" in boxed) == (not spec.tie_embeddings)
 
 
