@@ -31,6 +31,7 @@ def model() -> ConfigDict:
             ),  # [0] width of an expert that all tokens go through beside the routed ones; 0: none
             shared_gate=placeholder(bool),  # [False] it is weighed by a gate of its own, as in Qwen2-MoE
             rope_theta=placeholder(float),  # [1e4]
+            rotary_width=placeholder(int),  # [0] how many numbers of each head are rotated; 0: all
             # ("yarn", factor, trained length), ("linear", factor), Llama 3.1's (factor, low, high, trained length), or
             # () for none (gspo/model/rope.py)
             rope_scaling=placeholder(tuple),

@@ -44,6 +44,9 @@ SPECS = {
         TINY_MOE, qk_norm=False, qkv_bias=True, norm_topk_prob=False, d_shared=14, shared_gate=True
     ),
     "Dots1ForCausalLM": dataclasses.replace(TINY_MOE, router="sigmoid", routed_scale=2.5, d_shared=20, **DENSE_FIRST),
+    "Glm4MoeForCausalLM": dataclasses.replace(
+        TINY_MOE, qk_norm=False, qkv_bias=True, router="sigmoid", d_shared=10, rotary_width=4, **DENSE_FIRST
+    ),
 }
 all_families = pytest.mark.parametrize("family", SPECS)
 

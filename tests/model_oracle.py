@@ -97,8 +97,11 @@ def rms_norm(x, scale, eps):
     return x / np.sqrt(np.mean(x * x) + eps) * scale
 
 
-def rope(x_H, position, theta, scaling=()):
-    """Turns (x_i, x_{i + H/2}) by position · frequency, and stretches them. scaling: as ModelSpec.rope_scaling."""
+def rope(x_H, position, theta, scaling=(), width=0):
+    """Turns (x_i, x_{i + H/2}) by position · frequency, and stretches them. scaling: as ModelSpec.rope_scaling. width:
+    of the part of the head to which this is done; 0: all of it."""
+    if width:
+        return np.concatenate([rope(x_H[:width], position, theta, scaling), x_H[width:]])
     half = len(x_H) // 2
     turned = np.empty_like(x_H)
     for i in range(half):
@@ -186,7 +189,7 @@ def attention(p, spec, h_TD):
             for n in range(x.shape[1]):
                 if spec.qk_norm and spec.qk_norm_over == "head":
                     x[t, n] = rms_norm(x[t, n], p[name]["scale"], spec.rms_eps)
-                x[t, n] = rope(x[t, n], t, spec.rope_theta, spec.rope_scaling)
+                x[t, n] = rope(x[t, n], t, spec.rope_theta, spec.rope_scaling, spec.rotary_width)
     mixed = np.zeros((T, N, H))
     for t in range(T):
         for n in range(N):

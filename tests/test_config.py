@@ -110,7 +110,7 @@ OTHER_MODELS = {
     "norm_topk_prob": {"norm_topk_prob": False}, "rope_theta": {"rope_theta": 1e5}, "rms_eps": {"rms_eps": 1e-3},
     "rope_scaling": {"rope_scaling": (8.0, 1.0, 4.0, 8192.0)}, "qk_norm": {"qk_norm": False},
     "qk_norm_over": {"qk_norm_over": "projection"},
-    "dense_layers": {"num_layers": 2, "dense_layers": (1,), "d_ff": 8},
+    "rotary_width": {"rotary_width": 2}, "dense_layers": {"num_layers": 2, "dense_layers": (1,), "d_ff": 8},
     "router": {"router": "sigmoid"}, "routed_scale": {"routed_scale": 2.5}, "d_shared": {"d_shared": 8},
     "shared_gate": {"d_shared": 8, "shared_gate": True}, "qkv_bias": {"qkv_bias": True},
     "out_bias": {"out_bias": True}, "tie_embeddings": {"tie_embeddings": True},

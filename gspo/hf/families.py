@@ -88,6 +88,24 @@ def _fits_deepseek(spec: ModelSpec) -> bool:
     return whole and spec.dense_layers == tuple(range(len(spec.dense_layers)))
 
 
+def _read_glm(config: Mapping[str, Any]) -> dict[str, Any]:
+    head, share = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"], "partial_rotary_factor"
+    width = int(head * (1 if config[share] is None else config[share]))
+    return _read_deepseek(config) | dict(rotary_width=width if width != head else 0)
+
+
+def _write_glm(spec: ModelSpec) -> dict[str, Any]:
+    share = (spec.rotary_width or spec.head_width) / spec.head_width
+    return _write_deepseek(spec) | {"partial_rotary_factor": share, MULTI_TOKEN: 0}
+
+
+def _fits_glm(spec: ModelSpec) -> bool:
+    share = spec.rotary_width / spec.head_width  # as they read it: rounded down
+    return _fits_deepseek(spec) and int(spec.head_width * share) == spec.rotary_width
+
+
+# How many layers after the last one predict further tokens: no part of the policy, left out by an import.
+MULTI_TOKEN = "num_nextn_predict_layers"
 KEYS = dict(
     vocab_size="vocab_size", num_layers="num_hidden_layers", d_model="hidden_size", num_heads="num_attention_heads",
     num_kv_heads="num_key_value_heads", head_width="head_dim", rms_eps="rms_norm_eps",
@@ -96,15 +114,20 @@ KEYS = dict(
 EXPERTS = dict(num_experts="num_experts", experts_per_token="num_experts_per_tok")
 BIAS = dict(qkv_bias="attention_bias", out_bias="attention_bias")
 NO_BIAS = dict(qkv_bias=False, out_bias=False)
+WHOLE_HEAD = dict(rotary_width=0)
 SOFTMAX = dict(router="softmax", routed_scale=1.0)
 ALL_MOE = dict(dense_layers=())
 SPARSE = dict(decoder_sparse_step=1, mlp_only_layers=())
-PLAIN = SOFTMAX | dict(d_shared=0, shared_gate=False)
+DEEPSEEK = dict(
+    num_experts="n_routed_experts", experts_per_token="num_experts_per_tok", d_expert="moe_intermediate_size",
+    norm_topk_prob="norm_topk_prob", routed_scale="routed_scaling_factor",
+)  # fmt: skip
+PLAIN = WHOLE_HEAD | SOFTMAX | dict(d_shared=0, shared_gate=False)
 COMMON = dict(rope_theta=1e4, rms_norm_eps=1e-6, tie_word_embeddings=False, num_key_value_heads=None, head_dim=None)
 
 FAMILIES = {
     "Qwen3ForCausalLM": Family(
-        "qwen3", DECODER + QK_NORM + MLP, dict(qk_norm=True, qk_norm_over="head", num_experts=0),
+        "qwen3", DECODER + QK_NORM + MLP, WHOLE_HEAD | dict(qk_norm=True, qk_norm_over="head", num_experts=0),
         BIAS | dict(d_ff="intermediate_size"),
         COMMON | dict(head_dim=128, num_key_value_heads=32, use_sliding_window=False, attention_bias=False),
     ),
@@ -121,7 +144,7 @@ FAMILIES = {
         COMMON | dict(rope_theta=1e6, rms_norm_eps=1e-5, num_key_value_heads=8),
     ),
     "LlamaForCausalLM": Family(
-        "llama", DECODER + MLP, dict(qk_norm=False, num_experts=0), BIAS | dict(d_ff="intermediate_size"),
+        "llama", DECODER + MLP, WHOLE_HEAD | dict(qk_norm=False, num_experts=0), BIAS | dict(d_ff="intermediate_size"),
         COMMON | dict(attention_bias=False),
     ),
     "OlmoeForCausalLM": Family(
@@ -130,11 +153,12 @@ FAMILIES = {
         COMMON | dict(rms_norm_eps=1e-5, norm_topk_prob=False, attention_bias=False),
     ),
     "Qwen2ForCausalLM": Family(
-        "qwen2", DECODER + MLP, dict(qk_norm=False, num_experts=0, qkv_bias=True, out_bias=False),
+        "qwen2", DECODER + MLP, WHOLE_HEAD | dict(qk_norm=False, num_experts=0, qkv_bias=True, out_bias=False),
         dict(d_ff="intermediate_size"), COMMON | dict(num_key_value_heads=32, use_sliding_window=False),
     ),
     "Qwen2MoeForCausalLM": Family(
-        "qwen2_moe", DECODER + MOE + SHARED_GATED, SOFTMAX | dict(qk_norm=False, out_bias=False, shared_gate=True),
+        "qwen2_moe", DECODER + MOE + SHARED_GATED,
+        WHOLE_HEAD | SOFTMAX | dict(qk_norm=False, out_bias=False, shared_gate=True),
         EXPERTS | dict(d_expert="moe_intermediate_size", d_shared="shared_expert_intermediate_size",
                        norm_topk_prob="norm_topk_prob", qkv_bias="qkv_bias"),
         COMMON | dict(num_key_value_heads=16, norm_topk_prob=False, use_sliding_window=False, qkv_bias=True,
@@ -143,13 +167,20 @@ FAMILIES = {
     ),
     "Dots1ForCausalLM": Family(
         "dots1", DECODER + QK_NORM + MOE + SELECTION + SHARED,
-        dict(qk_norm=True, qk_norm_over="head", router="sigmoid", shared_gate=False),
-        BIAS | dict(num_experts="n_routed_experts", experts_per_token="num_experts_per_tok",
-                    d_expert="moe_intermediate_size", norm_topk_prob="norm_topk_prob",
-                    routed_scale="routed_scaling_factor"),
+        WHOLE_HEAD | dict(qk_norm=True, qk_norm_over="head", router="sigmoid", shared_gate=False),
+        BIAS | DEEPSEEK,
         COMMON | dict(norm_topk_prob=False, routed_scaling_factor=1.0, attention_bias=False, sliding_window=4096,
                       max_window_layers=62, first_k_dense_replace=0, intermediate_size=10944),
         _read_deepseek, _write_deepseek, _fits_deepseek,
+    ),
+    "Glm4MoeForCausalLM": Family(
+        "glm4_moe", DECODER + QK_NORM + MOE + SELECTION + SHARED,
+        dict(out_bias=False, qk_norm_over="head", router="sigmoid", shared_gate=False),
+        DEEPSEEK | dict(qkv_bias="attention_bias", qk_norm="use_qk_norm"),
+        COMMON | dict(rms_norm_eps=1e-5, num_key_value_heads=8, norm_topk_prob=True, routed_scaling_factor=1.0,
+                      attention_bias=False, use_qk_norm=False, n_shared_experts=1, first_k_dense_replace=1,
+                      intermediate_size=10944, partial_rotary_factor=0.5, **{MULTI_TOKEN: 1}),
+        _read_glm, _write_glm, _fits_glm,
     ),
 }  # fmt: skip
 ALIASES = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
@@ -165,8 +196,13 @@ COMPUTED = dict(
 # Fields of a spec by which families differ.
 TELLING = (
     "num_experts", "qk_norm", "qk_norm_over", "qkv_bias", "out_bias", "norm_topk_prob", "d_shared", "shared_gate",
-    "router", "routed_scale", "dense_layers",
+    "router", "routed_scale", "dense_layers", "rotary_width",
 )  # fmt: skip
+
+
+def surplus_layers(spec: ModelSpec) -> bool:
+    """Whether folders of the spec's family may hold layers after the last one, which are no part of the policy."""
+    return MULTI_TOKEN in FAMILIES[family_of(spec)].defaults
 
 
 def family_of(spec: ModelSpec) -> str:
@@ -213,7 +249,9 @@ def spec_from_hf(config: Mapping[str, Any], **fields: Any) -> ModelSpec:
     if name not in FAMILIES:
         raise UserError(f"config.json: architecture {name!r} is not known; known are {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    config = dict(family.defaults) | dict(config)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    partly = {key: rope[key] for key in ("partial_rotary_factor",) if key in rope}  # transformers 5 keeps it there
+    config = dict(family.defaults) | dict(config) | partly
     for key, allowed in COMPUTED.items():
         if key not in family.defaults and key in config and config[key] not in allowed:
             raise UserError(f"config.json: {key}={config[key]!r} is not supported, only {allowed[0]!r}")
@@ -231,7 +269,6 @@ def spec_from_hf(config: Mapping[str, Any], **fields: Any) -> ModelSpec:
     found |= {field: bool(found[field]) for field in BIAS if field in found}  # null: none
     found["num_kv_heads"] = found["num_kv_heads"] or found["num_heads"]
     found["head_width"] = found["head_width"] or found["d_model"] // found["num_heads"]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     found["rope_theta"] = float(rope.get("rope_theta", config["rope_theta"]))
     found |= family.read(config)
     return ModelSpec(**(found | dict(family.fixed) | dict(rope_scaling=scaling_from_hf(config)) | fields))

@@ -6,6 +6,7 @@ checkpoints are. Only safetensors are read: a pickle is a program.
 """
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from gspo.data.hf_tokenizer import FILES
-from gspo.hf.families import Row, family_of, hf_config, read_config, table
+from gspo.hf.families import Row, family_of, hf_config, read_config, surplus_layers, table
 from gspo.model.spec import ModelSpec
 from gspo.model.transformer import Transformer, abstract_params
 from gspo.parallel import distributed
@@ -38,6 +39,8 @@ CARRIED = (  # files that an export takes over from the folder it was imported f
     "tokenizer.model",
 )
 DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # what is read, and its bytes; float32 holds each of them exactly
+OF_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+log = logging.getLogger(__name__)
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # a constant that some Llama 2 folders carry
 
 
@@ -121,6 +124,11 @@ def _check(folder: Path, spec: ModelSpec, wanted: Mapping[str, Any], tensors: di
             one = shape[len(at) :]
             expected[row.tensor(at)] = list(reversed(one)) if row.transposed else list(one)
     surplus = {name for name in tensors if name not in expected and not IGNORED.fullmatch(name)}
+    if surplus_layers(spec):
+        later = {name for name in surplus if (at := OF_LAYER.match(name)) and int(at[1]) >= spec.num_layers}
+        surplus -= later
+        if later:
+            log.info("%s: %d tensors of layers that predict further tokens are left out", folder, len(later))
     if (
         spec.tie_embeddings
         and "lm_head.weight" in surplus

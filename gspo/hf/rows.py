@@ -64,8 +64,8 @@ DECODER = (
     ),
 )
 QK_NORM = (
-    Row("blocks/attention/query_norm/scale", LAYER + "self_attn.q_norm.weight"),
-    Row("blocks/attention/key_norm/scale", LAYER + "self_attn.k_norm.weight"),
+    Row("blocks/attention/query_norm/scale", LAYER + "self_attn.q_norm.weight", needs="qk_norm"),
+    Row("blocks/attention/key_norm/scale", LAYER + "self_attn.k_norm.weight", needs="qk_norm"),
 )
 MLP = tuple(Row(f"blocks/mlp/{kind}", LAYER + f"mlp.{kind}_proj.weight", True) for kind in ("gate", "up", "down"))
 MOE = (

@@ -129,7 +129,11 @@ def rope_tables(
 
 
 def apply_rope(x_BTNH: chex.Array, cos_BTh: chex.Array, sin_BTh: chex.Array) -> chex.Array:
-    """Rotates the pairs (x_i, x_{i+H/2}) by their angle; float32 inside, dtype of x outside."""
-    left, right = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    """Rotates the pairs (x_i, x_{i+W/2}) of the first W numbers of each head by their angle and leaves the others;
+    float32 inside, dtype of x outside."""
+    half = cos_BTh.shape[-1]
+    left, right, rest = jnp.split(x_BTNH, (half, 2 * half), axis=-1)
+    left, right = left.astype(jnp.float32), right.astype(jnp.float32)
     cos, sin = cos_BTh[:, :, None, :], sin_BTh[:, :, None, :]
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_BTNH.dtype)
+    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_BTNH.dtype)
+    return turned if rest.shape[-1] == 0 else jnp.concatenate([turned, rest], axis=-1)

@@ -13,7 +13,7 @@ TOY = {
     "vocab_size": 0, "num_layers": 4, "d_model": 64, "num_heads": 4, "num_kv_heads": 2, "head_width": 16, "d_ff": 0,
     "num_experts": 8, "experts_per_token": 2, "d_expert": 64, "norm_topk_prob": True,
     "dense_layers": (), "router": "softmax", "routed_scale": 1.0, "d_shared": 0, "shared_gate": False,
-    "rope_theta": 1e4,
+    "rope_theta": 1e4, "rotary_width": 0,
     "rope_scaling": (), "rms_eps": 1e-6, "qk_norm": True, "qk_norm_over": "head", "qkv_bias": False,
     "out_bias": False, "tie_embeddings": False,
 }  # fmt: skip
@@ -30,6 +30,7 @@ class ModelSpec:
     tokens go through (0: none), times σ(h w) with shared_gate (Qwen2-MoE). router is "softmax", or "sigmoid" with a
     bias for the choice that is not trained (DeepSeek-V3, `gspo.model.routing`); routed_scale multiplies the gates of
     routed experts.
+    rotary_width: how many numbers of each head are rotated (0: all; half of them in GLM-4.5).
     rope_scaling is () or a rule of `gspo.model.rope`, ("yarn", 4.0, 32768.0) for one. qk_norm_over is
     "head" (Qwen3) or "projection" (OLMoE). qkv_bias: queries, keys and values have a bias (Qwen2); out_bias: so has the
     output of attention.
@@ -56,6 +57,7 @@ class ModelSpec:
     d_shared: int = 0
     shared_gate: bool = False
     rope_theta: float = 1e6
+    rotary_width: int = 0
     rope_scaling: tuple = ()
     rms_eps: float = 1e-6
     qk_norm: bool = True
@@ -82,6 +84,8 @@ class ModelSpec:
             f"must be a multiple of num_kv_heads={self.num_kv_heads}",
         )
         need(self.head_width % 2 == 0, "head_width", "must be even for rotary positions")
+        width = self.rotary_width
+        need(width % 2 == 0 and 0 <= width <= self.head_width, "rotary_width", "must be even and <= head_width")
         try:
             rule_of(self.rope_scaling)
         except ValueError as error:

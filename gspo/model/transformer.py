@@ -210,7 +210,7 @@ class Transformer(nn.Module):
         what a layer keeps is its cache."""
         s = self.spec
         x_BTD = self.layout.lookup(self.embedding.astype(s.compute_dtype), tokens_BT)
-        rope = rope_tables(positions_BT, s.head_width, s.rope_theta, s.rope_scaling)
+        rope = rope_tables(positions_BT, s.rotary_width or s.head_width, s.rope_theta, s.rope_scaling)
         if self.is_initializing():
             return Output(self.final_norm(self._init_blocks(x_BTD, rope, mix)), None, None), None
         params = self.variables["params"]

@@ -77,7 +77,7 @@ def test_a_config_that_we_do_not_compute_is_an_error_and_never_an_approximation(
 ])  # fmt: skip
 def test_a_sigmoid_router_that_is_limited_to_groups_or_has_no_shared_expert_is_refused(changes, words):
     # Catches routes that are chosen among too many experts, and a window that is seen through.
-    config = hf_config(SPECS["Dots1ForCausalLM"]) | dict(sliding_window=4096, max_window_layers=2, n_group=1)
+    config = hf_config(SPECS["Dots1ForCausalLM"]) | dict(sliding_window=4096, max_window_layers=3, n_group=1)
     assert spec_from_hf(config, moe_backend="dense") == SPECS["Dots1ForCausalLM"]
     assert config["n_shared_experts"] == 2 and config["routed_scaling_factor"] == 2.5
     with pytest.raises(UserError, match=words) as error:
@@ -135,6 +135,19 @@ def test_a_spec_knows_its_family_and_survives_its_config(family):
     assert family_of(SPECS[family]) == family
     assert spec_from_hf(hf_config(SPECS[family]), moe_backend="dense") == SPECS[family]
     assert SPECS.keys() == FAMILIES.keys()
+
+
+def test_a_part_of_the_head_is_rotated_where_the_family_says_so_and_refused_elsewhere():
+    # Catches the share read from one of its two places alone, and a Qwen that is rotated in part without saying so.
+    config = hf_config(SPECS["Glm4MoeForCausalLM"])
+    assert config["num_nextn_predict_layers"] == 0 and config["partial_rotary_factor"] == 4 / 6
+    del config["partial_rotary_factor"]
+    assert spec_from_hf(config | dict(head_dim=8)).rotary_width == 4  # half of it, unless it says
+    inside = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=1.0)
+    assert spec_from_hf(config | dict(rope_parameters=inside)).rotary_width == 0
+    for changes in (dict(partial_rotary_factor=0.5), dict(rope_parameters=inside | dict(partial_rotary_factor=0.5))):
+        with pytest.raises(UserError, match=r"partial_rotary_factor=0\.5"):
+            spec_from_hf(published(**changes))
 
 
 def test_biases_of_attention_are_read_where_the_family_may_have_them():

@@ -184,6 +184,19 @@ def test_missing_surplus_and_misshapen_tensors_are_all_named_in_one_error(tmp_pa
     assert "model.layers.0.mlp.gate.weight is I8" in text
 
 
+def test_layers_that_predict_further_tokens_are_left_out_and_no_others(tmp_path):
+    # Catches a published GLM-4.5, which has one such layer, that is refused; and a layer too many that is dropped.
+    spec, params, folder = exported(tmp_path / "glm", "Glm4MoeForCausalLM")
+    more = {"model.layers.3.eh_proj.weight": np.zeros((2, 2), np.float32)}
+    rewrite(folder, lambda t: t.update(more))
+    assert_bit_equal(hf.import_params(folder, spec, abstract_params(Transformer(spec))), params)
+    rewrite(folder, lambda t: t.update({"model.layers.2.eh_proj.weight": np.zeros(2, np.float32)}))
+    assert "surplus: model.layers.2.eh_proj.weight" in error_of(folder, spec)
+    spec, _, folder = exported(tmp_path / "dots", "Dots1ForCausalLM")
+    rewrite(folder, lambda t: t.update(more))
+    assert "surplus: model.layers.3.eh_proj.weight" in error_of(folder, spec)
+
+
 def test_a_tied_folder_may_repeat_its_head_but_not_change_it(tmp_path):
     # Catches a published folder (Qwen3-0.6B stores both) that is refused, and a head of its own that would be dropped.
     spec, params, folder = exported(tmp_path, "LlamaForCausalLM")

@@ -38,7 +38,17 @@ def case(name, family, *, kv, tied=False, theta=100.0, scaling=None, slow=True, 
                         marks=[pytest.mark.slow] if slow else [])  # fmt: skip
 
 
-Q, QM, MX, LL, OL, Q2, Q2M, D1 = "Qwen3", "Qwen3Moe", "Mixtral", "Llama", "Olmoe", "Qwen2", "Qwen2Moe", "Dots1"
+Q, QM, MX, LL, OL, Q2, Q2M, D1, G4 = (
+    "Qwen3",
+    "Qwen3Moe",
+    "Mixtral",
+    "Llama",
+    "Olmoe",
+    "Qwen2",
+    "Qwen2Moe",
+    "Dots1",
+    "Glm4Moe",
+)
 CASES = [
     case("qwen3-gqa2-untied-wide-head", Q, kv=2, head_dim=12, slow=False),
     case(
@@ -104,6 +114,17 @@ CASES = [
         mlp_only_layers=[1],
         **MOE,
         slow=False,
+    ),
+    case("glm4moe-gqa2-biased", G4, kv=2, head_dim=12, attention_bias=True, **DEEPSEEK, slow=False),
+    case(
+        "glm4moe-gqa1-qk-norm-quarter",
+        G4,
+        kv=4,
+        use_qk_norm=True,
+        partial_rotary_factor=0.25,
+        n_shared_experts=2,
+        first_k_dense_replace=0,
+        **DEEPSEEK,
     ),
     case("dots1-gqa1-tied-biased", D1, kv=4, tied=True, attention_bias=True, n_shared_experts=1, **DEEPSEEK),
     case("qwen3-gqa1-tied", Q, kv=4, tied=True, head_dim=8, rms_norm_eps=1e-2),

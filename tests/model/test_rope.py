@@ -27,6 +27,17 @@ def test_rope_turns_the_pairs_half_a_head_apart():
         np.testing.assert_allclose(turned[b, t, n], expected, atol=1e-5)
 
 
+def test_a_part_of_a_head_is_turned_and_the_rest_stays():
+    # Catches the last numbers turned instead of the first, frequencies of the whole head, a rest that is stretched.
+    (x_BTNH,) = draws(4, (1, 2, 2, 12))
+    scaling = ("yarn", 4.0, 256.0)
+    turned = apply_rope(x_BTNH, *rope_tables(np.array([[3, 9]]), 8, 100.0, scaling))
+    for t, n in np.ndindex(2, 2):
+        expected = oracle.rope(x_BTNH[0, t, n].astype(np.float64), (3, 9)[t], 100.0, scaling, width=8)
+        np.testing.assert_allclose(turned[0, t, n], expected, atol=1e-5)
+    np.testing.assert_array_equal(turned[..., 8:], x_BTNH[..., 8:])
+
+
 def regimes(scaling):
     """How much of each of 8 waves is left: 1 kept, 1/factor slowed down."""
     frequency = 100.0 ** (-np.arange(8) / 8)

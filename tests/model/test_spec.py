@@ -20,6 +20,8 @@ from tests.model_oracle import DENSE, MOE
         ("d_expert", 0),
         ("num_layers", 0),
         ("router", "tanh"),
+        ("rotary_width", 3),
+        ("rotary_width", 8),
         ("dense_layers", (2,)),
         ("dense_layers", (0, 1)),
         ("dense_layers", (-1,)),

@@ -19,7 +19,8 @@ LLAMA = dataclasses.replace(
     DENSE, qk_norm=False, tie_embeddings=False, num_kv_heads=4, rope_scaling=(8.0, 1.0, 4.0, 64.0)
 )  # its three waves: one is kept, one interpolated, one slowed down
 QWEN2_MOE = dataclasses.replace(MOE, norm_topk_prob=False, qk_norm=False, qkv_bias=True, d_shared=14, shared_gate=True)
-BIASED = dataclasses.replace(DENSE, qk_norm=False, qkv_bias=True, out_bias=True)  # Qwen2, and Llama's attention_bias
+# Qwen2, and Llama's attention_bias; a part of each head rotated, as in GLM-4.5
+BIASED = dataclasses.replace(DENSE, qk_norm=False, qkv_bias=True, out_bias=True, rotary_width=4)
 WIDTH = 9
 SPECS = pytest.mark.parametrize("spec", [DENSE, MOE], ids=["dense", "moe"])
 

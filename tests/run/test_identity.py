@@ -35,7 +35,7 @@ OTHER = {
     "num_experts": 8, "experts_per_token": 1, "d_expert": 4, "norm_topk_prob": False, "rope_theta": 1e6,
     "rope_scaling": ("yarn", 4.0, 64.0), "rms_eps": 1e-5, "qk_norm": False, "qk_norm_over": "projection",
     "dense_layers": (0,), "router": "sigmoid", "routed_scale": 2.5, "d_shared": 8, "shared_gate": True,
-    "qkv_bias": True, "out_bias": True,
+    "rotary_width": 4, "qkv_bias": True, "out_bias": True,
     "tie_embeddings": True,
 }  # fmt: skip
 
