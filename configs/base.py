@@ -18,16 +18,28 @@ def model() -> ConfigDict:
             num_heads=placeholder(int),  # [4]
             num_kv_heads=placeholder(int),  # [2]
             head_width=placeholder(int),  # [16]
-            d_ff=placeholder(int),  # width of dense feed-forward layers; used where num_experts = 0
+            d_ff=placeholder(int),  # width of dense feed-forward layers; used where num_experts = 0, or dense_layers
             num_experts=placeholder(int),  # [8]
             experts_per_token=placeholder(int),  # [2]
             d_expert=placeholder(int),  # [64]
             norm_topk_prob=placeholder(bool),  # [True]
+            dense_layers=placeholder(tuple),  # [()] layers, from 0 on, that have no experts but a feed-forward of d_ff
+            router=placeholder(str),  # [softmax] | sigmoid, with a bias for the choice, as in DeepSeek-V3
+            routed_scale=placeholder(float),  # [1.0] factor on the gates of routed experts
+            d_shared=placeholder(
+                int
+            ),  # [0] width of an expert that all tokens go through beside the routed ones; 0: none
+            shared_gate=placeholder(bool),  # [False] it is weighed by a gate of its own, as in Qwen2-MoE
             rope_theta=placeholder(float),  # [1e4]
-            rope_scaling=placeholder(tuple),  # Llama 3.1's (factor, low, high, trained length); () for none
+            rotary_width=placeholder(int),  # [0] how many numbers of each head are rotated; 0: all
+            # ("yarn", factor, trained length), ("linear", factor), Llama 3.1's (factor, low, high, trained length), or
+            # () for none (gspo/model/rope.py)
+            rope_scaling=placeholder(tuple),
             rms_eps=placeholder(float),  # [1e-6]
             qk_norm=placeholder(bool),  # [True]
             qk_norm_over=placeholder(str),  # [head] | projection
+            qkv_bias=placeholder(bool),  # [False] of queries, keys and values, as Qwen2 has it
+            out_bias=placeholder(bool),  # [False] of the output of attention
             tie_embeddings=placeholder(bool),  # [False]
             # How it runs: free to choose, whatever the weights.
             dtype="float32",  # of the matmuls; router, softmax, log-probs and parameters are float32 always

@@ -13,7 +13,7 @@ from gspo import objectives, plans
 from gspo.learning.learner import UpdatePlan
 from gspo.model.distribution import Sampling
 from gspo.model.spec import TOY, TOY_TOKENIZER
-from gspo.run.identity import tokenizer_of
+from gspo.run.identity import spec_fields, tokenizer_of
 from gspo.run.stored import read_content
 from gspo.types import UserError
 
@@ -179,7 +179,7 @@ def _model_and_tokenizer(config: ConfigDict, weights: _Weights) -> tuple[plans.M
     fields = config.model.to_dict()
     given = {name: fields[name] for name in fields if fields[name] is not None}
     where, folder, saved = weights[:3]
-    begun = {} if saved is None else {**saved["model"], "rope_scaling": tuple(saved["model"]["rope_scaling"])}
+    begun = {} if saved is None else spec_fields(saved)
     for name, value in given.items():
         if name in begun and value != begun[name] and (name, value) != ("vocab_size", 0):
             raise UserError(

@@ -324,6 +324,11 @@ class RLPlan(RunPlan):
         if fields["num_experts"]:
             if rollout.expert_swap and fields["experts_per_token"] == fields["num_experts"]:
                 raise UserError("mismatch.expert_swap: all experts run, there is none to swap in")
+            if self.update.router_z_loss_coef > 0 and fields["router"] == "sigmoid":
+                raise UserError(
+                    f"router_z_loss_coef={self.update.router_z_loss_coef}: it bounds the normaliser of a softmax, "
+                    "which model.router='sigmoid' has not; set it to 0"
+                )
             return
         if rollout.router_noise or rollout.expert_swap:
             raise UserError("mismatch.router_noise and mismatch.expert_swap: a dense model has no routers")

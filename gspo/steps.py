@@ -270,16 +270,20 @@ def describe_layout(plan: plans.MeshPlan, layout: Layout) -> str:
     return f"{layout.mesh.size} devices in {jax.process_count()} process(es), mesh {sizes}, rules {rules}{experts}"
 
 
+EXPERTS = (("moe", "gate"), ("moe", "up"), ("moe", "down"))  # parameters of which a token meets a part
+
+
 def describe(model: Transformer, abstract: TrainState) -> str:
     """One line for the log: size of the model."""
     sizes = {path: leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.params)}
     total, spec = sum(sizes.values()), model.spec
     if not spec.num_experts:
         return f"dense model, {spec.num_layers} layers, {total:,} parameters"
-    experts = ("gate", "up", "down")
-    expert = sum(n for path, n in sizes.items() if jax.tree_util.keystr(path[-1:]).strip("[']") in experts)
+    routed = [tuple(entry.key for entry in path[-2:]) for path in sizes]
+    expert = sum(n for name, n in zip(routed, sizes.values(), strict=True) if name in EXPERTS)
+    dense = f" of which {len(spec.dense_layers)} dense" if spec.dense_layers else ""
     active = total - expert + expert * spec.experts_per_token // spec.num_experts
     return (
-        f"MoE model, {spec.num_layers} layers, {spec.num_experts} experts of which {spec.experts_per_token} run, "
-        f"{total:,} parameters, {active:,} active"
+        f"MoE model, {spec.num_layers} layers{dense}, {spec.num_experts} experts of which {spec.experts_per_token} "
+        f"run, {total:,} parameters, {active:,} active"
     )

@@ -2,7 +2,7 @@
 
     python scripts/import_hf.py --model-dir=models/Qwen3-0.6B --out=runs/qwen3-0.6b
 
-The folder holds config.json and safetensors; Qwen3, Qwen3-MoE, Mixtral, Llama and OLMoE are known. Writes under --out:
+The folder holds config.json and safetensors of a family that `gspo.hf.families` knows. Writes under --out:
 
     checkpoints/0/   the parameters, for config.init_from
     tokenizer/       the tokenizer's files: --config.init_from alone starts a run from model and tokenizer

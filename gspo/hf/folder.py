@@ -6,6 +6,7 @@ checkpoints are. Only safetensors are read: a pickle is a program.
 """
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from gspo.data.hf_tokenizer import FILES
-from gspo.hf.families import Row, family_of, hf_config, read_config, table
+from gspo.hf.families import Row, family_of, hf_config, read_config, surplus_layers, table
 from gspo.model.spec import ModelSpec
 from gspo.model.transformer import Transformer, abstract_params
 from gspo.parallel import distributed
@@ -38,6 +39,8 @@ CARRIED = (  # files that an export takes over from the folder it was imported f
     "tokenizer.model",
 )
 DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # what is read, and its bytes; float32 holds each of them exactly
+OF_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+log = logging.getLogger(__name__)
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # a constant that some Llama 2 folders carry
 
 
@@ -121,6 +124,11 @@ def _check(folder: Path, spec: ModelSpec, wanted: Mapping[str, Any], tensors: di
             one = shape[len(at) :]
             expected[row.tensor(at)] = list(reversed(one)) if row.transposed else list(one)
     surplus = {name for name in tensors if name not in expected and not IGNORED.fullmatch(name)}
+    if surplus_layers(spec):
+        later = {name for name in surplus if (at := OF_LAYER.match(name)) and int(at[1]) >= spec.num_layers}
+        surplus -= later
+        if later:
+            log.info("%s: %d tensors of layers that predict further tokens are left out", folder, len(later))
     if (
         spec.tie_embeddings
         and "lm_head.weight" in surplus
@@ -185,16 +193,17 @@ def export_params(
     carried over.
 
     params: of one or many devices or processes; every process must call. dtype: "float32" loses nothing; "bfloat16"
-    halves the folder, and is exact only for parameters that are bfloat16 numbers. source: folder whose tokenizer files,
-    and other keys of config.json, are taken over. The config.json is written last, so that a folder that was cut short
-    does not load.
+    halves the folder, and is exact only for parameters that are bfloat16 numbers (biases of sigmoid routers stay
+    float32). source: folder whose tokenizer files, and other keys of config.json, are taken over. The config.json is
+    written last, so that a folder that was cut short does not load.
     Raises: UserError if `out` is not an empty or new folder, cannot be written, or if the spec is of no known family.
     """
     out, kind = Path(out), np.dtype(jnp.dtype(dtype))
     base = read_config(source) if source and (Path(source) / "config.json").is_file() else None
     config = hf_config(spec, dtype=dtype, base=base)
     leaves = _flat(spec, params)
-    shards = _plan(table(spec), leaves, kind.itemsize, shard_bytes)
+    rows = table(spec)
+    shards = _plan(rows, leaves, kind, shard_bytes)
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     primary, fetch, carried = distributed.is_primary(), _fetcher(leaves), []
     try:
@@ -206,11 +215,12 @@ def export_params(
             tensors = {}
             for row, at in shard:
                 tensor = fetch(row, at)
-                tensors[row.tensor(at)] = np.ascontiguousarray((tensor.T if row.transposed else tensor).astype(kind))
+                tensor = (tensor.T if row.transposed else tensor).astype(_kept(row, kind))
+                tensors[row.tensor(at)] = np.ascontiguousarray(tensor)
             if primary:
                 safetensors.numpy.save_file(tensors, out / file, metadata={"format": "pt"})
         if primary:
-            total = sum(leaf.size for leaf in leaves.values()) * kind.itemsize
+            total = sum(leaves[row.path].size * _kept(row, kind).itemsize for row in rows)
             weight_map = {row.tensor(at): file for file, shard in zip(files, shards, strict=True) for row, at in shard}
             (out / INDEX).write_text(
                 json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
@@ -224,20 +234,25 @@ def export_params(
     return carried
 
 
+def _kept(row: Row, kind: np.dtype) -> np.dtype:
+    """The dtype of a row's tensors in an export of this one."""
+    return np.dtype(np.float32) if row.float32 else kind
+
+
 def _plan(
-    rows: tuple[Row, ...], leaves: Mapping[str, Any], itemsize: int, limit: int
+    rows: tuple[Row, ...], leaves: Mapping[str, Any], kind: np.dtype, limit: int
 ) -> list[list[tuple[Row, tuple[int, ...]]]]:
     """All tensors, layer by layer, cut into shards of at most `limit` bytes (a tensor that is larger has its own)."""
     entries = [(row, at) for row in rows for at in row.positions(leaves[row.path].shape)]
-    last = max(at[0] for _, at in entries if at) + 1
+    last = max(row.layer(at) for row, at in entries if at) + 1
     place = {"embedding": -1, "final_norm/scale": last, "head": last}
     entries.sort(
-        key=lambda entry: entry[1][0] if entry[1] else place[entry[0].path]
+        key=lambda entry: entry[0].layer(entry[1]) if entry[1] else place[entry[0].path]
     )  # stable: the experts of a leaf stay neighbours
     shards: list[list] = [[]]
     room = limit
     for row, at in entries:
-        size = int(np.prod(leaves[row.path].shape[len(at) :])) * itemsize
+        size = int(np.prod(leaves[row.path].shape[len(at) :])) * _kept(row, kind).itemsize
         if size > room and shards[-1]:
             shards.append([])
             room = limit

@@ -11,7 +11,7 @@ from gspo.learning.microbatch import merge_record, num_parts, split_record
 from gspo.model.distribution import Sampling
 from gspo.model.head import token_scores
 from gspo.model.packing import Packing
-from gspo.model.routing import router_margin
+from gspo.model.routing import compared, router_margin
 from gspo.model.transformer import Output, Transformer
 from gspo.types import Params, array
 
@@ -21,8 +21,8 @@ class Scores:
     """Completion log-probs and entropies (nats), float32 [B, C]. For MoE models also, None where not asked for:
 
     free_routes_LBTX    the routers' free choices, also where others were replayed
-    margin_LBT          distance in logits from the last chosen expert to the next
-    router_logits_LBTE  the routers' logits, float32
+    margin_LBT          distance from the last chosen expert to the next, in what the router compares
+    router_logits_LBTE  the routers' logits, float32; log σ(z) of sigmoid routers
     router_logp_LBCX    log-probs the routers give to the experts that ran, where a token is predicted
     router_kl_LBT       KL from the old routers' softmax to theirs: left to who knows the old ones
     """
@@ -83,7 +83,7 @@ def score_completions(
     ran_LBTX = out.free_routes_LBTX if replayed_routes_LBTX is None else replayed_routes_LBTX
     return scores.replace(
         free_routes_LBTX=out.free_routes_LBTX,
-        margin_LBT=router_margin(out.router_logits_LBTE, model.spec.experts_per_token),
+        margin_LBT=router_margin(_compared(params, out.router_logits_LBTE), model.spec.experts_per_token),
         router_logp_LBCX=router_logp(out.router_logits_LBTE, ran_LBTX, completion_width),
         router_logits_LBTE=out.router_logits_LBTE,
     )
@@ -101,6 +101,12 @@ def _run(model: Transformer, params: Params, tokens_BT, P: int, prompt_lengths_B
     out = model.apply({"params": params}, packing.pack(tokens_BT), first_B[::rows_per_prompt], routes, packing=packing)
     routers = (None if x is None else packing.unpack(x, 1) for x in (out.free_routes_LBTX, out.router_logits_LBTE))
     return Output(None, *routers), packing.predicting(out.hidden_BTD)
+
+
+def _compared(params: Params, logits_LBTE: chex.Array) -> chex.Array:
+    """What each layer's router compares, [L, B, T, E]."""
+    selection = params["blocks"]["moe"].get("selection")
+    return compared(logits_LBTE, None if selection is None else selection["bias"][:, None, None])
 
 
 def router_logp(logits_LBTE: chex.Array, routes_LBTX: chex.Array, completion_width: int) -> chex.Array:

@@ -211,7 +211,7 @@ def moe(works: Works, repeats: int, small: bool) -> tuple[list[Record], Record]:
     installed = [name for name in BACKENDS if name != "tokamax" or importlib.util.find_spec(name)]
     for backend in installed:
         layer = MoE(spec.num_experts, spec.experts_per_token, spec.d_expert, spec.norm_topk_prob, backend,
-                    spec.compute_dtype)  # fmt: skip
+                    spec.compute_dtype, router=spec.router, routed_scale=spec.routed_scale)  # fmt: skip
         params = nn.unbox(jax.jit(layer.init)(jax.random.key(0), x_BTD))
         functions[backend] = functools.partial(jax.jit(jax.grad(_squares, argnums=(1, 2)), static_argnums=0),
                                                layer, params, x_BTD)  # fmt: skip
@@ -235,7 +235,7 @@ def losses(works: Works, repeats: int, small: bool) -> tuple[list[Record], Recor
     work = next(iter(works.values()))
     batch = work.steps.minibatches(work.batch())[0]
     inputs = batch.inputs
-    L, X = work.spec.num_layers, max(work.spec.experts_per_token, 1)
+    L, X = work.spec.moe_layers or work.spec.num_layers, max(work.spec.experts_per_token, 1)
     inputs = inputs.replace(
         ref_logp_BC=inputs.old_logp_BC,
         router_logp_LBCX=jnp.full((L, *inputs.mask_BC.shape, X), -1.9),

@@ -30,8 +30,11 @@ TOKENIZER = "tokenizer"  # the folder of a run that holds a copy of its tokenize
 def identity(spec: ModelSpec, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """JSON values: {"model": the fields of the spec that give weights their meaning, "tokenizer": its fingerprint,
     "date": the day that its chat template writes}. Without a tokenizer the last two are None."""
-    fields = {name: value for name, value in dataclasses.asdict(spec).items() if name not in HOW_IT_RUNS}
-    fields["rope_scaling"] = list(fields["rope_scaling"])
+    fields = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(spec).items()
+        if name not in HOW_IT_RUNS
+    }
     known = None if tokenizer is None else fingerprint(tokenizer)
     return {"model": fields, "tokenizer": known, "date": getattr(tokenizer, "date", None)}
 
@@ -55,6 +58,11 @@ def check_identity(where: str | os.PathLike, saved: Mapping[str, Any] | None, no
                 f"tokenizer={now['tokenizer']['spec']}: the weights in {where} were trained with another one; its "
                 f"{found}"
             )
+
+
+def spec_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a ModelSpec in a saved identity; JSON has lists for tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in saved["model"].items()}
 
 
 def saved_identity(path: str | os.PathLike) -> dict[str, Any] | None:
