@@ -26,12 +26,11 @@ MOE = ModelSpec(
     vocab_size=11, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_width=6, rope_theta=100.0,
     num_experts=5, experts_per_token=2, d_expert=10,
 )  # fmt: skip
-# A sigmoid router and a shared expert, and all else that a block may have.
-DOTS1 = dataclasses.replace(
-    MOE, router="sigmoid", routed_scale=2.5, d_shared=20, qkv_bias=True, out_bias=True, rope_scaling=("yarn", 4.0, 64.0)
-)
-# Dense layers in between: four stretches of like layers, one of them of two.
-MIXED = dataclasses.replace(MOE, num_layers=5, dense_layers=(0, 3), d_ff=12)
+# All that a block may have besides, and dense layers in between: a stretch of one, of one and of two like layers.
+FULL = dataclasses.replace(
+    MOE, num_layers=4, dense_layers=(1,), d_ff=12, router="sigmoid", routed_scale=2.5, d_shared=20, shared_gate=True,
+    qkv_bias=True, out_bias=True, rotary_width=4, rope_scaling=("yarn", 4.0, 64.0),
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------- models under test

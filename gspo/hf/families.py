@@ -12,6 +12,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gspo.hf.derived import (
+    MULTI_TOKEN,
+    ROTARY_SHARE,
+    fits_deepseek,
+    fits_glm,
+    read_deepseek,
+    read_glm,
+    read_sparse,
+    write_deepseek,
+    write_glm,
+    write_sparse,
+)
 from gspo.hf.rope import scaling_from_hf, scaling_to_hf
 from gspo.hf.rows import (
     DECODER,
@@ -48,64 +60,6 @@ class Family:
     fits: Callable[[ModelSpec], bool] = lambda spec: True
 
 
-def _read_sparse(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The dense layers of the Qwen kind: those listed, and all but every so-manieth."""
-    step, listed = config["decoder_sparse_step"], config["mlp_only_layers"] or ()
-    if step < 1:
-        raise UserError(f"config.json: decoder_sparse_step={step!r} is not supported, only 1 or more")
-    dense = (layer for layer in range(config["num_hidden_layers"]) if layer in listed or (layer + 1) % step)
-    return _with_dense(tuple(dense), config)
-
-
-def _write_sparse(spec: ModelSpec) -> dict[str, Any]:
-    return dict(decoder_sparse_step=1, mlp_only_layers=list(spec.dense_layers)) | _dense_width(spec)
-
-
-def _with_dense(dense: tuple[int, ...], config: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(dense_layers=dense, d_ff=config["intermediate_size"]) if dense else {}
-
-
-def _dense_width(spec: ModelSpec) -> dict[str, Any]:
-    return dict(intermediate_size=spec.d_ff) if spec.dense_layers else {}
-
-
-def _read_deepseek(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The first layers may be dense; the shared experts, of the routed ones' width, are one that is wider."""
-    count = config.get("n_shared_experts")
-    if not count:
-        raise UserError(f"config.json: n_shared_experts={count!r} is not supported, only 1 or more")
-    dense = tuple(range(config["first_k_dense_replace"] or 0))
-    return _with_dense(dense, config) | dict(d_shared=count * config["moe_intermediate_size"])
-
-
-def _write_deepseek(spec: ModelSpec) -> dict[str, Any]:
-    keys = dict(n_shared_experts=spec.d_shared // spec.d_expert, first_k_dense_replace=len(spec.dense_layers))
-    return keys | _dense_width(spec)
-
-
-def _fits_deepseek(spec: ModelSpec) -> bool:
-    whole = spec.d_shared > 0 and spec.d_shared % spec.d_expert == 0
-    return whole and spec.dense_layers == tuple(range(len(spec.dense_layers)))
-
-
-def _read_glm(config: Mapping[str, Any]) -> dict[str, Any]:
-    head, share = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"], "partial_rotary_factor"
-    width = int(head * (1 if config[share] is None else config[share]))
-    return _read_deepseek(config) | dict(rotary_width=width if width != head else 0)
-
-
-def _write_glm(spec: ModelSpec) -> dict[str, Any]:
-    share = (spec.rotary_width or spec.head_width) / spec.head_width
-    return _write_deepseek(spec) | {"partial_rotary_factor": share, MULTI_TOKEN: 0}
-
-
-def _fits_glm(spec: ModelSpec) -> bool:
-    share = spec.rotary_width / spec.head_width  # as they read it: rounded down
-    return _fits_deepseek(spec) and int(spec.head_width * share) == spec.rotary_width
-
-
-# How many layers after the last one predict further tokens: no part of the policy, left out by an import.
-MULTI_TOKEN = "num_nextn_predict_layers"
 KEYS = dict(
     vocab_size="vocab_size", num_layers="num_hidden_layers", d_model="hidden_size", num_heads="num_attention_heads",
     num_kv_heads="num_key_value_heads", head_width="head_dim", rms_eps="rms_norm_eps",
@@ -136,7 +90,7 @@ FAMILIES = {
         BIAS | EXPERTS | dict(d_expert="moe_intermediate_size", norm_topk_prob="norm_topk_prob"),
         COMMON | dict(num_key_value_heads=4, norm_topk_prob=False, use_sliding_window=False, attention_bias=False,
                       **SPARSE, intermediate_size=6144),
-        _read_sparse, _write_sparse,
+        read_sparse, write_sparse,
     ),
     "MixtralForCausalLM": Family(
         "mixtral", DECODER + MIXTRAL_MOE, NO_BIAS | PLAIN | ALL_MOE | dict(qk_norm=False, norm_topk_prob=True),
@@ -163,7 +117,7 @@ FAMILIES = {
                        norm_topk_prob="norm_topk_prob", qkv_bias="qkv_bias"),
         COMMON | dict(num_key_value_heads=16, norm_topk_prob=False, use_sliding_window=False, qkv_bias=True,
                       shared_expert_intermediate_size=5632, **SPARSE, intermediate_size=5632),
-        _read_sparse, _write_sparse,
+        read_sparse, write_sparse,
     ),
     "Dots1ForCausalLM": Family(
         "dots1", DECODER + QK_NORM + MOE + SELECTION + SHARED,
@@ -171,7 +125,7 @@ FAMILIES = {
         BIAS | DEEPSEEK,
         COMMON | dict(norm_topk_prob=False, routed_scaling_factor=1.0, attention_bias=False, sliding_window=4096,
                       max_window_layers=62, first_k_dense_replace=0, intermediate_size=10944),
-        _read_deepseek, _write_deepseek, _fits_deepseek,
+        read_deepseek, write_deepseek, fits_deepseek,
     ),
     "Glm4MoeForCausalLM": Family(
         "glm4_moe", DECODER + QK_NORM + MOE + SELECTION + SHARED,
@@ -179,8 +133,8 @@ FAMILIES = {
         DEEPSEEK | dict(qkv_bias="attention_bias", qk_norm="use_qk_norm"),
         COMMON | dict(rms_norm_eps=1e-5, num_key_value_heads=8, norm_topk_prob=True, routed_scaling_factor=1.0,
                       attention_bias=False, use_qk_norm=False, n_shared_experts=1, first_k_dense_replace=1,
-                      intermediate_size=10944, partial_rotary_factor=0.5, **{MULTI_TOKEN: 1}),
-        _read_glm, _write_glm, _fits_glm,
+                      intermediate_size=10944, **{ROTARY_SHARE: 0.5, MULTI_TOKEN: 1}),
+        read_glm, write_glm, fits_glm,
     ),
 }  # fmt: skip
 ALIASES = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
@@ -250,7 +204,7 @@ def spec_from_hf(config: Mapping[str, Any], **fields: Any) -> ModelSpec:
         raise UserError(f"config.json: architecture {name!r} is not known; known are {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    partly = {key: rope[key] for key in ("partial_rotary_factor",) if key in rope}  # transformers 5 keeps it there
+    partly = {ROTARY_SHARE: rope[ROTARY_SHARE]} if ROTARY_SHARE in rope else {}  # where transformers 5 keeps it
     config = dict(family.defaults) | dict(config) | partly
     for key, allowed in COMPUTED.items():
         if key not in family.defaults and key in config and config[key] not in allowed:

@@ -11,7 +11,7 @@ import pytest
 from gspo.model.transformer import Transformer
 from tests import model_oracle as oracle
 
-DENSE, MOE, DOTS1, MIXED = oracle.DENSE, oracle.MOE, oracle.DOTS1, oracle.MIXED
+DENSE, MOE, FULL = oracle.DENSE, oracle.MOE, oracle.FULL
 OLMOE = dataclasses.replace(
     MOE, norm_topk_prob=False, qk_norm_over="projection", num_kv_heads=1, tie_embeddings=True, moe_backend="dense"
 )
@@ -19,8 +19,9 @@ LLAMA = dataclasses.replace(
     DENSE, qk_norm=False, tie_embeddings=False, num_kv_heads=4, rope_scaling=(8.0, 1.0, 4.0, 64.0)
 )  # its three waves: one is kept, one interpolated, one slowed down
 QWEN2_MOE = dataclasses.replace(MOE, norm_topk_prob=False, qk_norm=False, qkv_bias=True, d_shared=14, shared_gate=True)
-# Qwen2, and Llama's attention_bias; a part of each head rotated, as in GLM-4.5
-BIASED = dataclasses.replace(DENSE, qk_norm=False, qkv_bias=True, out_bias=True, rotary_width=4)
+BIASED = dataclasses.replace(DENSE, qk_norm=False, qkv_bias=True, out_bias=True)  # Qwen2, and Llama's attention_bias
+DOTS1 = dataclasses.replace(MOE, router="sigmoid", routed_scale=2.5, d_shared=20)
+MIXED = dataclasses.replace(MOE, num_layers=5, dense_layers=(0, 3), d_ff=12)
 WIDTH = 9
 SPECS = pytest.mark.parametrize("spec", [DENSE, MOE], ids=["dense", "moe"])
 
@@ -36,8 +37,9 @@ def frames(seed=0, lengths=(9, 6, 3)):
 
 @pytest.mark.parametrize(
     "spec",
-    [DENSE, LLAMA, BIASED, MOE, OLMOE, QWEN2_MOE, DOTS1, MIXED],
-    ids=["dense", "llama", "biased", "moe", "olmoe", "shared-expert", "sigmoid", "dense-between"],
+    [DENSE, LLAMA, MOE, OLMOE, FULL]
+    + [pytest.param(spec, marks=pytest.mark.slow) for spec in (BIASED, QWEN2_MOE, DOTS1, MIXED)],
+    ids=["dense", "llama", "moe", "olmoe", "full", "biased", "shared-expert", "sigmoid", "dense-between"],
 )
 def test_logits_and_routes_equal_the_float64_decoder_under_left_padding(spec):
     # Catches any slip in a formula: residuals, norms, scale of scores, gates, the order of layers, the tied head, wrong
@@ -58,7 +60,9 @@ def test_logits_and_routes_equal_the_float64_decoder_under_left_padding(spec):
 
 
 @pytest.mark.parametrize(
-    "spec", [MOE, QWEN2_MOE, DOTS1, MIXED], ids=["moe", "shared-expert", "sigmoid", "dense-between"]
+    "spec",
+    [MOE, FULL] + [pytest.param(spec, marks=pytest.mark.slow) for spec in (QWEN2_MOE, DOTS1, MIXED)],
+    ids=["moe", "full", "shared-expert", "sigmoid", "dense-between"],
 )
 def test_given_routes_run_in_their_own_layer_row_and_column(spec):
     # Catches replay that is shifted by a column, crossed between layers by the scan, or between rows; and -1 that
@@ -91,6 +95,7 @@ def test_given_routes_run_in_their_own_layer_row_and_column(spec):
             QWEN2_MOE,
             DOTS1,
             MIXED,
+            FULL,
             dataclasses.replace(MOE, moe_backend="ragged", remat=True),
         )
     ],
@@ -173,10 +178,9 @@ def test_a_row_of_nothing_but_padding_is_finite_and_leaves_the_others_alone(spec
 
 @pytest.mark.parametrize(
     "spec",
-    [DENSE, MOE]
-    + [dataclasses.replace(spec, scan_layers=True) for spec in (MOE, MIXED)]
-    + [pytest.param(spec, marks=pytest.mark.slow) for spec in (MIXED, DOTS1)],
-    ids=["dense", "moe", "moe-scanned", "dense-between-scanned", "dense-between", "sigmoid"],
+    [DENSE, MOE, dataclasses.replace(MOE, scan_layers=True)]
+    + [pytest.param(spec, marks=pytest.mark.slow) for spec in (FULL, dataclasses.replace(FULL, scan_layers=True))],
+    ids=["dense", "moe", "moe-scanned", "full", "full-scanned"],
 )
 def test_prefill_and_decode_equal_the_full_forward_at_every_position(spec):
     # Catches a cache read one column late, RoPE positions that restart with the completion, attention to columns not
@@ -210,7 +214,7 @@ def test_prefill_and_decode_equal_the_full_forward_at_every_position(spec):
         np.testing.assert_array_equal(np.concatenate(found, axis=2)[:, real_BT], full.free_routes_LBTX[:, real_BT])
 
 
-@pytest.mark.parametrize("spec", [DENSE, MOE, MIXED], ids=["dense", "moe", "dense-between"])
+@pytest.mark.parametrize("spec", [DENSE, MOE, pytest.param(FULL, marks=pytest.mark.slow)], ids=["dense", "moe", "full"])
 def test_layers_in_a_loop_and_one_after_the_other_compute_the_same(spec):
     # Catches layers in another order, routes or caches of another layer, gradients of a layer that end in another.
     _, tokens_BT, first_B = frames(13)
@@ -225,7 +229,7 @@ def test_layers_in_a_loop_and_one_after_the_other_compute_the_same(spec):
             return jnp.sum(weight * out.hidden_BTD), out
 
         jaxpr = str(jax.make_jaxpr(loss)(params))
-        assert (f"length={2 if spec is MIXED else spec.num_layers}" in jaxpr) == scan_layers
+        assert (f"length={2 if spec is FULL else spec.num_layers}" in jaxpr) == scan_layers
         return jax.jit(jax.grad(loss, has_aux=True))(params)
 
     (looped, out), (unrolled, other) = both(True), both(False)
@@ -290,7 +294,7 @@ def test_bfloat16_compute_is_finite_and_close_while_router_and_logits_stay_float
 # ---------------------------------------------------------------- parameters and specs
 
 
-@pytest.mark.parametrize("spec", [DENSE, MOE, DOTS1, MIXED], ids=["dense", "moe", "sigmoid", "dense-between"])
+@pytest.mark.parametrize("spec", [DENSE, MOE, FULL], ids=["dense", "moe", "full"])
 def test_parameters_are_stacked_by_layer_and_each_axis_has_a_name(spec):
     # Catches layers that share weights, a scan that is unrolled into copies, and an axis that sharding could never cut.
     boxed = jax.eval_shape(Transformer(spec).init_params, jax.random.key(0))

@@ -29,6 +29,11 @@ MOE = ModelSpec(
     vocab_size=16, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_width=4, rope_theta=100.0,
     num_experts=8, experts_per_token=2, d_expert=8,
 )  # fmt: skip
+# All that a block may have besides: dense layers, biases, a sigmoid router, a shared expert with its gate.
+FULL = dataclasses.replace(
+    MOE, num_layers=3, dense_layers=(0,), d_ff=16, router="sigmoid", routed_scale=2.5, d_shared=16, shared_gate=True,
+    qkv_bias=True, out_bias=True,
+)  # fmt: skip
 LAYOUTS = {  # mesh sizes, rules, rules of rollouts, dispatch
     "data8": ({"data": 8}, "tensor", "tensor", "all_gather"),
     "fsdp8": ({"fsdp": 8}, "tensor", "tensor", "all_gather"),
@@ -45,6 +50,7 @@ LAYOUTS = {  # mesh sizes, rules, rules of rollouts, dispatch
 KEPT = {
     "moe": ("fsdp2-expert2-tensor2", "fsdp2-expert4-spread-all-to-all"),
     "dense": (),
+    "full": (),
 }
 Q, G, P, C = 8, 2, 4, 5
 B, T = Q * G, P + C
@@ -100,7 +106,7 @@ def test_logical_names_become_mesh_axes():
 def test_no_table_cuts_two_axes_of_a_parameter_along_one_mesh_axis(rules):
     # Catches a table that works for one family and collides on another's weights.
     layout = Layout(make_mesh({}, jax.devices()[:1]), rules)
-    for spec in (MOE, DENSE):
+    for spec in (MOE, DENSE, FULL):
         tree_shardings(layout, jax.eval_shape(Transformer(spec).init_params, jax.random.key(0)))
 
 
@@ -241,8 +247,9 @@ def assert_same_updates(found, expected):
     ("spec", "name"),
     [
         pytest.param(spec, layout, id=f"{name}-{layout}", marks=() if layout in KEPT[name] else pytest.mark.slow)
-        for name, spec in (("dense", DENSE), ("moe", MOE))
+        for name, spec in (("dense", DENSE), ("moe", MOE), ("full", FULL))
         for layout in LAYOUTS
+        if name != "full" or layout in ("fsdp2-expert2-tensor2", "data2-expert4-all-to-all", "fsdp-rules")
     ],
 )
 def test_every_mesh_gives_the_loss_gradients_and_tokens_of_one_device(spec, name):
