@@ -26,7 +26,7 @@ TOWER = [
     "data.tasks", "data.batches",
     "run.disk", "run.machine", "run.seal", "run.writers", "run.progress", "run.profile", "run.stored", "run.checkpoint",
     "run.identity", "run.workdir",
-    "hf.families", "hf.folder",
+    "hf.families", "hf.folder", "hf.gguf_file", "hf.gguf_tokenizer",
     "report.hlo", "report.collectives", "report.origins", "report.matmuls", "report.program",
     "report.plots", "report.tables", "report.measure", "report.flops", "report.speed",
     "plans", "build", "run.cli", "steps", "generate", "collect", "evaluate", "resume", "sft", "rl",
