@@ -47,28 +47,28 @@ def run(command, digits):  # noqa: F811
     return run
 
 
-def test_the_tokens_and_their_log_probs_are_those_of_the_model(run, digits):
+@pytest.mark.parametrize(("temperature", "scored_at"), [(2.0, 2.0), pytest.param(0.0, 1.0, marks=pytest.mark.slow)])
+def test_the_tokens_and_their_log_probs_are_those_of_the_model(run, digits, temperature, scored_at):
     # Catches a prompt that is shifted or padded into sight, log-probs at another temperature, a missing end.
     _, tokenizer, spec, params = digits
-    for temperature, scored_at in ((0.0, 1.0), (2.0, 2.0)):
-        out, err = run("--logps", f"--temperature={temperature}", "31415")
-        text, *lines, last = out.splitlines()
-        shown = [re.fullmatch(r" *(-?[\d.]+)  '(.*)'(  \(end\))?", line).groups() for line in lines]
-        ids = [tokenizer.eos_ids[0] if end else (tokenizer.encode(t) or [tokenizer.pad_id])[0] for _, t, end in shown]
-        printed = [float(logp) for logp, _, _ in shown]
-        assert text == tokenizer.decode(ids)
-        assert ("cut off at --max_tokens=8" in err) == (ids[-1] not in tokenizer.eos_ids)
-        assert len(ids) == 8 or ids[-1] in tokenizer.eos_ids
-        total, count = re.fullmatch(r" *(-?[\d.]+)  over (\d+) tokens", last).groups()
-        assert float(total) == pytest.approx(sum(printed), abs=1e-2) and int(count) == len(ids)
+    out, err = run("--logps", f"--temperature={temperature}", "31415")
+    text, *lines, last = out.splitlines()
+    shown = [re.fullmatch(r" *(-?[\d.]+)  '(.*)'(  \(end\))?", line).groups() for line in lines]
+    ids = [tokenizer.eos_ids[0] if end else (tokenizer.encode(t) or [tokenizer.pad_id])[0] for _, t, end in shown]
+    printed = [float(logp) for logp, _, _ in shown]
+    assert text == tokenizer.decode(ids)
+    assert ("cut off at --max_tokens=8" in err) == (ids[-1] not in tokenizer.eos_ids)
+    assert len(ids) == 8 or ids[-1] in tokenizer.eos_ids
+    total, count = re.fullmatch(r" *(-?[\d.]+)  over (\d+) tokens", last).groups()
+    assert float(total) == pytest.approx(sum(printed), abs=1e-2) and int(count) == len(ids)
 
-        frame = tokenizer.encode("31415") + ids
-        tokens_BT, first_B = np.pad([frame], ((0, 0), (13 - len(frame), 0))), np.array([13 - len(frame)])
-        _, logits = oracle.forward(spec)(params, jnp.asarray(tokens_BT), jnp.asarray(first_B))
-        logp_CV = np.asarray(jax.nn.log_softmax(logits[0, -len(ids) - 1 : -1] / scored_at))
-        np.testing.assert_allclose(printed, logp_CV[np.arange(len(ids)), ids], atol=2e-4)
-        if temperature == 0:
-            np.testing.assert_array_equal(ids, logp_CV.argmax(axis=-1))
+    frame = tokenizer.encode("31415") + ids
+    tokens_BT, first_B = np.pad([frame], ((0, 0), (13 - len(frame), 0))), np.array([13 - len(frame)])
+    _, logits = oracle.forward(spec)(params, jnp.asarray(tokens_BT), jnp.asarray(first_B))
+    logp_CV = np.asarray(jax.nn.log_softmax(logits[0, -len(ids) - 1 : -1] / scored_at))
+    np.testing.assert_allclose(printed, logp_CV[np.arange(len(ids)), ids], atol=2e-4)
+    if temperature == 0:
+        np.testing.assert_array_equal(ids, logp_CV.argmax(axis=-1))
 
 
 def test_draws_follow_the_seed_and_a_question_may_come_from_standard_input(run, monkeypatch):

@@ -27,7 +27,7 @@ def make(
     high: int | None = None,
 ) -> Task:
     """kind  "product": "What is 7 times 8? Answer with a number."
-             "largest": "Which number is the largest: 31, 87, 42, 65? Answer with a number."
+             "largest": "Which number is the largest: 31, 87, 42, 65?"
     low, high  range of the numbers; None: as in RANGES
 
     Products are all that there are, each once; the largest number is sought among four different ones, drawn for each
@@ -55,7 +55,7 @@ def make(
             drawn = rng.sample(range(low, high + 1), NUMBERS)
         answer = str(max(drawn))
         listed = ", ".join(map(str, drawn))
-        return Example(f"Which number is the largest: {listed}? Answer with a number.", answer, answer)
+        return Example(f"Which number is the largest: {listed}?", answer, answer)
 
     return Task("arithmetic", size or SIZES[split], largest, numeric_answer)
 
