@@ -74,7 +74,7 @@ def common() -> ConfigDict:
     config.init_from = ""  # a workdir or checkpoint folder whose parameters to start from
     config.task = ConfigDict(
         dict(
-            name="running_sum",  # running_sum | reasoning_gym:NAME | tfds:gsm8k | jsonl:PATH
+            name="running_sum",  # running_sum | arithmetic | reasoning_gym:NAME | tfds:gsm8k | jsonl:PATH
             train_split="train",
             eval_split="test",
             options=ConfigDict(dict(num_digits=12, modulus=10, error_rate=0.12)),

@@ -21,7 +21,7 @@ from gspo.model.transformer import Transformer, abstract_params
 from gspo.parallel.sharding import Layout, make_mesh, parse_sizes
 from gspo.run import cli
 from gspo.run.checkpoint import restore_params
-from gspo.run.identity import TOKENIZER, run_folder, saved_identity, spec_fields
+from gspo.run.identity import TOKENIZER, run_folder, saved_identity, spec_of
 from gspo.types import UserError
 
 
@@ -47,7 +47,7 @@ def describe(checkpoint: Path) -> tuple[ModelSpec, Path | None]:
         imported = (
             run_folder(checkpoint) / "hf"
         )  # with the config.json of which an export keeps what is no matter of ours
-        return ModelSpec(**spec_fields(saved)), next((path for path in (imported, folder) if path.is_dir()), None)
+        return spec_of(saved), next((path for path in (imported, folder) if path.is_dir()), None)
     for folder in (checkpoint, *checkpoint.absolute().parents[:2]):
         for name in ("model.json", "config.json"):
             if (folder / name).is_file():

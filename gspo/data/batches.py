@@ -97,7 +97,7 @@ class PromptSource:
         width = next(width for width in self.widths if width >= longest)
         examples = [self.task[indices[j]] for j in (range(num_prompts) if local_Q is None else local_Q)]
         ids = [self.tokenizer.prompt_ids(example.prompt) for example in examples]
-        return PromptBatch(examples, _left_padded(ids, width, self.tokenizer.pad_id), _lengths(ids))
+        return PromptBatch(examples, left_padded(ids, width, self.tokenizer.pad_id), _lengths(ids))
 
 
 class DemonstrationSource:
@@ -151,8 +151,8 @@ class DemonstrationSource:
         prompts = [self.tokenizer.prompt_ids(example.prompt) for example in examples]
         completions = [self._completion_ids(example) for example in examples]
         pad = self.tokenizer.pad_id
-        left_BP = _left_padded(prompts, self.prompt_width, pad)
-        right_BC = _left_padded([ids[::-1] for ids in completions], self.completion_width, pad)[:, ::-1]
+        left_BP = left_padded(prompts, self.prompt_width, pad)
+        right_BC = left_padded([ids[::-1] for ids in completions], self.completion_width, pad)[:, ::-1]
         return DemonstrationBatch(np.concatenate([left_BP, right_BC], axis=1), _lengths(prompts), _lengths(completions))
 
 
@@ -168,7 +168,8 @@ def _lengths(ids: list[list[int]]) -> np.ndarray:
     return np.array([len(row) for row in ids], np.int32)
 
 
-def _left_padded(ids: list[list[int]], width: int, pad_id: int) -> np.ndarray:
+def left_padded(ids: list[list[int]], width: int, pad_id: int) -> np.ndarray:
+    """[rows, width] int32: ids of unequal lengths, none longer than `width`, each at the right end of its row."""
     rows = np.full((len(ids), width), pad_id, np.int32)
     for row, tokens in zip(rows, ids, strict=True):
         row[width - len(tokens) :] = tokens

@@ -24,7 +24,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from gspo.data.hf_tokenizer import FILES
-from gspo.hf.families import Row, family_of, hf_config, read_config, surplus_layers, table
+from gspo.hf.families import family_of, hf_config, read_config, surplus_layers, table
+from gspo.hf.rows import Row
 from gspo.model.spec import ModelSpec
 from gspo.model.transformer import Transformer, abstract_params
 from gspo.parallel import distributed
@@ -69,11 +70,20 @@ def import_params(folder: str | Path, spec: ModelSpec, abstract: Params) -> Para
     Raises: UserError that names every tensor that is missing, surplus, of another shape or of another kind than DTYPES;
     or if there are no safetensors, or damaged ones. Pickled weights are never opened.
     """
+    return read_params(table(spec), spec, abstract, _open(Path(folder)), where=folder)
+
+
+def read_params(
+    rows: tuple[Row, ...], spec: ModelSpec, abstract: Params, tensors: dict[str, Any], *, where: str | Path
+) -> Params:
+    """`import_params` from tensors that are open: {name: what has get_slice(name)}, as safetensors' files have it.
+
+    rows: the table of the spec, under the names of these tensors. where: what errors call their source.
+    """
     wanted = _flat(spec, abstract)
-    tensors = _open(Path(folder))
-    _check(Path(folder), spec, wanted, tensors)
+    _check(where, rows, spec, wanted, tensors)
     params = {}
-    for row in table(spec):
+    for row in rows:
         leaf = wanted[row.path]
         sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
         read = partial(_read, row, leaf, tensors, {})
@@ -116,9 +126,11 @@ def _open(folder: Path) -> dict[str, Any]:
     return tensors
 
 
-def _check(folder: Path, spec: ModelSpec, wanted: Mapping[str, Any], tensors: dict[str, Any]) -> None:
+def _check(
+    where: str | Path, rows: tuple[Row, ...], spec: ModelSpec, wanted: Mapping[str, Any], tensors: dict[str, Any]
+) -> None:
     expected = {}
-    for row in table(spec):
+    for row in rows:
         shape = tuple(wanted[row.path].shape)
         for at in row.positions(shape):
             one = shape[len(at) :]
@@ -128,7 +140,7 @@ def _check(folder: Path, spec: ModelSpec, wanted: Mapping[str, Any], tensors: di
         later = {name for name in surplus if (at := OF_LAYER.match(name)) and int(at[1]) >= spec.num_layers}
         surplus -= later
         if later:
-            log.info("%s: %d tensors of layers that predict further tokens are left out", folder, len(later))
+            log.info("%s: %d tensors of layers that predict further tokens are left out", where, len(later))
     if (
         spec.tie_embeddings
         and "lm_head.weight" in surplus
@@ -147,7 +159,7 @@ def _check(folder: Path, spec: ModelSpec, wanted: Mapping[str, Any], tensors: di
     found = [f"{kind}: {'; '.join(names[:20])}" + f" and {len(names) - 20} more" * (len(names) > 20)
              for kind, names in problems.items() if names]  # fmt: skip
     if found:
-        raise UserError(f"{folder} does not hold the {family_of(spec)} of its config.json. {'. '.join(found)}")
+        raise UserError(f"{where} does not hold the {family_of(spec)} that it describes. {'. '.join(found)}")
 
 
 def _same(tensors: dict[str, Any], one: str, other: str, rows: int = 4096) -> bool:

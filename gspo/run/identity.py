@@ -72,6 +72,11 @@ def saved_identity(path: str | os.PathLike) -> dict[str, Any] | None:
     return None if content is None else content.get("identity")
 
 
+def spec_of(saved: Mapping[str, Any]) -> ModelSpec:
+    """The model of a saved identity; how it runs is left at its defaults."""
+    return ModelSpec(**spec_fields(saved))
+
+
 def tokenizer_of(saved: Mapping[str, Any], path: str | os.PathLike) -> str | None:
     """The tokenizer of a saved identity as a config would name it: itself, or the folder of files beside the
     weights."""

@@ -1,6 +1,7 @@
 """Tasks: examples by integer index, each a pure function of (split, seed, index).
 
     running_sum            running_sum.py   a toy of known pass@1
+    arithmetic             arithmetic.py    questions of one step in plain English, for pretrained models
     reasoning_gym:<name>   reasoning.py     the procedural tasks of the reasoning-gym package (an optional extra)
     tfds:<name>            tfds.py          prepared tensorflow-datasets folders, gsm8k first of all
     jsonl:<path>           jsonl.py         a file of your own
@@ -13,7 +14,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from gspo.data.tasks import jsonl, reasoning, running_sum, tfds
+from gspo.data.tasks import arithmetic, jsonl, reasoning, running_sum, tfds
 from gspo.data.tasks.task import Task, check_options, suggest
 from gspo.types import UserError
 
@@ -21,6 +22,7 @@ __all__ = ["TASKS", "Task", "check_splits", "make_task"]
 
 TASKS: dict[str, Callable[..., Task]] = {
     "running_sum": running_sum.make,
+    "arithmetic": arithmetic.make,
     "reasoning_gym": reasoning.make,
     "tfds": tfds.make,
     "jsonl": jsonl.make,
@@ -30,8 +32,8 @@ TASKS: dict[str, Callable[..., Task]] = {
 def make_task(name: str, *, split: str, seed: int = 0, size: int | None = None, **options: Any) -> Task:
     """The task of that name. `size` limits it to the first examples; procedural tasks are as long as `size` says."""
     kind, _, rest = name.partition(":")
-    if kind not in TASKS or bool(rest) != (kind != "running_sum"):
-        known = ["running_sum", "reasoning_gym:<name>", "tfds:gsm8k", "jsonl:<path>"]
+    if kind not in TASKS or bool(rest) == (kind in ("running_sum", "arithmetic")):
+        known = ["running_sum", "arithmetic", "reasoning_gym:<name>", "tfds:gsm8k", "jsonl:<path>"]
         raise UserError(f"task.name={name!r}: unknown; there are {', '.join(known)}{suggest(name, known)}")
     if size is not None and size < 1:
         raise UserError(f"task.options.size={size}: task {name} would be an empty data set; give 1 or more")
@@ -51,8 +53,8 @@ def check_splits(
     """Keeps evaluation off the training examples. The keywords besides the splits are those of `make_task`.
 
     Raises UserError where the two splits have different names and examples in common: the same file, or overlapping
-    slices. Splits named alike are taken for a choice, and one line for the log is returned. running_sum and
-    reasoning_gym keep their own two splits apart.
+    slices. Splits named alike are taken for a choice, and one line for the log is returned. running_sum,
+    arithmetic and reasoning_gym keep their own two splits apart.
     """
     if train_split == eval_split:
         return f"evaluation reads training examples: task.eval_split={eval_split!r} is task.train_split"
