@@ -21,7 +21,7 @@ from gspo.model.transformer import Transformer, abstract_params
 from gspo.parallel.sharding import Layout, make_mesh, parse_sizes
 from gspo.run import cli
 from gspo.run.checkpoint import restore_params
-from gspo.run.identity import TOKENIZER, run_folder, saved_identity
+from gspo.run.identity import TOKENIZER, run_folder, saved_identity, spec_of
 from gspo.types import UserError
 
 
@@ -43,12 +43,11 @@ def describe(checkpoint: Path) -> tuple[ModelSpec, Path | None]:
     or config.json at or above them."""
     saved = saved_identity(checkpoint)
     if saved is not None:
-        fields = {**saved["model"], "rope_scaling": tuple(saved["model"]["rope_scaling"])}
         folder = run_folder(checkpoint) / TOKENIZER
         imported = (
             run_folder(checkpoint) / "hf"
         )  # with the config.json of which an export keeps what is no matter of ours
-        return ModelSpec(**fields), next((path for path in (imported, folder) if path.is_dir()), None)
+        return spec_of(saved), next((path for path in (imported, folder) if path.is_dir()), None)
     for folder in (checkpoint, *checkpoint.absolute().parents[:2]):
         for name in ("model.json", "config.json"):
             if (folder / name).is_file():

@@ -36,6 +36,12 @@ def identity(spec: ModelSpec, tokenizer: Tokenizer | None) -> dict[str, Any]:
     return {"model": fields, "tokenizer": known, "date": getattr(tokenizer, "date", None)}
 
 
+def spec_of(saved: Mapping[str, Any]) -> ModelSpec:
+    """The model of a saved identity, run as a spec does by default."""
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["model"].items()}
+    return ModelSpec(**fields)
+
+
 def check_identity(where: str | os.PathLike, saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
     """Raises UserError with the first field in which the weights at `where` were trained otherwise. Weights that were
     saved without an identity are taken as they are, with a warning."""
