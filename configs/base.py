@@ -90,6 +90,8 @@ def common() -> ConfigDict:
     config.optimizer = optimizer()
     config.micro_batch_size = 0  # rows per forward and backward pass; 0: the whole minibatch
     config.logp_chunk = 128  # completion columns whose logits exist at a time
+    config.router_aux_loss_coef = 0.0  # load-balance loss of the routers on completion tokens
+    config.router_z_loss_coef = 0.0
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, expert=1, tensor=1))  # devices along each axis; -1: the rest
     config.mesh_rules = (
         "tensor"  # what is cut along which axis: single | fsdp | expert | expert_fsdp | tensor (gspo/parallel/sharding)
@@ -116,7 +118,9 @@ def sft() -> ConfigDict:
     """Supervised fine-tuning on demonstrations."""
     config = common()
     config.num_updates = 300
-    config.batch_size = 128  # demonstrations per update
+    config.batch_size = 128  # demonstrations per update, one to a row
+    config.packing = False  # True: several demonstrations to a row, each seeing itself alone; batch_size counts rows
+    config.target_pass_at_1 = placeholder(float)  # ends at the first evaluation that reaches it; None: never
     config.eval.every = 0
     config.checkpoint.every = 100
     return config
@@ -186,8 +190,6 @@ def rl() -> ConfigDict:
     config.mask_truncated_completions = False
     config.filter_groups = ConfigDict(dict(enable=False, max_num_gen_batches=4))  # dynamic sampling
     config.router_replay = ConfigDict(dict(mode="disabled"))  # disabled | R2 | R3
-    config.router_aux_loss_coef = 0.0  # load-balance loss of the routers on completion tokens
-    config.router_z_loss_coef = 0.0
     config.mismatch = (
         ConfigDict(  # a sampler that differs from the learner on purpose; gspo/learning/mismatch.py explains
             dict(params="float32", router_noise=0.0, expert_swap=0.0, stale_rollouts=0)

@@ -94,6 +94,8 @@ def sft_plan(config: ConfigDict, workdir: str = "") -> plans.SFTPlan:
         **_common(config, workdir, total_steps=config.num_updates, eval_at_a_time=config.eval.num_prompts),
         num_updates=config.num_updates,
         batch_size=config.batch_size,
+        packing=config.packing,
+        target_pass_at_1=config.target_pass_at_1,
     )
 
 
@@ -132,8 +134,8 @@ def _common(config: ConfigDict, workdir: str, *, total_steps: int, eval_at_a_tim
             share_prompts=config.get("share_prompts", False),
             entropy_target=config.get("entropy_target"),
             entropy_step=config.get("entropy_step", 0.0),
-            router_aux_loss_coef=config.get("router_aux_loss_coef", 0.0),
-            router_z_loss_coef=config.get("router_z_loss_coef", 0.0),
+            router_aux_loss_coef=config.router_aux_loss_coef,
+            router_z_loss_coef=config.router_z_loss_coef,
         ),
         "evaluation": plans.EvaluationPlan(
             **config.eval.to_dict(), at_a_time=eval_at_a_time, max_num_seqs=config.get("max_num_seqs", 0)

@@ -259,17 +259,29 @@ class RunPlan:
     checkpoint: CheckpointPlan
     log: LogPlan
 
+    def check_router_losses(self) -> None:
+        """Raises UserError where a dense model is to have some."""
+        if self.update.router_losses and not self.model.fields["num_experts"]:
+            raise UserError("router_aux_loss_coef, router_z_loss_coef: a dense model has no routers; set them to 0")
+
 
 @dataclasses.dataclass(frozen=True)
 class SFTPlan(RunPlan):
-    """Supervised fine-tuning."""
+    """Supervised fine-tuning. packing: whether a row holds several demonstrations. target_pass_at_1: what ends the run
+    at an evaluation; None: nothing does."""
 
     num_updates: int
     batch_size: int
+    packing: bool
+    target_pass_at_1: float | None
 
     def __post_init__(self):
         positive(self, "num_updates", "batch_size")
         self.update.check_rows(self.batch_size, "a batch (batch_size)")
+        self.check_router_losses()
+        target = self.target_pass_at_1
+        need(target is None or 0 < target <= 1, "target_pass_at_1", target, "must be in (0, 1]; None: no target")
+        need(target is None or self.evaluation.every > 0, "target_pass_at_1", target, "set eval.every, to look at it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,6 +333,7 @@ class RLPlan(RunPlan):
     def _check_routers(self) -> None:
         """Raises UserError for what only a Mixture of Experts has."""
         fields, rollout = self.model.fields, self.rollout
+        self.check_router_losses()
         if fields["num_experts"]:
             if rollout.expert_swap and fields["experts_per_token"] == fields["num_experts"]:
                 raise UserError("mismatch.expert_swap: all experts run, there is none to swap in")
@@ -336,12 +349,9 @@ class RLPlan(RunPlan):
             self.experience.replay != "disabled"
             or self.objective["router_shift_floor"] is not None
             or self.experience.router_kl
-            or self.update.router_aux_loss_coef > 0
-            or self.update.router_z_loss_coef > 0
         ):
             raise UserError(
-                "router_replay.mode, router_shift_floor, router_aux_loss_coef, router_z_loss_coef, log.router_kl: a "
-                "dense model has no routers; switch them off"
+                "router_replay.mode, router_shift_floor, log.router_kl: a dense model has no routers; switch them off"
             )
 
     @property

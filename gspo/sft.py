@@ -1,7 +1,10 @@
 """Supervised fine-tuning on demonstrations: the cold start of a policy. It stops early on purpose (pass@1 of 0.1 to
-0.6), since reinforcement learning needs groups in which some completions are right and some are wrong.
+0.6; `target_pass_at_1`), since reinforcement learning needs groups in which some completions are right and some are
+wrong. The loss is on completion tokens alone; for a Mixture of Experts the routers' losses come on top.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,11 +12,15 @@ import numpy as np
 
 from gspo import plans
 from gspo.data.batches import DemonstrationSource
+from gspo.data.tokenizer import Tokenizer
 from gspo.evaluate import make_evaluator
 from gspo.generate import check_splits, make_task
 from gspo.learning.learner import make_train_step
+from gspo.learning.scores import make_scorer
 from gspo.learning.state import shardings_of, state_on_mesh
-from gspo.masked import values
+from gspo.masked import Mean, added, masked_mean, values
+from gspo.model.distribution import Sampling
+from gspo.model.transformer import Transformer
 from gspo.objectives import negative_log_likelihood
 from gspo.parallel import distributed
 from gspo.parallel.sharding import Layout
@@ -21,7 +28,7 @@ from gspo.resume import open_run, tokenizer_of_run
 from gspo.run.cli import StopSignal
 from gspo.run.progress import Progress, Timer, is_due
 from gspo.steps import check_rows, describe, make_layout, make_model, optimizer_of
-from gspo.types import Batch, LossInputs, UserError, completion_mask
+from gspo.types import Batch, LossInputs, Params, UserError, completion_mask
 
 STOP_EVERY = 5  # updates between looks at whether any process was asked to stop: they all must take part
 
@@ -42,17 +49,19 @@ def train(
     shardings = shardings_of(layout, start.abstract)
     train_step = make_train_step(model, optimizer, negative_log_likelihood, plan.update, state_shardings=shardings)
     evaluate = make_evaluator(plan, model, tokenizer)
+    evaluation_loss, loss_notes = make_evaluation_loss(plan, model, tokenizer)
 
     # ------------------------------------------------------------------ state
     opened = open_run(plan, workdir, start, model.spec, tokenizer, allow_changed_config=allow_changed_config)
     checkpointer, writer, first, state = opened.checkpointer, opened.writer, opened.first, opened.state
     progress = Progress(plan.num_updates, start=first, title=title)
-    for note in (describe(model, start.abstract), *split_notes):
+    for note in (describe(model, start.abstract), *split_notes, *loss_notes):
         progress.note(note)
     if source.num_dropped:
         progress.note(f"{source.num_dropped} examples longer than the frame were dropped")
     if opened.resumed:
         progress.note(f"resumed at update {first}")
+    cursor = opened.meta.get("cursor", first * plan.batch_size)  # demonstrations that the run has consumed
 
     # ------------------------------------------------------------------ loop
     timer = Timer()
@@ -63,10 +72,14 @@ def train(
             if last or is_due(index, plan.evaluation.every):
                 with timer("eval"):
                     line, samples = evaluate(state.params)
+                    line |= evaluation_loss(state.params)
+            if plan.target_pass_at_1 is not None and line.get("eval/pass@1", -1.0) >= plan.target_pass_at_1:
+                last = True  # a run that has ended and is started again ends here once more
+                progress.note(f"eval/pass@1 {line['eval/pass@1']:.3f} at update {index}: the target is reached")
             looking = index % STOP_EVERY == 0 or jax.process_count() == 1
             stopping = looking and distributed.any_process(stop.requested)
-            if stopping or (index > first and (last or is_due(index, plan.checkpoint.every))):
-                checkpointer.save(index, state, {"offsets": writer.offset()}, line)
+            if stopping or last or (index > first and is_due(index, plan.checkpoint.every)):
+                checkpointer.save(index, state, {"cursor": cursor, "offsets": writer.offset()}, line)
             if stopping and not last:
                 checkpointer.wait()
                 raise stop.leave(f"saved update {index} in {workdir}; start the same command again to go on")
@@ -78,7 +91,10 @@ def train(
                 break
 
             with timer("update"):
-                batch = make_batch(layout, source, index * plan.batch_size, plan.batch_size)
+                if plan.packing:
+                    batch, cursor = make_packed_batch(layout, source, cursor, plan.batch_size)
+                else:
+                    batch, cursor = make_batch(layout, source, cursor, plan.batch_size), cursor + plan.batch_size
                 state, metrics = train_step(state, batch)
                 metrics = values(jax.device_get(metrics))
             if not np.isfinite(metrics["loss"] + metrics["grad_norm"]):
@@ -93,25 +109,83 @@ def train(
     return line
 
 
-def demonstration_source(plan: plans.DataPlan, tokenizer) -> DemonstrationSource:
+def demonstration_source(
+    plan: plans.DataPlan, tokenizer: Tokenizer, split: str = "", overlong: str = ""
+) -> DemonstrationSource:
+    """Those of the plan's train_split, with its policy for overlong ones; or of another split, by another policy."""
     return DemonstrationSource(
-        make_task(plan, plan.train_split),
+        make_task(plan, split or plan.train_split),
         tokenizer,
         max_prompt_length=plan.max_prompt_length,
         max_completion_length=plan.max_completion_length,
-        overlong=plan.overlong_prompts,
+        overlong=overlong or plan.overlong_prompts,
         seed=plan.seed,
     )
 
 
 def make_batch(layout: Layout, source: DemonstrationSource, cursor: int, count: int) -> Batch:
-    """`count` demonstrations as rows of a train step, each process reading its own; what only policy gradients read is
-    zero."""
+    """The demonstrations at positions cursor .. cursor + count - 1 of the run, as the rows of a train step."""
+    return _rows(layout, source, cursor, count, counted=count)
+
+
+def make_packed_batch(layout: Layout, source: DemonstrationSource, cursor: int, count: int) -> tuple[Batch, int]:
+    """As many demonstrations from `cursor` on as find room in `count` rows, and the cursor behind them.
+
+    The frame is one of P = 1, whose mask says which tokens are imitated. The routers' balance loss of a row is then
+    over all its demonstrations together."""
+    rows = layout.sharding("rows")
+    local_B = distributed.local_rows(rows, count)
+    packed = source.packed(cursor, count, local_B)
+    mask_BC, ones_B = packed.completion_BT[:, 1:], np.ones_like(packed.used_B)
+    arrays = (packed.tokens_BT, ones_B, packed.used_B - 1, packed.segments_BT, mask_BC, mask_BC * np.float32(0))
+    *frames, segments_BT, mask_BC, zeros_BC = distributed.put_rows(rows, local_B, count, *arrays)
+    inputs = LossInputs(logp_BC=None, old_logp_BC=zeros_BC, advantages_BC=zeros_BC, mask_BC=mask_BC)
+    return Batch(*frames, inputs, segments_BT=segments_BT), packed.next_cursor
+
+
+def _rows(layout: Layout, source: DemonstrationSource, cursor: int, count: int, counted: int) -> Batch:
+    """`count` demonstrations, each process reading its own; what only policy gradients read is zero. Those behind the
+    first `counted` have an empty mask."""
     rows = layout.sharding("rows")
     local_B = distributed.local_rows(rows, count)
     demos = source.batch(cursor, count, local_B)
-    mask_BC = np.asarray(completion_mask(demos.completion_lengths_B, source.completion_width))
+    mask_BC = np.array(completion_mask(demos.completion_lengths_B, source.completion_width))
+    mask_BC &= (local_B < counted)[:, None]
     zeros_BC = np.zeros(mask_BC.shape, np.float32)
     arrays = (demos.tokens_BT, demos.prompt_lengths_B, demos.completion_lengths_B, mask_BC, zeros_BC)
     *frames, mask_BC, zeros_BC = distributed.put_rows(rows, local_B, count, *arrays)
     return Batch(*frames, LossInputs(logp_BC=None, old_logp_BC=zeros_BC, advantages_BC=zeros_BC, mask_BC=mask_BC))
+
+
+def make_evaluation_loss(
+    plan: plans.SFTPlan, model: Transformer, tokenizer: Tokenizer
+) -> tuple[Callable[[Params], dict[str, float]], list[str]]:
+    """`loss(params) -> {"eval/loss": nats per completion token}` over eval.num_prompts demonstrations of the evaluation
+    split, always the same ones, without the routers' losses; and lines for the log. {} where the split has no
+    demonstrations that fit.
+    """
+    try:
+        source = demonstration_source(plan.data, tokenizer, plan.data.eval_split, overlong="drop")
+    except UserError as error:
+        return lambda params: {}, [f"no eval/loss: {error}"]
+    notes = [f"eval/loss leaves out {source.num_dropped} examples longer than the frame"] * bool(source.num_dropped)
+    layout, count, width = model.layout, min(plan.evaluation.num_prompts, len(source)), plan.batch_size
+    scorer = make_scorer(
+        model,
+        completion_width=source.completion_width,
+        sampling=Sampling(),
+        chunk=plan.update.chunk,
+        micro_batch_size=plan.update.micro_batch_size,
+        keep=("logp_BC",),
+    )
+
+    @partial(jax.jit, out_shardings=layout.sharding())
+    def loss_of(params: Params, batch: Batch) -> Mean:
+        logp_BC = scorer(params, batch.tokens_BT, batch.prompt_lengths_B).logp_BC
+        return masked_mean(-logp_BC, batch.inputs.mask_BC)
+
+    def loss(params: Params) -> dict[str, float]:
+        batches = (_rows(layout, source, at, width, count - at) for at in range(0, count, width))
+        return values(added([{"eval/loss": jax.device_get(loss_of(params, batch))} for batch in batches]))
+
+    return loss, notes

@@ -141,6 +141,8 @@ class Batch:
     old_router_logits_LBTE float32 logits of the rollout policy's routers, where the drift of routers is to be measured
                                  as a KL
     old_values_BC, returns_BC float32 the critic's values before the updates, and what it should have said (PPO)
+    segments_BT            int   rows that hold several examples, one behind the other from column 0 on: which one a
+                                 column is of, and it sees that one alone. The frame is then one of P = 1
     """
 
     tokens_BT: chex.Array = array("BT")
@@ -152,6 +154,7 @@ class Batch:
     old_router_logits_LBTE: chex.Array | None = array("LBTE", default=None)
     old_values_BC: chex.Array | None = array("BC", default=None)
     returns_BC: chex.Array | None = array("BC", default=None)
+    segments_BT: chex.Array | None = array("BT", default=None)
 
 
 @flax.struct.dataclass

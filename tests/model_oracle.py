@@ -304,6 +304,19 @@ def count_changes(old_LBTX, new_LBTX, mask_BT):
     return changed / slots, moved / tokens
 
 
+def router_losses(logits_LTE, routes_LTX):
+    """(load-balance loss, z-loss) of the tokens of one sequence: E Σ_e f_e P_e (2101.03961, eq. 4) and the mean of
+    (log Σ_e exp z_e)² (2202.08906, eq. 5), averaged over layers; (0, 0) without a token."""
+    L, T, E = logits_LTE.shape
+    balance = square = 0.0
+    for z_TE, routes_TX in zip(logits_LTE, routes_LTX, strict=True):
+        for e in range(E if T else 0):
+            f = sum(e in routes_X for routes_X in routes_TX.tolist()) / routes_TX.size
+            balance += E * f * np.mean([softmax(z_E)[e] for z_E in z_TE]) / L
+        square += np.mean([np.log(np.exp(z_E).sum()) ** 2 for z_E in z_TE]) / L if T else 0.0
+    return balance, square
+
+
 def count_load(routes_LBTX, mask_BT, experts):
     """(standard deviation / mean, max / mean - 1) of the tokens per expert, averaged over layers."""
     variation, peak = [], []

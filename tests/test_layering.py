@@ -16,7 +16,7 @@ TOWER = [
     "objectives.advantages", "objectives.diagnostics", "objectives.presets", "objectives.compose", "objectives",
     "model.columns", "model.rope", "model.attention", "model.cache", "model.packing",
     "model.routing", "model.experts", "model.dispatch", "model.moe", "model.spec",
-    "model.layers", "model.transformer",
+    "model.layers", "model.transformer", "model.upcycle",
     "model.distribution", "model.head",
     "learning.microbatch", "learning.optim", "learning.mismatch",
     "learning.decoded", "learning.refill", "learning.sampler", "learning.scores",

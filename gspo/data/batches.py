@@ -50,6 +50,19 @@ class DemonstrationBatch:
     completion_lengths_B: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class PackedBatch:
+    """B rows that hold several demonstrations each, one behind the other from column 0 on. tokens_BT int32; segments_BT
+    int32: the number of the demonstration in its row, -1 behind the last; completion_BT bool: the tokens that are
+    imitated; used_B int32: columns before the padding. next_cursor: of the demonstrations that follow."""
+
+    tokens_BT: np.ndarray
+    segments_BT: np.ndarray
+    completion_BT: np.ndarray
+    used_B: np.ndarray
+    next_cursor: int
+
+
 class PromptSource:
     """The prompts of a task, tokenized, in shuffled order.
 
@@ -122,6 +135,7 @@ class DemonstrationSource:
         lengths = np.array(
             [(len(tokenizer.prompt_ids(ex.prompt)), len(self._completion_ids(ex))) for ex in _examples(task)]
         )
+        self._sizes = lengths.sum(axis=1)
         self._kept = np.flatnonzero(
             _fits(lengths[:, 0], max_prompt_length, "prompts", "max_prompt_length", overlong)
             & _fits(lengths[:, 1], max_completion_length, "demonstrations", "max_completion_length", overlong)
@@ -154,6 +168,35 @@ class DemonstrationSource:
         left_BP = left_padded(prompts, self.prompt_width, pad)
         right_BC = left_padded([ids[::-1] for ids in completions], self.completion_width, pad)[:, ::-1]
         return DemonstrationBatch(np.concatenate([left_BP, right_BC], axis=1), _lengths(prompts), _lengths(completions))
+
+    def packed(self, cursor: int, num_rows: int, local_B: Sequence[int] | None = None) -> PackedBatch:
+        """As many demonstrations from position `cursor` on as find room in so many rows of a frame's width: each goes
+        to the first row that has it, and the first that finds none begins the next batch. local_B: which of the rows to
+        read."""
+        width = self.prompt_width + self.completion_width
+        rows, room = [[] for _ in range(num_rows)], [width] * num_rows
+        while True:
+            (index,) = _indices(self._kept, self.seed, cursor, 1)
+            fitting = next((row for row in range(num_rows) if room[row] >= self._sizes[index]), None)
+            if fitting is None:
+                break
+            rows[fitting].append(index)
+            room[fitting] -= self._sizes[index]
+            cursor += 1
+        local = [rows[j] for j in (range(num_rows) if local_B is None else local_B)]
+        tokens_BT = np.full((len(local), width), self.tokenizer.pad_id, np.int32)
+        segments_BT, completion_BT = np.full_like(tokens_BT, -1), np.zeros(tokens_BT.shape, bool)
+        used_B = np.zeros(len(local), np.int32)
+        for b, indices in enumerate(local):
+            for segment, example in enumerate(self.task[index] for index in indices):
+                prompt, completion = self.tokenizer.prompt_ids(example.prompt), self._completion_ids(example)
+                if not prompt:
+                    raise UserError("packing: a demonstration has an empty prompt: nothing to continue from")
+                columns = slice(used_B[b], used_B[b] + len(prompt) + len(completion))
+                tokens_BT[b, columns], segments_BT[b, columns] = prompt + completion, segment
+                completion_BT[b, columns.start + len(prompt) : columns.stop] = True
+                used_B[b] = columns.stop
+        return PackedBatch(tokens_BT, segments_BT, completion_BT, used_B, cursor)
 
 
 def _examples(task: Task):

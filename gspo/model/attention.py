@@ -57,6 +57,15 @@ def visible(first_B: chex.Array, start: chex.Array | int, queries: int, keys: in
     return seen_BTS | (key_S == query_T[:, None])[None]
 
 
+def within(segments_BT: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """Rows that hold several sequences, one behind the other, numbered by column: (positions [B, T] int32 in their own
+    sequence, [B, T, S] bool whether two columns are of one sequence)."""
+    column_T = jnp.arange(segments_BT.shape[1])
+    begins_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
+    first_BT = jax.lax.cummax(jnp.where(begins_BT, column_T, 0), axis=1)
+    return column_T - first_BT, segments_BT[:, :, None] == segments_BT[:, None, :]
+
+
 def attend(
     q_BTNH: chex.Array, k_BSKH: chex.Array, v_BSKH: chex.Array, visible_BTS: chex.Array, chunk: int = 0
 ) -> chex.Array:

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gspo.model.attention import Attention, Mix, RMSNorm, attend, kernel_init, visible
+from gspo.model.attention import Attention, Mix, RMSNorm, attend, kernel_init, visible, within
 from gspo.model.cache import Caches, KVCache, StackedCache, attend_cached
 from gspo.model.layers import layers_of, scanned, stretches, unrolled
 from gspo.model.moe import MoE
@@ -147,30 +147,35 @@ class Transformer(nn.Module):
         routes_LBTX: chex.Array | None = None,
         *,
         packing: Packing | None = None,
+        segments_BT: chex.Array | None = None,
     ) -> Output:
         """Whole frames. tokens_BT int32. first_B int32: column of each row's first real token.
 
         routes_LBTX: experts to use instead of the router's choice (see `gspo.model.routing`). packing: the rows are
-        groups, packed so (`gspo.model.packing`): T is then J.
+        groups, packed so (`gspo.model.packing`): T is then J. segments_BT: a row holds several sequences, each of which
+        sees itself alone (`gspo.model.attention.within`).
         """
         chex.assert_shape(first_B, (tokens_BT.shape[0],))
         if packing is None:
-            return self._whole(tokens_BT, first_B, routes_LBTX)[0]
+            return self._whole(tokens_BT, first_B, routes_LBTX, segments_BT=segments_BT)[0]
 
         def mix(q, k, v, _cache, _at):
             return attend_packed(packing, q, k, v, first_B, self.spec.attention_chunk), None
 
         return self._run(tokens_BT, packing.positions(first_B, tokens_BT.shape[1]), mix, routes_LBTX)[0]
 
-    def _whole(self, tokens_BT, first_B, routes_LBTX=None, keep: bool = False):
+    def _whole(self, tokens_BT, first_B, routes_LBTX=None, keep: bool = False, segments_BT=None):
         """Whole frames -> (Output, the keys and values of each layer where they are to be kept)."""
         T, chunk = tokens_BT.shape[1], self.spec.attention_chunk
-        seen_BTS = visible(first_B, 0, T, T)
+        seen_BTS, positions_BT = visible(first_B, 0, T, T), jnp.maximum(jnp.arange(T) - first_B[:, None], 0)
+        if segments_BT is not None:
+            positions_BT, same_BTS = within(segments_BT)
+            seen_BTS &= same_BTS
 
         def mix(q, k, v, _cache, _at):
             return attend(q, k, v, seen_BTS, chunk), (k, v) if keep else None
 
-        return self._run(tokens_BT, jnp.maximum(jnp.arange(T) - first_B[:, None], 0), mix, routes_LBTX)
+        return self._run(tokens_BT, positions_BT, mix, routes_LBTX)
 
     def prefill(self, tokens_QP: chex.Array, first_Q: chex.Array, completions: int, width: int):
         """Prompts -> (Output, caches): what `decode` reads, with room for so many completions to each prompt, of so

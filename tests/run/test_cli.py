@@ -177,6 +177,10 @@ SFT_MISTAKES = [
     ("task.name=jsonl:{folder}/undemonstrated.jsonl", "has no demonstrations"),
     ("task.eval_split=test", "training and evaluation would read the same lines; .*task.eval_split='train'"),
     ("init_from={folder}", "init_from=.*: no checkpoint can be read in it"),
+    ("target_pass_at_1=1.5", "target_pass_at_1=1.5: must be in .0, 1.; None: no target"),
+    ("target_pass_at_1=0.5 eval.every=0", "target_pass_at_1=0.5: set eval.every, to look at it"),
+    ("router_aux_loss_coef=0.1 model.num_experts=0 model.d_ff=8", "router_aux_loss_coef.*a dense model has no routers"),
+    ("router_z_loss_coef=-0.1", "router_z_loss_coef=-0.1: must not be negative"),
 ]  # fmt: skip
 
 
