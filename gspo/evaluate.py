@@ -82,7 +82,7 @@ def make_evaluator(
             "eval/pass@1": float(solved_Qn.mean()),
             "eval/pass@1_stderr": float(solved_Qn.mean(axis=1).std(ddof=1) / np.sqrt(count)) if count > 1 else 0.0,
             **{f"eval/pass@{k}": pass_at(k, solved_Qn.sum(axis=1), n) for k in range(2, n + 1)},
-            f"eval/avg@{n}": float(rewards_Qn.mean()),
+            f"eval/avg@{n}": float(rewards_Qn.mean(dtype=np.float64)),
             "eval/mean_length": float(np.concatenate(lengths).mean()),
             "eval/clipped_ratio": float(np.concatenate(truncated).mean()),
         }

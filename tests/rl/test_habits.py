@@ -1,7 +1,9 @@
 """What users of other libraries bring along: rewards of their own, several passes over a rollout, stop strings."""
 
 import sys
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -92,6 +94,29 @@ def test_a_run_begins_with_the_step_that_was_chosen(folder, plain, tmp_path):
         rl.train(build.rl_plan(rl_config(folder, init_from=f"{plain}@9")), tmp_path / "other")
 
 
+def test_every_pass_uses_every_minibatch_and_shuffles_the_rollout_and_not_the_pass_before():
+    # Catches: a first pass that is shuffled, a pass too many, shuffles of shuffles (whose order would depend on how
+    # many passes were made before a resume), keys that passes, rollouts or seeds have in common.
+    seen = []
+    steps = SimpleNamespace(
+        minibatches=lambda batch: (f"{batch}/0", f"{batch}/1"),
+        reshuffled=lambda batch, key: f"{batch} by {key}",
+        train_step=lambda state, part: (state, seen.append(part) or {}),
+        critic_step=None,
+    )
+    rl.update(steps, SimpleNamespace(stale_params=()), "rollout", ["a", "b"])
+    assert seen == [f"rollout{by}/{part}" for by in ("", " by a", " by b") for part in (0, 1)]
+    keys = [
+        tuple(jax.random.key_data(key).tolist())
+        for seed in (0, 1)
+        for index in (0, 1)
+        for key in rl.shuffle_keys(SimpleNamespace(seed=seed, num_iterations=3), index)
+    ]
+    assert len(keys) == len(set(keys)) == 8
+    assert rl.shuffle_keys(SimpleNamespace(seed=0, num_iterations=1), 0) == []
+
+
+@pytest.mark.slow
 def test_further_passes_over_a_rollout_have_its_rows_in_another_order_and_its_old_log_probs(
     folder, tmp_path, monkeypatch, updates
 ):
@@ -129,6 +154,7 @@ def test_further_passes_over_a_rollout_have_its_rows_in_another_order_and_its_ol
     assert (again / "metrics.jsonl").read_bytes() == (tmp_path / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_with_stop_strings_trains_on_what_stands_before_them(folder, tmp_path, monkeypatch):
     # Catches: tokens after a stop string that are trained on, a completion that ended at one counted as cut off,
     # sampler and learner that no longer agree (the run would stop), evaluation that reads on.
