@@ -132,7 +132,7 @@ def run(model: str, rate: float, python: Path, seed: int) -> dict[str, Any]:
         start, metrics = exported(folder / "model"), ours(work, rollout, told["rewards"], folder)
         updates = []
         for update in range(1, UPDATES + 1):
-            mine, other = exported(folder / f"ours-{update}"), load_file(folder / f"trl-{update}.safetensors")
+            mine, other = (exported(folder / f"{side}-{update}") for side in ("ours", "trl"))
             log = theirs["logs"][update - 1]
             updates.append(
                 compared(start, mine, other, rate)

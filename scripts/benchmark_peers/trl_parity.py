@@ -19,7 +19,6 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": ""}
 warnings.filterwarnings("ignore")
 
 import datasets  # noqa: E402 - the environment is read on import
-import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402
@@ -60,8 +59,7 @@ class Saves(transformers.TrainerCallback):
             LOSSES.append({name: value for name, value in logs.items() if isinstance(value, int | float)})
 
     def on_step_end(self, args, state, control, model, **_):
-        named = {name: x.detach().clone().contiguous() for name, x in model.named_parameters()}
-        safetensors.torch.save_file(named, FOLDER / f"trl-{state.global_step}.safetensors")
+        model.save_pretrained(FOLDER / f"trl-{state.global_step}")  # by the names of checkpoints, experts one by one
 
 
 def main() -> None:
