@@ -74,7 +74,9 @@ def common() -> ConfigDict:
     config.init_from = ""  # a workdir or checkpoint folder whose parameters to start from
     config.task = ConfigDict(
         dict(
-            name="running_sum",  # running_sum | arithmetic | reasoning_gym:NAME | tfds:gsm8k | jsonl:PATH
+            # running_sum | arithmetic | reasoning_gym:NAME | tfds:gsm8k | jsonl:PATH | dataset:PATH
+            name="running_sum",
+            system_prompt="",  # what conversations begin with, for tokenizers with a chat template
             train_split="train",
             eval_split="test",
             options=ConfigDict(dict(num_digits=12, modulus=10, error_rate=0.12)),
@@ -84,6 +86,7 @@ def common() -> ConfigDict:
     config.tokenizer = placeholder(str)
     config.max_prompt_length = 13  # tokens
     config.max_completion_length = 16  # tokens, the end-of-sequence token included
+    config.stop_strings = ()  # texts that end a completion besides eos tokens, with the token that completes them
     config.overlong_prompts = "error"  # error | drop
     config.prompt_buckets = ()  # shorter prompt frames, used where all prompts of a rollout fit; one compilation each
     config.model = model()
@@ -107,10 +110,17 @@ def common() -> ConfigDict:
             num_prompts=128,
             num_generations_eval=8,
             temperature=1.0,
+            top_k=0,  # 0: all tokens
+            top_p=1.0,
+            reward="",  # by which completions are judged, as in `rewards`; solved where it is 1. "": the task's own
         )
     )
+    config.reward_workers = 0  # processes for rewards "module:function" and math_verify; 0: in this one, without limit
+    config.reward_timeout_s = 10.0  # of one call there; who takes longer is ended, and its completions count as failed
+    config.rewards_max_errors = 0.1  # share of a rollout's completions on which a reward may fail: they count as 0
     config.checkpoint = ConfigDict(dict(every=5, keep_last=2, keep_best=True))
-    config.log = ConfigDict(dict(num_samples=2, tensorboard=False, wandb=False))
+    # wandb_name "": the name of the workdir
+    config.log = ConfigDict(dict(num_samples=2, tensorboard=False, wandb=False, wandb_project="gspo", wandb_name=""))
     return config
 
 
@@ -133,6 +143,9 @@ def rl() -> ConfigDict:
     config.num_prompts = 32  # prompts per rollout
     config.num_generations = 8  # completions per prompt
     config.updates_per_rollout = 4  # minibatches, one optimizer update each, all against the same old policy
+    config.num_iterations = (
+        1  # passes over a rollout, of updates_per_rollout updates each; rows are shuffled in between
+    )
     config.share_prompts = True  # a group's prompt runs once in the learner; False: with each of its completions
     config.temperature = 1.0
     config.top_k = 0
@@ -181,8 +194,9 @@ def rl() -> ConfigDict:
     )
     config.advantage_weight_pos = 1.0
     config.advantage_weight_neg = 1.0
-    config.rewards = ("task",)  # "task" is the task's own; others from gspo.data.rewards
-    config.reward_weights = (1.0,)
+    # "task" is the task's own; others from gspo.data.rewards; "math_verify"; "module:function" of the working directory
+    config.rewards = ("task",)
+    config.reward_weights = ()  # one for each; (): 1 each
     config.reward_kl_coef = 0.0  # penalty on log π_old/π_ref, summed over a completion
     config.overlong_buffer = ConfigDict(
         dict(len=0, penalty_factor=1.0)

@@ -3,18 +3,18 @@
 A plan is a frozen record of plain values (`gspo.plans`); everything after this file takes plans and numbers.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from gspo import objectives, plans
+from gspo.data.scoring import Judging
 from gspo.learning.learner import UpdatePlan
 from gspo.model.distribution import Sampling
 from gspo.model.spec import TOY, TOY_TOKENIZER
 from gspo.run.identity import spec_fields, tokenizer_of
-from gspo.run.stored import read_content
+from gspo.run.stored import read_content, why_none
 from gspo.types import UserError
 
 flags.disclaim_key_flags()  # --config is a flag of the file that asks for it: --help lists it there
@@ -62,16 +62,17 @@ def rows_to_divide(config: ConfigDict) -> tuple[int, ...]:
 def rl_plan(config: ConfigDict, workdir: str = "") -> plans.RLPlan:
     """Raises UserError for every mistake that can be seen in the config alone, and beside the weights that the run
     begins with: those in workdir where it goes on, else those of init_from."""
-    updates, eval_at_a_time = config.num_rollouts * config.updates_per_rollout, config.num_prompts
+    updates = config.num_rollouts * config.updates_per_rollout * config.num_iterations
     critic = config.critic.to_dict()
     with_critic = critic.pop("enable")
     steps, alpha = config.ref_model_sync_steps, config.ref_model_mixup_alpha
     if config.sync_ref_model:
         plans.need(steps > 0, "ref_model_sync_steps", steps, "must be positive")
     return plans.RLPlan(
-        **_common(config, workdir, total_steps=updates, eval_at_a_time=eval_at_a_time),
+        **_common(config, workdir, total_steps=updates, eval_at_a_time=config.num_prompts),
         num_rollouts=config.num_rollouts,
         updates_per_rollout=config.updates_per_rollout,
+        num_iterations=config.num_iterations,
         rollout=plans.RolloutPlan(
             num_prompts=config.num_prompts,
             num_generations=config.num_generations,
@@ -140,12 +141,15 @@ def _common(config: ConfigDict, workdir: str, *, total_steps: int, eval_at_a_tim
         "evaluation": plans.EvaluationPlan(
             **config.eval.to_dict(), at_a_time=eval_at_a_time, max_num_seqs=config.get("max_num_seqs", 0)
         ),
+        "judging": Judging(config.rewards_max_errors, config.reward_workers, config.reward_timeout_s),
         "checkpoint": plans.CheckpointPlan(**config.checkpoint.to_dict()),
         "log": plans.LogPlan(
             num_samples=config.log.num_samples,
             samples_every=config.log.get("samples_every", 0),
             tensorboard=config.log.tensorboard,
             wandb=config.log.wandb,
+            wandb_project=config.log.wandb_project,
+            wandb_name=config.log.wandb_name,
             profile=tuple(config.get("profile_rollouts", ())),
         ),
     }
@@ -171,7 +175,7 @@ def _first_weights(config: ConfigDict, workdir: str) -> _Weights:
     begun = read_content(config.init_from) if config.init_from else None
     missing = ""
     if config.init_from and content is None and begun is None:
-        missing = "no checkpoint can be read in it" if Path(config.init_from).exists() else "no such folder"
+        missing = why_none(config.init_from)
     return _Weights(f"init_from={config.init_from}", config.init_from, (begun or {}).get("identity"), missing)
 
 
@@ -209,6 +213,8 @@ def _data(config: ConfigDict, tokenizer: str) -> plans.DataPlan:
         overlong_prompts=config.overlong_prompts,
         prompt_buckets=tuple(config.prompt_buckets),
         seed=config.seed,
+        system_prompt=config.task.system_prompt,
+        stop=tuple(config.stop_strings),
     )
 
 

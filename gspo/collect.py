@@ -8,7 +8,6 @@
 Everything here is a function of the state, the data position and one random key.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,8 @@ import numpy as np
 
 from gspo import plans
 from gspo.data import batches
-from gspo.data.rewards import REWARDS, overlong_penalty
+from gspo.data.rewards import overlong_penalty
+from gspo.data.scoring import make_scorer
 from gspo.data.tokenizer import Tokenizer
 from gspo.generate import Generator, Judged, judge, rows_of, sample_line, spread
 from gspo.learning.agreement import Gap, gap_between
@@ -28,7 +28,7 @@ from gspo.objectives import advantages
 from gspo.parallel import distributed
 from gspo.run.progress import Timer
 from gspo.steps import Steps
-from gspo.types import Batch, LossInputs, Params, Rollout, TrainState, UserError, completion_mask, map_arrays, row_axis
+from gspo.types import Batch, LossInputs, Params, Rollout, TrainState, completion_mask, map_arrays, row_axis
 
 
 class Experience(NamedTuple):
@@ -45,8 +45,9 @@ class Collector:
     def __init__(self, plan: plans.RLPlan, steps: Steps, tokenizer: Tokenizer, source: batches.PromptSource):
         self.plan, self.rollout, self.width = plan.experience, plan.rollout, plan.data.max_completion_length
         self.critic, self.steps, self.tokenizer, self.num_samples = plan.critic, steps, tokenizer, plan.log.num_samples
-        self.rewards = reward_functions(self.plan.rewards, source)
-        self.generate = Generator(steps.layout, source, steps.sampler, self.rollout.num_generations)
+        self.stop = plan.data.stop
+        self.scorer = make_scorer(self.plan.rewards, source.task, self.plan.reward_weights, plan.judging)
+        self.generate = Generator(steps.layout, source, steps.sampler, self.rollout.num_generations, self.stop)
         self.rounding = make_rounding(self.rollout.params)
         self.advantage_fn = advantages.ADVANTAGES[self.plan.scale_rewards]
         # Under jit, so that on many processes every array is one of the whole mesh.
@@ -84,7 +85,7 @@ class Collector:
         with timer("rollout"):
             completions = self.generate(params, cursor, self.rollout.num_prompts, key)
         with timer("reward"):
-            return judge(completions, self.tokenizer, list(self.rewards.values()), self.plan.reward_weights)
+            return judge(completions, self.tokenizer, self.scorer, self.stop)
 
     def _enough(self, draws: list[Judged]) -> bool:
         """Whether the draws hold enough groups with rewards that differ, or are as many as there may be."""
@@ -108,7 +109,7 @@ class Collector:
         local_B = np.flatnonzero([row in known for row in rows])
         examples, texts = ([known[rows[b]][i] for b in local_B] for i in (0, 1))
         rollout = self._take([draw.rollout for draw in draws], rows)
-        names = ("rewards_B", "parts_BR", "lengths_B", "truncated_B")
+        names = ("rewards_B", "parts_BR", "failed_BR", "lengths_B", "truncated_B")
         numbers = {name: np.concatenate([getattr(draw, name) for draw in draws])[rows] for name in names}
         return Judged(rollout, local_B, examples, texts, **numbers)
 
@@ -205,34 +206,26 @@ class Collector:
 
     def metrics(self, draws: list[Judged]) -> dict[str, float]:
         """Of all that was drawn, kept or not. Lengths in tokens; rewards raw, but for reward/shaped_mean."""
-        rewards_B, lengths_B, truncated_B, parts_BR = (
+        rewards_B, lengths_B, truncated_B, parts_BR, failed_BR = (
             np.concatenate([getattr(draw, name) for draw in draws])
-            for name in ("rewards_B", "lengths_B", "truncated_B", "parts_BR")
+            for name in ("rewards_B", "lengths_B", "truncated_B", "parts_BR", "failed_BR")
         )
         return {
             "reward/mean": float(rewards_B.mean()),
             "reward/std": float(rewards_B.std()),
+            "reward/failed": float(failed_BR.any(axis=1).mean()),
             "reward/shaped_mean": float(np.concatenate([self.shape(draw) for draw in draws]).mean()),
             "frac_reward_zero_std": float((spread(rewards_B, self.rollout.num_generations) == 0).mean()),
             "completions/mean_length": float(lengths_B.mean()),
             "completions/max_length": int(lengths_B.max()),
             "completions/clipped_ratio": float(truncated_B.mean()),
             "num_tokens": int(lengths_B.sum()),
-        } | {f"rewards/{name}": float(parts_BR[:, r].mean()) for r, name in enumerate(self.rewards)}
+        } | {f"rewards/{name}": float(parts_BR[:, r].mean()) for r, name in enumerate(self.scorer.names)}
 
     def samples(self, draw: Judged) -> list[dict[str, Any]]:
         """The first rows among those of this process. With several processes they need not be the first of all."""
         rows = list(zip(draw.examples, draw.texts, draw.rewards_B[draw.local_B], strict=True))
         return [sample_line(*row) for row in rows[: self.num_samples]]
-
-
-def reward_functions(names: Sequence[str], source: batches.PromptSource) -> dict[str, Callable]:
-    """Name -> reward; "task" is the task's own. Raises UserError for a name that is not known."""
-    known = {"task": source.task.reward} | REWARDS
-    for name in names:
-        if name not in known:
-            raise UserError(f"rewards: no reward named {name!r}; choose from {', '.join(known)}")
-    return {name: known[name] for name in names}
 
 
 @jax.jit

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from gspo.data.scoring import Judging
 from gspo.learning.learner import UpdatePlan
 from gspo.learning.mismatch import ROUNDINGS
 from gspo.model.distribution import Sampling
@@ -49,9 +50,13 @@ class DataPlan:
     overlong_prompts: str
     prompt_buckets: tuple[int, ...]
     seed: int
+    system_prompt: str = ""
+    stop: tuple[str, ...] = ()  # texts after which a completion ends
 
     def __post_init__(self):
         positive(self, "max_prompt_length", "max_completion_length")
+        good = all(isinstance(text, str) and text for text in self.stop)
+        need(good, "stop_strings", self.stop, "give texts that are not empty, as in ('</answer>',)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +169,12 @@ class ExperiencePlan:
     router_kl: bool
 
     def __post_init__(self):
-        if len(self.rewards) != len(self.reward_weights):
+        need(len(self.rewards) > 0, "rewards", self.rewards, "name at least one, as in ('task',)")
+        need(len(set(self.rewards)) == len(self.rewards), "rewards", self.rewards, "name each of them once")
+        if len(self.reward_weights) not in (0, len(self.rewards)):
             raise UserError(
-                f"reward_weights: {len(self.reward_weights)} weights for {len(self.rewards)} rewards; give one each"
+                f"reward_weights: {len(self.reward_weights)} weights for {len(self.rewards)} rewards; give one each, "
+                "or () for 1 each"
             )
         one_of("scale_rewards", self.scale_rewards, tuple(ADVANTAGES))
         one_of("old_logps", self.old_logps, ("sampler", "learner"))
@@ -204,17 +212,24 @@ class EvaluationPlan:
     num_prompts: int
     num_generations_eval: int
     temperature: float
+    top_k: int
+    top_p: float
+    reward: str  # "": the task's own
     at_a_time: int  # prompts of one call of the sampler
     max_num_seqs: int  # rows that it decodes at a time; 0: all
 
     def __post_init__(self):
         positive(self, "num_prompts", "num_generations_eval", under="eval.")
-        need(self.temperature >= 0, "eval.temperature", self.temperature, "must be >= 0 (0 is greedy)")
+        try:
+            _ = self.drawn
+        except UserError as error:
+            raise UserError(f"eval.{error}") from None
 
     @property
     def drawn(self) -> tuple[Sampling, int, int]:
-        """As `RolloutPlan.drawn`: without cuts."""
-        return Sampling(self.temperature), self.num_generations_eval, self.max_num_seqs
+        """As `RolloutPlan.drawn`."""
+        sampling = Sampling(self.temperature, self.top_k, self.top_p)
+        return sampling, self.num_generations_eval, self.max_num_seqs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +248,8 @@ class LogPlan:
     samples_every: int
     tensorboard: bool
     wandb: bool
+    wandb_project: str
+    wandb_name: str  # "": the workdir's
     profile: tuple[int, ...] = ()  # rollouts whose trace is written
 
 
@@ -256,6 +273,7 @@ class RunPlan:
     optimizer: OptimizerPlan
     update: UpdatePlan
     evaluation: EvaluationPlan
+    judging: Judging
     checkpoint: CheckpointPlan
     log: LogPlan
 
@@ -291,7 +309,8 @@ class RLPlan(RunPlan):
     """
 
     num_rollouts: int
-    updates_per_rollout: int
+    updates_per_rollout: int  # in one pass over it
+    num_iterations: int  # passes over a rollout
     rollout: RolloutPlan
     experience: ExperiencePlan
     preset: str
@@ -301,7 +320,7 @@ class RLPlan(RunPlan):
     check_tolerance: float | None
 
     def __post_init__(self):
-        positive(self, "num_rollouts", "updates_per_rollout")
+        positive(self, "num_rollouts", "updates_per_rollout", "num_iterations")
         rows, updates, experience = self.rollout.rows, self.updates_per_rollout, self.experience
         if rows % updates:
             raise UserError(
@@ -353,6 +372,11 @@ class RLPlan(RunPlan):
             raise UserError(
                 "router_replay.mode, router_shift_floor, log.router_kl: a dense model has no routers; switch them off"
             )
+
+    @property
+    def updates(self) -> int:
+        """Of the optimizer, for one rollout."""
+        return self.updates_per_rollout * self.num_iterations
 
     @property
     def needs_reference(self) -> bool:

@@ -12,6 +12,7 @@ from gspo.model.spec import ModelSpec
 from gspo.parallel import distributed
 from gspo.run.checkpoint import Checkpointer
 from gspo.run.identity import TOKENIZER, check_identity, dated_tokenizer, identity
+from gspo.run.stored import BEST_METRIC
 from gspo.run.workdir import hold_workdir, keep_config
 from gspo.run.writers import MetricsWriter
 from gspo.steps import initial_state
@@ -57,11 +58,14 @@ def open_run(
             workdir,
             keep_last=plan.checkpoint.keep_last,
             keep_best=plan.checkpoint.keep_best,
-            best_metric="eval/pass@1",
+            best_metric=BEST_METRIC,
             identity=own,
         )
         held.enter_context(checkpointer)
-        writer = MetricsWriter(workdir, tensorboard=plan.log.tensorboard, wandb=plan.log.wandb, config=written)
+        log = plan.log
+        loggers = {"tensorboard": log.tensorboard, "wandb": log.wandb}
+        loggers |= {"project": log.wandb_project, "name": log.wandb_name}
+        writer = MetricsWriter(workdir, **loggers, config=written)
         held.enter_context(writer)
         restored = checkpointer.restore(start.abstract, partial(_check_own, own))
         first, state, meta = (0, initial_state(plan, start, check), {}) if restored is None else restored

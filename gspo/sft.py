@@ -13,7 +13,7 @@ import numpy as np
 from gspo import plans
 from gspo.data.batches import DemonstrationSource
 from gspo.data.tokenizer import Tokenizer
-from gspo.evaluate import make_evaluator
+from gspo.evaluate import describe_scorer, make_evaluator
 from gspo.generate import check_splits, make_task
 from gspo.learning.learner import make_train_step
 from gspo.learning.scores import make_scorer
@@ -55,7 +55,8 @@ def train(
     opened = open_run(plan, workdir, start, model.spec, tokenizer, allow_changed_config=allow_changed_config)
     checkpointer, writer, first, state = opened.checkpointer, opened.writer, opened.first, opened.state
     progress = Progress(plan.num_updates, start=first, title=title)
-    for note in (describe(model, start.abstract), *split_notes, *loss_notes):
+    scorer_notes = describe_scorer(plan, source.task)
+    for note in (describe(model, start.abstract), *split_notes, *scorer_notes, *loss_notes):
         progress.note(note)
     if source.num_dropped:
         progress.note(f"{source.num_dropped} examples longer than the frame were dropped")

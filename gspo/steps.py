@@ -16,7 +16,7 @@ from gspo import plans
 from gspo.data.tokenizer import Tokenizer
 from gspo.learning.critic import Critic, make_critic_step, make_value_fn
 from gspo.learning.learner import make_train_step
-from gspo.learning.microbatch import minibatch, shared_rows
+from gspo.learning.microbatch import minibatch, shared_rows, shuffled_units
 from gspo.learning.optim import make_optimizer, make_schedule
 from gspo.learning.sampler import in_compute_dtype, make_sampler
 from gspo.learning.scores import make_scorer
@@ -123,6 +123,7 @@ class Steps(NamedTuple):
     sampler: Callable[..., Rollout]  # (params, prompt_QP, prompt_lengths_Q, key) ->
     scorer: Callable  # (params, tokens_BT, prompt_lengths_B, ...) -> Scores
     minibatches: Callable[[Batch], tuple[Batch, ...]]
+    reshuffled: Callable[[Batch, jax.Array], Batch]  # by a key: its rows in another order, for one more pass over them
     train_step: Callable  # (state, batch) -> (state, metrics)
     value_fn: Callable | None  # (critic params, tokens_BT, prompt_lengths_B) -> values_BC; None without a critic
     critic_step: Callable | None  # train_step's twin for state.critic
@@ -188,9 +189,7 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         rows_per_prompt=rows_per_prompt,
     )
 
-    def minibatches(batch: Batch) -> tuple[Batch, ...]:
-        return tuple(layout.constrain_fields(minibatch(batch, j, updates)) for j in range(updates))
-
+    minibatches, reshuffled = _cut_and_shuffle(layout, updates, rows_per_prompt)
     return Steps(
         layout=layout,
         model=model,
@@ -207,7 +206,8 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
             sampling=plan.rollout.sampling,
             chunk=plan.update.chunk,
         ),
-        minibatches=jax.jit(minibatches),
+        minibatches=minibatches,
+        reshuffled=reshuffled,
         train_step=train_step,
         value_fn=value_fn,
         critic_step=critic_step,
@@ -215,6 +215,18 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         start=start,
         notes=_chosen_experts(plan, model.spec, devices, rows_per_prompt),
     )
+
+
+def _cut_and_shuffle(layout: Layout, updates: int, rows_per_prompt: int) -> tuple[Callable, Callable]:
+    """Steps.minibatches and Steps.reshuffled. Rows that have their prompt in common stay neighbours in both."""
+
+    def minibatches(batch: Batch) -> tuple[Batch, ...]:
+        return tuple(layout.constrain_fields(minibatch(batch, j, updates)) for j in range(updates))
+
+    def reshuffled(batch: Batch, key: jax.Array) -> Batch:
+        return layout.constrain_fields(shuffled_units(batch, key, rows_per_prompt))
+
+    return jax.jit(minibatches), jax.jit(reshuffled)
 
 
 def _chosen_experts(plan: plans.RLPlan, spec: ModelSpec, devices: int, rows_per_prompt: int) -> tuple[str, ...]:

@@ -2,10 +2,10 @@
 
     python scripts/export_hf.py --checkpoint=runs/gspo --out=exports/gspo --dtype=bfloat16
 
---checkpoint is a workdir (its latest checkpoint is taken), or the folder of one step in it, or what
-scripts/import_hf.py wrote. The model is described by the config.json or model.json beside it. The tokenizer's files,
-and the keys of config.json that are no matter of ours, are taken over from --tokenizer-dir; default: the folder of the
-run's tokenizer, where it has one.
+--checkpoint is a workdir (its latest checkpoint is taken; runs/gspo@best and runs/gspo@120 choose another), or the
+folder of one step in it, or what scripts/import_hf.py wrote. The model is described by the config.json or model.json
+beside it. The tokenizer's files, and the keys of config.json that are no matter of ours, are taken over from
+--tokenizer-dir; default: the folder of the run's tokenizer, where it has one.
 """
 
 import argparse
@@ -27,7 +27,9 @@ from gspo.types import UserError
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", "--workdir", required=True, help="a workdir, or the folder of one step in it")
+    parser.add_argument(
+        "--checkpoint", "--workdir", required=True, help="a workdir (RUN@best, RUN@120), or a step's folder"
+    )
     parser.add_argument("--out", required=True, help="folder to write; must be new or empty")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the tensors; float32 loses nothing"

@@ -62,6 +62,7 @@ def rl_config(folder: Path, **changes) -> ConfigDict:
     config = base.rl()
     config.update(num_rollouts=3, num_prompts=4, num_generations=4, updates_per_rollout=2, rewards=("numeric_answer",))
     config.log.samples_every = 1
+    config.eval.reward = "exact_match"
     return common(config, folder, changes)
 
 
@@ -74,7 +75,7 @@ def stateful_config(folder: Path, **changes) -> ConfigDict:
         "objective.beta": 0.01, "sync_ref_model": True, "ref_model_sync_steps": 1, "entropy_target": 2.0,
         "filter_groups.enable": True, "filter_groups.max_num_gen_batches": 3, "overlong_buffer.len": 2,
         "model.moe_backend": "blocked", "critic.enable": True, "old_logps": "learner",
-        "mismatch.stale_rollouts": 1, "log.router_kl": True,
+        "mismatch.stale_rollouts": 1, "log.router_kl": True, "num_iterations": 2,
     } | changes)  # fmt: skip
 
 

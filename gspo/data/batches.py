@@ -1,20 +1,18 @@
-"""Examples to rows: the order of a run, prompts and demonstrations in their frames, completions back to text and
-rewards.
+"""Examples to rows: the order of a run, prompts and demonstrations in their frames, completions back to text.
 
 A batch is a function of a cursor, the number of examples that the run consumed before it: epoch after epoch, each in
 another order, all read by random access. The data state of a checkpoint is that one integer. NumPy only; the loops move
 rows to devices."""
 
+import bisect
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import grain
 import numpy as np
-from absl import logging
 
-from gspo.data.example import Example
-from gspo.data.rewards import RewardFunction
+from gspo.data.example import Example, prompt_of
 from gspo.data.tasks import Task
 from gspo.data.tokenizer import Tokenizer
 from gspo.types import UserError
@@ -88,7 +86,7 @@ class PromptSource:
             raise UserError(f"prompt_buckets: {bad[0]} is not between 1 and max_prompt_length={max_prompt_length}")
         self.task, self.tokenizer, self.seed = task, tokenizer, seed
         self.widths = sorted({*prompt_buckets, max_prompt_length})
-        lengths = np.array([len(tokenizer.prompt_ids(example.prompt)) for example in _examples(task)])
+        lengths = np.array([len(tokenizer.prompt_ids(prompt_of(example))) for example in _examples(task)])
         if not lengths.all():
             raise UserError(
                 f"example {int(lengths.argmin())} of task {task.name} has an empty prompt: nothing to continue from"
@@ -109,7 +107,7 @@ class PromptSource:
         longest = max(self._all_lengths[i] for i in indices)
         width = next(width for width in self.widths if width >= longest)
         examples = [self.task[indices[j]] for j in (range(num_prompts) if local_Q is None else local_Q)]
-        ids = [self.tokenizer.prompt_ids(example.prompt) for example in examples]
+        ids = [self.tokenizer.prompt_ids(prompt_of(example)) for example in examples]
         return PromptBatch(examples, left_padded(ids, width, self.tokenizer.pad_id), _lengths(ids))
 
 
@@ -133,7 +131,7 @@ class DemonstrationSource:
         self.task, self.tokenizer, self.seed = task, tokenizer, seed
         self.prompt_width, self.completion_width = max_prompt_length, max_completion_length
         lengths = np.array(
-            [(len(tokenizer.prompt_ids(ex.prompt)), len(self._completion_ids(ex))) for ex in _examples(task)]
+            [(len(tokenizer.prompt_ids(prompt_of(ex))), len(self._completion_ids(ex))) for ex in _examples(task)]
         )
         self._sizes = lengths.sum(axis=1)
         self._kept = np.flatnonzero(
@@ -162,7 +160,7 @@ class DemonstrationSource:
         """The rows at positions cursor .. cursor + num_rows - 1 of the run. local_B: which of these rows to read."""
         indices = _indices(self._kept, self.seed, cursor, num_rows)
         examples = [self.task[indices[j]] for j in (range(num_rows) if local_B is None else local_B)]
-        prompts = [self.tokenizer.prompt_ids(example.prompt) for example in examples]
+        prompts = [self.tokenizer.prompt_ids(prompt_of(example)) for example in examples]
         completions = [self._completion_ids(example) for example in examples]
         pad = self.tokenizer.pad_id
         left_BP = left_padded(prompts, self.prompt_width, pad)
@@ -189,7 +187,7 @@ class DemonstrationSource:
         used_B = np.zeros(len(local), np.int32)
         for b, indices in enumerate(local):
             for segment, example in enumerate(self.task[index] for index in indices):
-                prompt, completion = self.tokenizer.prompt_ids(example.prompt), self._completion_ids(example)
+                prompt, completion = self.tokenizer.prompt_ids(prompt_of(example)), self._completion_ids(example)
                 if not prompt:
                     raise UserError("packing: a demonstration has an empty prompt: nothing to continue from")
                 columns = slice(used_B[b], used_B[b] + len(prompt) + len(completion))
@@ -234,51 +232,34 @@ def _fits(lengths: np.ndarray, limit: int, what: str, field: str, policy: str) -
 
 
 def completion_texts(
-    tokenizer: Tokenizer, tokens_BT: np.ndarray, prompt_width: int, lengths_B: np.ndarray
+    tokenizer: Tokenizer, tokens_BT: np.ndarray, prompt_width: int, lengths_B: np.ndarray, stop: Sequence[str] = ()
 ) -> list[str]:
-    """The text of each row's completion: `lengths_B` tokens from column `prompt_width` on, special tokens skipped."""
+    """The text of each row's completion: `lengths_B` tokens from column `prompt_width` on, special tokens skipped, cut
+    after the first of the stop strings in it."""
     rows = np.asarray(tokens_BT)[:, prompt_width:].tolist()
-    return [tokenizer.decode(row[:length]) for row, length in zip(rows, np.asarray(lengths_B).tolist(), strict=True)]
+    texts = [tokenizer.decode(row[:length]) for row, length in zip(rows, np.asarray(lengths_B).tolist(), strict=True)]
+    return [text[: end_of_stop(text, stop)] for text in texts]
 
 
-def score_completions(
-    texts: Sequence[str],
-    examples: Sequence[Example],
-    functions: Sequence[RewardFunction],
-    weights: Sequence[float] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards of B completions, each with its example: (rewards_B, parts_BR), float32.
-
-    parts_BR[:, r] is what functions[r] returned; rewards_B is the sum of the parts, weighted (weights default to 1). A
-    function that raises, or returns what is no finite number, counts as 0 for that completion and is named in the log:
-    one odd completion does not end a run, but a reward that fails often will be seen.
-    """
-    weights = [1.0] * len(functions) if weights is None else weights
-    if len(weights) != len(functions):
-        raise UserError(f"reward_weights has {len(weights)} numbers for {len(functions)} rewards: give one for each")
-    parts_BR = np.zeros((len(texts), len(functions)), np.float32)
-    for r, function in enumerate(functions):
-        parts_BR[:, r] = _score(function, texts, examples)
-    return parts_BR @ np.asarray(weights, np.float32), parts_BR
+def end_of_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first of the stop strings ends in a text; None where there is none of them."""
+    return min((at + len(string) for string in stop if (at := text.find(string)) >= 0), default=None)
 
 
-def _score(function: Callable[[str, Example], float], texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
-    scores, failures = [], []
-    for text, example in zip(texts, examples, strict=True):
-        try:
-            score = float(function(text, example))
-            if not np.isfinite(score):
-                raise ValueError(f"returned {score}")
-        except Exception as error:  # whatever a user's function may raise
-            score = 0.0
-            failures.append(error)
-        scores.append(score)
-    if failures:
-        logging.warning(
-            "reward %s failed on %d of %d completions, which count as 0: %r",
-            getattr(function, "__name__", function),
-            len(failures),
-            len(texts),
-            failures[0],
-        )
-    return scores
+def stopped_lengths(
+    tokenizer: Tokenizer, tokens_BT: np.ndarray, prompt_width: int, lengths_B: np.ndarray, stop: Sequence[str]
+) -> np.ndarray:
+    """[B] int32: the lengths of completions that end with the first token after which their text contains one of the
+    stop strings; as given where it contains none.
+
+    The tokens decide, by what they decode to, since a stop string may begin and end in the middle of one. A text that
+    contains it goes on containing it as tokens are added, so the first such token is found by bisection."""
+    new_B = np.array(lengths_B, np.int32)
+    for b, row in enumerate(np.asarray(tokens_BT)[:, prompt_width:].tolist()):
+        ids = row[: new_B[b]]
+        if end_of_stop(tokenizer.decode(ids), stop) is not None:
+            counts = range(1, len(ids) + 1)
+            new_B[b] = 1 + bisect.bisect_left(
+                counts, True, key=lambda n, ids=ids: end_of_stop(tokenizer.decode(ids[:n]), stop) is not None
+            )
+    return new_B

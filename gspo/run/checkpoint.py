@@ -84,7 +84,8 @@ def restore_params(path: str | os.PathLike, abstract_params: Any, check: Check |
     """The parameters of another run, for `init_from` and for evaluation: (step, params). Reads only, changes nothing on
     disk.
 
-    path             a workdir, its checkpoints folder, or the folder of one step
+    path             a workdir, its checkpoints folder, or the folder of one step; runs/x@best or runs/x@120 for one
+                     that is not the latest
     abstract_params  tree of jax.ShapeDtypeStruct; the arrays come back with its dtypes (cast where they were saved in
                      another) and its shardings (the first device where it names none)
     check            called with the folder and the identity that was saved there, before anything is read
@@ -94,7 +95,7 @@ def restore_params(path: str | os.PathLike, abstract_params: Any, check: Check |
     path = Path(path).absolute()
     step_dirs = stored.steps_at(path)
     if not step_dirs:
-        raise UserError(f"no checkpoint in {path}: " + ("it holds none yet" if path.exists() else "no such folder"))
+        raise UserError(f"no checkpoint in {path}: {stored.why_none(path, empty='it holds none yet')}")
     step_dir, params, _, _ = _read_latest(step_dirs, abstract_params, prefix="params/", cast=True, check=check)
     return int(step_dir.name), params
 

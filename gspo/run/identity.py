@@ -13,7 +13,7 @@ from typing import Any
 from gspo.data.tokenizer import Tokenizer, difference, fingerprint, make_tokenizer, now
 from gspo.model.spec import ModelSpec
 from gspo.parallel import distributed
-from gspo.run.stored import read_content
+from gspo.run.stored import read_content, split_step
 from gspo.types import UserError
 
 log = logging.getLogger(__name__)
@@ -93,6 +93,6 @@ def dated_tokenizer(spec: str, date: str | None) -> Tokenizer:
 
 
 def run_folder(path: str | os.PathLike) -> Path:
-    """The workdir of a checkpoint: of itself, of its folder of checkpoints, or of one step in it."""
-    path = Path(path).absolute()
+    """The workdir of a checkpoint: of itself, of its folder of checkpoints, or of one step in it (runs/x@best too)."""
+    path, _ = split_step(Path(path).absolute())
     return next((p for p in (path, *path.parents[:2]) if (p / "checkpoints").is_dir()), path)

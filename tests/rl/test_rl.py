@@ -199,7 +199,8 @@ def test_the_first_lines_of_the_log_say_what_runs(plain):
     assert "2 updates per rollout of 4 x 4 completions" in lines[1] and "ratio of the sequence" in lines[1]
     assert "[1 - 0.0003, 1 + 0.0004]" in lines[1]
     assert lines[2].startswith("RL: evaluation reads training examples: task.eval_split='train'")
-    assert lines[3].startswith("RL 1/3") and not any("warning" in line for line in lines)
+    assert lines[3] == "RL: evaluation counts what exact_match gives 1 as solved"
+    assert lines[4].startswith("RL 1/3") and not any("warning" in line for line in lines)
 
 
 @pytest.mark.parametrize(("changes", "words"), [

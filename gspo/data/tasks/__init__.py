@@ -5,16 +5,19 @@
     reasoning_gym:<name>   reasoning.py     the procedural tasks of the reasoning-gym package (an optional extra)
     tfds:<name>            tfds.py          prepared tensorflow-datasets folders, gsm8k first of all
     jsonl:<path>           jsonl.py         a file of your own
+    dataset:<path>         dataset.py       Parquet or Arrow files, as Hugging Face's `datasets` writes them
 
 Nothing is shuffled here: the order of a run is `batches.shuffled_index`. A new kind of task is a file whose `make`
 returns a `Task`, and a line in `TASKS`; its keyword arguments are the options that a config may set.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-from gspo.data.tasks import arithmetic, jsonl, reasoning, running_sum, tfds
+from gspo.data.example import with_system_prompt
+from gspo.data.tasks import arithmetic, dataset, jsonl, reasoning, running_sum, tfds
 from gspo.data.tasks.task import Task, check_options, suggest
 from gspo.types import UserError
 
@@ -26,14 +29,20 @@ TASKS: dict[str, Callable[..., Task]] = {
     "reasoning_gym": reasoning.make,
     "tfds": tfds.make,
     "jsonl": jsonl.make,
+    "dataset": dataset.make,
 }
 
 
-def make_task(name: str, *, split: str, seed: int = 0, size: int | None = None, **options: Any) -> Task:
-    """The task of that name. `size` limits it to the first examples; procedural tasks are as long as `size` says."""
+def make_task(
+    name: str, *, split: str, seed: int = 0, system_prompt: str = "", size: int | None = None, **options: Any
+) -> Task:
+    """The task of that name. `size` limits it to the first examples; procedural tasks are as long as `size` says.
+    system_prompt: what its conversations begin with."""
     kind, _, rest = name.partition(":")
     if kind not in TASKS or bool(rest) == (kind in ("running_sum", "arithmetic")):
-        known = ["running_sum", "arithmetic", "reasoning_gym:<name>", "tfds:gsm8k", "jsonl:<path>"]
+        known = [
+            "running_sum", "arithmetic", "reasoning_gym:<name>", "tfds:gsm8k", "jsonl:<path>", "dataset:<path>",
+        ]  # fmt: skip
         raise UserError(f"task.name={name!r}: unknown; there are {', '.join(known)}{suggest(name, known)}")
     if size is not None and size < 1:
         raise UserError(f"task.options.size={size}: task {name} would be an empty data set; give 1 or more")
@@ -44,6 +53,9 @@ def make_task(name: str, *, split: str, seed: int = 0, size: int | None = None, 
     task = build(rest, split=split, seed=seed, size=size, **options)
     if len(task) == 0:
         raise UserError(f"task.name={name!r}: split {split!r} is an empty data set")
+    if system_prompt:
+        plain = task.example
+        task = dataclasses.replace(task, example=lambda index: with_system_prompt(plain(index), system_prompt))
     return task
 
 
@@ -64,6 +76,10 @@ def check_splits(
         raise UserError(
             f"task.name={name!r}: training and evaluation would read the same lines; write {{split}} into the path, as "
             f"in jsonl:data/{{split}}.jsonl with files {train_split}.jsonl and {eval_split}.jsonl, {remedy}"
+        )
+    if kind == "dataset" and dataset.same_files(rest, train_split, eval_split):
+        raise UserError(
+            f"task.name={name!r}: training and evaluation would read the same file; give each split its own, {remedy}"
         )
     if kind == "tfds" and (shared := tfds.num_shared(rest, train_split, eval_split, size, data_dir)):
         raise UserError(
