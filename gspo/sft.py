@@ -20,7 +20,7 @@ from gspo.parallel.sharding import Layout
 from gspo.resume import open_run, tokenizer_of_run
 from gspo.run.cli import StopSignal
 from gspo.run.progress import Progress, Timer, is_due
-from gspo.steps import check_rows, describe, make_layout, make_model, optimizer_of
+from gspo.steps import check_rows, describe, describe_adapters, make_layout, make_model, optimizer_of
 from gspo.types import Batch, LossInputs, UserError, completion_mask
 
 STOP_EVERY = 5  # updates between looks at whether any process was asked to stop: they all must take part
@@ -36,9 +36,9 @@ def train(
     check_rows(layout, batch_size=micro or plan.batch_size)
     split_notes = check_splits(plan.data)
     source = demonstration_source(plan.data, tokenizer)
-    model = make_model(plan.model, tokenizer, layout)
+    model = make_model(plan.model, tokenizer, layout, plan.lora)
     optimizer, learning_rate = optimizer_of(plan.optimizer)
-    start = state_on_mesh(layout, model, optimizer)
+    start = state_on_mesh(layout, model, optimizer, lora=plan.lora)
     shardings = shardings_of(layout, start.abstract)
     train_step = make_train_step(model, optimizer, negative_log_likelihood, plan.update, state_shardings=shardings)
     evaluate = make_evaluator(plan, model, tokenizer)
@@ -47,7 +47,8 @@ def train(
     opened = open_run(plan, workdir, start, model.spec, tokenizer, allow_changed_config=allow_changed_config)
     checkpointer, writer, first, state = opened.checkpointer, opened.writer, opened.first, opened.state
     progress = Progress(plan.num_updates, start=first, title=title)
-    for note in (describe(model, start.abstract), *split_notes):
+    adapters = [describe_adapters(plan.lora, start.abstract)] if plan.lora else []
+    for note in (describe(model, start.abstract), *adapters, *split_notes):
         progress.note(note)
     if source.num_dropped:
         progress.note(f"{source.num_dropped} examples longer than the frame were dropped")
@@ -62,11 +63,11 @@ def train(
             line, samples = {}, []
             if last or is_due(index, plan.evaluation.every):
                 with timer("eval"):
-                    line, samples = evaluate(state.params)
+                    line, samples = evaluate(state.policy)
             looking = index % STOP_EVERY == 0 or jax.process_count() == 1
             stopping = looking and distributed.any_process(stop.requested)
             if stopping or (index > first and (last or is_due(index, plan.checkpoint.every))):
-                checkpointer.save(index, state, {"offsets": writer.offset()}, line)
+                checkpointer.save(index, state.saved, {"offsets": writer.offset()}, line)
             if stopping and not last:
                 checkpointer.wait()
                 raise stop.leave(f"saved update {index} in {workdir}; start the same command again to go on")

@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
+from gspo.model.adapters import LoRA
 from gspo.parallel import distributed
 from gspo.run import disk
 from gspo.run.seal import check_seal
 from gspo.types import UserError
+
+BASE = "base"  # the folder of a run with adapters that holds the weights under them, as a workdir of its own
 
 # ---------------------------------------------------------------------------------------------------- trees by name
 
@@ -119,6 +122,18 @@ def steps_at(path: Path) -> list[Path]:
     """The folders of the steps of a workdir or its checkpoints folder, latest first; or that of the one step given."""
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     return [path] if path.name.isdecimal() and (path / "meta").exists() else step_dirs(root)
+
+
+def adapters_at(path: str | os.PathLike) -> LoRA | None:
+    """What the parameters of a checkpoint are adapters of; None where they are the weights themselves."""
+    content = read_content(path) or {}
+    lora = (content.get("identity") or {}).get("lora")
+    return lora and LoRA(**lora)
+
+
+def root_at(path: str | os.PathLike) -> Path:
+    """The workdir of a workdir, of its checkpoints folder, or of the folder of one step that is there."""
+    return steps_at(Path(path).absolute())[0].parents[1]
 
 
 def quieten_orbax() -> None:
