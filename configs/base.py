@@ -67,6 +67,18 @@ def optimizer() -> ConfigDict:
     )
 
 
+def lora() -> ConfigDict:
+    """Low-rank adapters, trained in place of the weights (gspo/model/adapters.py)."""
+    return ConfigDict(
+        dict(
+            rank=0,  # 0: the weights are trained
+            alpha=32.0,  # W + alpha / rank A B
+            # Patterns of names of matrices, "attention/(query|value)" say; routers only by one that finds nothing else.
+            targets="attention/, (mlp|moe)/",
+        )
+    )
+
+
 def common() -> ConfigDict:
     """What supervised fine-tuning and reinforcement learning share."""
     config = ConfigDict()
@@ -90,6 +102,7 @@ def common() -> ConfigDict:
     config.overlong_prompts = "error"  # error | drop
     config.prompt_buckets = ()  # shorter prompt frames, used where all prompts of a rollout fit; one compilation each
     config.model = model()
+    config.lora = lora()
     config.optimizer = optimizer()
     config.micro_batch_size = 0  # rows per forward and backward pass; 0: the whole minibatch
     config.logp_chunk = 128  # completion columns whose logits exist at a time

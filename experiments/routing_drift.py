@@ -113,7 +113,7 @@ def variance_by_length(config: ConfigDict, rollouts: int) -> dict[str, list[floa
         cursor = experience.next_cursor
         for j, part in enumerate(run.steps.minibatches(experience.batch)):
             if j == config.updates_per_rollout - 1:
-                now = run.steps.scorer(state.params, part.tokens_BT, part.prompt_lengths_B)
+                now = run.steps.scorer(state.policy, part.tokens_BT, part.prompt_lengths_B)
                 held = (now.logp_BC, part.inputs.old_logp_BC, part.inputs.mask_BC)
                 now_BC, old_BC, mask_BC = distributed.fetch(held)
                 token_parts.append(np.where(mask_BC, now_BC - old_BC, np.nan))

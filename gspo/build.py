@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, config_flags
 from gspo import objectives, plans
 from gspo.data.scoring import Judging
 from gspo.learning.learner import UpdatePlan
+from gspo.model.adapters import LoRA
 from gspo.model.distribution import Sampling
 from gspo.model.spec import TOY, TOY_TOKENIZER
 from gspo.run.identity import spec_fields, tokenizer_of
@@ -128,6 +129,7 @@ def _common(config: ConfigDict, workdir: str, *, total_steps: int, eval_at_a_tim
         "data": _data(config, tokenizer),
         "mesh": mesh_plan(config),
         "model": model,
+        "lora": _lora(config),
         "optimizer": plans.OptimizerPlan(config.optimizer.to_dict(), total_steps),
         "update": UpdatePlan(
             micro_batch_size=config.micro_batch_size,
@@ -199,6 +201,11 @@ def _model_and_tokenizer(config: ConfigDict, weights: _Weights) -> tuple[plans.M
             raise UserError(f"tokenizer: the weights of {where} were saved without one; name it")
     tokenizer = tokenizer or TOY_TOKENIZER
     return plans.ModelPlan({**TOY, **given, **begun}), tokenizer
+
+
+def _lora(config: ConfigDict) -> LoRA | None:
+    lora = LoRA(**config.lora.to_dict())
+    return lora if lora.rank else None
 
 
 def _data(config: ConfigDict, tokenizer: str) -> plans.DataPlan:

@@ -48,7 +48,7 @@ class Collector:
         self.stop = plan.data.stop
         self.scorer = make_scorer(self.plan.rewards, source.task, self.plan.reward_weights, plan.judging)
         self.generate = Generator(steps.layout, source, steps.sampler, self.rollout.num_generations, self.stop)
-        self.rounding = make_rounding(self.rollout.params)
+        self.rounding = make_rounding(self.rollout.params, plan.lora and plan.lora.scale)
         self.advantage_fn = advantages.ADVANTAGES[self.plan.scale_rewards]
         # Under jit, so that on many processes every array is one of the whole mesh.
         self._as_batch, self._take, self._compare = map(jax.jit, (self._batch_of, self._taken, self._compared))
@@ -73,7 +73,7 @@ class Collector:
         them."""
         with timer("rollout"):
             policy = state.stale_params[0] if state.stale_params else state.params
-            params = self.steps.rollout_params(self.rounding(policy))
+            params = self.steps.rollout_params(self.rounding(state.full(policy)))
         found: list[Judged] = []
         while not found or (self.plan.filter_groups and not self._enough(found)):
             found.append(self.draw(params, cursor, jax.random.fold_in(key, len(found)), timer))
@@ -148,7 +148,7 @@ class Collector:
         if plan.old_logps == "learner" or mode == "R2" or plan.router_kl or router_logp:
             # Under R3 the policy in training runs the sampler's experts, so the old policy does too. Else it routes
             # freely, and what it chose is what drift is measured against and, under R2, what is replayed.
-            old = scorer(state.params, *rows, rollout.routes_LBTX if mode == "R3" else None)
+            old = scorer(state.policy, *rows, rollout.routes_LBTX if mode == "R3" else None)
             if mode != "R3":
                 batch = batch.replace(old_routes_LBTX=old.free_routes_LBTX)
             if mode == "R2":
@@ -164,7 +164,7 @@ class Collector:
                 measured["routing/sampler_experts_changed"] = float(np.mean(changed_L))
                 measured["routing/sampler_experts_changed_by_layer"] = changed_L.tolist()
         if state.ref_params is not None:
-            inputs = inputs.replace(ref_logp_BC=scorer(state.ref_params, *rows).logp_BC)
+            inputs = inputs.replace(ref_logp_BC=scorer(state.full(state.ref_params), *rows).logp_BC)
         return batch.replace(inputs=inputs), measured, gap
 
     def shape(self, draw: Judged) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import Any
 from gspo.data.scoring import Judging
 from gspo.learning.learner import UpdatePlan
 from gspo.learning.mismatch import ROUNDINGS
+from gspo.model.adapters import LoRA
 from gspo.model.distribution import Sampling
 from gspo.model.spec import ModelSpec
 from gspo.objectives.advantages import ADVANTAGES
@@ -258,6 +259,7 @@ class RunPlan:
     """What both kinds of training share.
 
     written  the config as config.json keeps it
+    lora     the adapters that are trained; None: the weights are
     missing  why a run cannot begin from init_from; "" where it can, or need not
     date     the day on which the run in the workdir began, ISO 8601; None where it begins
     """
@@ -270,6 +272,7 @@ class RunPlan:
     data: DataPlan
     mesh: MeshPlan
     model: ModelPlan
+    lora: LoRA | None
     optimizer: OptimizerPlan
     update: UpdatePlan
     evaluation: EvaluationPlan
@@ -347,6 +350,11 @@ class RLPlan(RunPlan):
             )
         if self.reference.sync_steps and not self.needs_reference:
             raise UserError("sync_ref_model: nothing reads the reference; set objective.beta or reward_kl_coef")
+        if self.lora and self.reference.sync_steps and self.reference.mixup_alpha != 1:
+            raise UserError(
+                f"ref_model_mixup_alpha={self.reference.mixup_alpha}: the reference of a run with lora is adapters, "
+                "and a mixture of two A and two B is no mixture of their products; set it to 1"
+            )
         self._check_routers()
 
     def _check_routers(self) -> None:

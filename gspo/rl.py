@@ -36,7 +36,7 @@ from gspo.run.checkpoint import Checkpointer
 from gspo.run.cli import StopSignal
 from gspo.run.profile import Profiler
 from gspo.run.progress import Progress, Timer, is_due
-from gspo.steps import Steps, describe, describe_layout, make_layout, make_steps
+from gspo.steps import Steps, describe, describe_adapters, describe_layout, make_layout, make_steps
 from gspo.types import Batch, Diverged, TrainState, UserError
 
 ROLLOUT_STREAM = 1  # of the run's random keys
@@ -59,7 +59,7 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
     run_key = jax.random.fold_in(jax.random.key(plan.seed), ROLLOUT_STREAM)
 
     def save(index: int, line: dict[str, Any]) -> None:
-        checkpointer.save(index, state, {"cursor": cursor, "offsets": writer.offset()}, line)
+        checkpointer.save(index, state.saved, {"cursor": cursor, "offsets": writer.offset()}, line)
 
     progress = Progress(plan.num_rollouts, start=first, title=title)
     for note in run.notes + [f"resumed at rollout {first}"] * opened.resumed:
@@ -75,7 +75,7 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
             line: dict[str, Any] = {}
             if last or is_due(index, plan.evaluation.every):
                 with timer("eval"), saved_where_rewards_fail(index, checkpointer, save):
-                    line, _ = run.evaluate(state.params)
+                    line, _ = run.evaluate(state.policy)
             stopping = distributed.any_process(stop.requested)
             if stopping or (index > first and (last or is_due(index, plan.checkpoint.every))):
                 with timer("checkpoint"):
@@ -173,6 +173,8 @@ def prepare(plan: plans.RLPlan, tokenizer: Tokenizer | None = None) -> Run:
     evaluate = make_evaluator(plan, steps.model, tokenizer, _shared_writer(plan, steps))
     notes = [describe(steps.model, steps.abstract), _describe_updates(plan), *steps.notes, *split_notes]
     notes += describe_scorer(plan, source.task, plan.experience.rewards)
+    if plan.lora:
+        notes.insert(1, describe_adapters(plan.lora, steps.abstract))
     notes += [f"warning: {text}" for text in _warnings(plan)]
     if layout.several:
         notes.insert(1, describe_layout(plan.mesh, layout))

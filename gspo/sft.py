@@ -27,7 +27,7 @@ from gspo.parallel.sharding import Layout
 from gspo.resume import open_run, tokenizer_of_run
 from gspo.run.cli import StopSignal
 from gspo.run.progress import Progress, Timer, is_due
-from gspo.steps import check_rows, describe, make_layout, make_model, optimizer_of
+from gspo.steps import check_rows, describe, describe_adapters, make_layout, make_model, optimizer_of
 from gspo.types import Batch, LossInputs, Params, UserError, completion_mask
 
 STOP_EVERY = 5  # updates between looks at whether any process was asked to stop: they all must take part
@@ -43,9 +43,9 @@ def train(
     check_rows(layout, batch_size=micro or plan.batch_size)
     split_notes = check_splits(plan.data)
     source = demonstration_source(plan.data, tokenizer)
-    model = make_model(plan.model, tokenizer, layout)
+    model = make_model(plan.model, tokenizer, layout, plan.lora)
     optimizer, learning_rate = optimizer_of(plan.optimizer)
-    start = state_on_mesh(layout, model, optimizer)
+    start = state_on_mesh(layout, model, optimizer, lora=plan.lora)
     shardings = shardings_of(layout, start.abstract)
     train_step = make_train_step(model, optimizer, negative_log_likelihood, plan.update, state_shardings=shardings)
     evaluate = make_evaluator(plan, model, tokenizer)
@@ -55,8 +55,9 @@ def train(
     opened = open_run(plan, workdir, start, model.spec, tokenizer, allow_changed_config=allow_changed_config)
     checkpointer, writer, first, state = opened.checkpointer, opened.writer, opened.first, opened.state
     progress = Progress(plan.num_updates, start=first, title=title)
+    adapters = [describe_adapters(plan.lora, start.abstract)] if plan.lora else []
     scorer_notes = describe_scorer(plan, source.task)
-    for note in (describe(model, start.abstract), *split_notes, *scorer_notes, *loss_notes):
+    for note in (describe(model, start.abstract), *adapters, *split_notes, *scorer_notes, *loss_notes):
         progress.note(note)
     if source.num_dropped:
         progress.note(f"{source.num_dropped} examples longer than the frame were dropped")
@@ -72,15 +73,15 @@ def train(
             line, samples = {}, []
             if last or is_due(index, plan.evaluation.every):
                 with timer("eval"):
-                    line, samples = evaluate(state.params)
-                    line |= evaluation_loss(state.params)
+                    line, samples = evaluate(state.policy)
+                    line |= evaluation_loss(state.policy)
             if plan.target_pass_at_1 is not None and line.get("eval/pass@1", -1.0) >= plan.target_pass_at_1:
                 last = True  # a run that has ended and is started again ends here once more
                 progress.note(f"eval/pass@1 {line['eval/pass@1']:.3f} at update {index}: the target is reached")
             looking = index % STOP_EVERY == 0 or jax.process_count() == 1
             stopping = looking and distributed.any_process(stop.requested)
             if stopping or last or (index > first and is_due(index, plan.checkpoint.every)):
-                checkpointer.save(index, state, {"cursor": cursor, "offsets": writer.offset()}, line)
+                checkpointer.save(index, state.saved, {"cursor": cursor, "offsets": writer.offset()}, line)
             if stopping and not last:
                 checkpointer.wait()
                 raise stop.leave(f"saved update {index} in {workdir}; start the same command again to go on")

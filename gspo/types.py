@@ -28,6 +28,7 @@ import flax.struct
 import jax.numpy as jnp
 
 Params = Any  # a nested dict of arrays, as linen's `init` returns it under "params"
+LORA = "lora"  # where low-rank adapters lie beside the weights of the blocks (`gspo.model.adapters`)
 
 
 class UserError(Exception):
@@ -163,7 +164,8 @@ class TrainState:
     reference; `entropy_coef` is the weight of the entropy bonus, float32, None where it is fixed (then it belongs to
     the objective); `critic` is the state of the value model, None for methods that compare completions with each other.
     `stale_params` are the parameters of the last rollouts, oldest first, from which a sampler that lags behind on
-    purpose draws.
+    purpose draws. `frozen` are the weights under low-rank adapters, which no update changes: then `params` are the
+    adapters, as are those of the reference and the stale ones; None where the weights themselves are trained.
     """
 
     step: chex.Array
@@ -173,3 +175,27 @@ class TrainState:
     entropy_coef: chex.Array | None = None
     critic: "TrainState | None" = None
     stale_params: tuple[Params, ...] = ()
+    frozen: Params | None = None
+
+    def full(self, params: Params) -> Params:
+        """What the model is applied to, of parameters such as `params`."""
+        return params if self.frozen is None else attached(self.frozen, params)
+
+    @property
+    def policy(self) -> Params:
+        return self.full(self.params)
+
+    @property
+    def weights(self) -> Params:
+        """Those of the model, without adapters."""
+        return self.params if self.frozen is None else self.frozen
+
+    @property
+    def saved(self) -> "TrainState":
+        """What a checkpoint holds: all but the frozen weights, which a run saves once."""
+        return self.replace(frozen=None)
+
+
+def attached(weights: Params, adapters: Params) -> Params:
+    """One tree of weights and of the adapters of their blocks. Nothing is copied."""
+    return {**weights, "blocks": {**weights["blocks"], LORA: adapters["blocks"]}}

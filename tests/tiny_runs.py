@@ -129,7 +129,7 @@ def patch_samplers(patch: pytest.MonkeyPatch, make) -> None:
 def state_of(config: ConfigDict, workdir: Path) -> tuple[int, TrainState]:
     """(step, state) of the last checkpoint of a run of `rl.train`."""
     with Checkpointer(workdir, keep_last=9) as checkpointer:
-        step, state, _ = checkpointer.restore(rl.prepare(build.rl_plan(config)).steps.abstract)
+        step, state, _ = checkpointer.restore(rl.prepare(build.rl_plan(config)).steps.abstract.saved)
     return step, state
 
 

@@ -110,9 +110,10 @@ def make_train_step(
 def train_step(update: Update, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One update: scores, gradient, optimizer, metrics."""
     objective, plan, inputs = update.objective, update.plan, batch.inputs
-    loss_fn = partial(
+    of_part = partial(
         loss_of_part, update, entropy_coef=state.entropy_coef, count_per_row=_count_per_row(update, inputs)
     )
+    loss_fn = lambda params, part: of_part(state.full(params), part)  # noqa: E731
     shardings = None if update.shardings is None else update.shardings.params
     grads, scores = accumulated_gradient(
         loss_fn, state.params, batch, plan.micro_batch_size, shardings, update.rows_per_prompt

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gspo.model.adapters import MERGED, merged_block
 from gspo.model.attention import Attention, Mix, RMSNorm, attend, kernel_init, visible, within
 from gspo.model.cache import Caches, KVCache, StackedCache, attend_cached
 from gspo.model.layers import layers_of, scanned, stretches, unrolled
@@ -24,7 +25,7 @@ from gspo.model.rope import rope_tables
 from gspo.model.routing import route_dtype
 from gspo.model.spec import ModelSpec
 from gspo.parallel.sharding import ONE_DEVICE, Layout, tree_shardings, with_shardings
-from gspo.types import Params
+from gspo.types import LORA, Params
 
 
 class Output(NamedTuple):
@@ -109,12 +110,14 @@ class Transformer(nn.Module):
     layout: where arrays lie on a mesh of devices (rows must divide).
     router_noise, router_swap: mismatch injection, for samplers that are to differ from the learner on purpose. Standard
     deviation of noise on the router logits, and the rate at which a token's last expert is swapped; both draw from the
-    rng stream "router"."""
+    rng stream "router".
+    adapter_scale: the weight of the adapters, where the parameters have some (`gspo.model.adapters`)."""
 
     spec: ModelSpec
     router_noise: float = 0.0
     router_swap: float = 0.0
     layout: Layout = ONE_DEVICE
+    adapter_scale: float | None = None
 
     def setup(self):
         s = self.spec
@@ -227,9 +230,15 @@ class Transformer(nn.Module):
             def one(params, x_BTD, given_BTX, cache, at, index):
                 rngs = None if key is None else {"router": jax.random.fold_in(key, index)}
                 of_layer = lambda q, k, v: mix(q, k, v, cache, at)  # noqa: E731
+                params = merged_block(params, self.adapter_scale)
                 return block.apply({"params": params}, x_BTD, given_BTX, rope, of_layer, rngs=rngs)
 
-            return jax.checkpoint(one, prevent_cse=not s.scanned) if s.remat else one
+            if s.remat:
+                return jax.checkpoint(one, prevent_cse=not s.scanned)
+            if LORA in params[stack]:  # else the backward pass would find a second copy of all layers' weights
+                but_merged = jax.checkpoint_policies.save_anything_except_these_names(MERGED)
+                return jax.checkpoint(one, prevent_cse=not s.scanned, policy=but_merged)
+            return one
 
         runs = {part.stack: run_of(part.stack) for part in stretches(s)}
         if s.scanned:

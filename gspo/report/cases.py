@@ -140,7 +140,7 @@ def logprob(works: Works, repeats: int, small: bool) -> tuple[list[Record], Reco
 
     def scored(work: Work) -> Callable:
         rows = work.written()
-        return lambda: work.steps.scorer(work.state.params, rows.tokens_BT, rows.prompt_lengths_B).logp_BC
+        return lambda: work.steps.scorer(work.state.policy, rows.tokens_BT, rows.prompt_lengths_B).logp_BC
 
     seconds, machine = measured({name: scored(work) for name, work in works.items()}, works, repeats, small)
     return [_part_record(name, works[name], "old_logps", seconds[name], machine) for name in works], machine

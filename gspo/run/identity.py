@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo.data.tokenizer import Tokenizer, difference, fingerprint, make_tokenizer, now
+from gspo.model.adapters import LoRA
 from gspo.model.spec import ModelSpec
 from gspo.parallel import distributed
 from gspo.run.stored import read_content, split_step
@@ -27,16 +28,18 @@ HOW_IT_RUNS = (
 TOKENIZER = "tokenizer"  # the folder of a run that holds a copy of its tokenizer's files
 
 
-def identity(spec: ModelSpec, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def identity(spec: ModelSpec, tokenizer: Tokenizer | None, lora: LoRA | None = None) -> dict[str, Any]:
     """JSON values: {"model": the fields of the spec that give weights their meaning, "tokenizer": its fingerprint,
-    "date": the day that its chat template writes}. Without a tokenizer the last two are None."""
+    "date": the day that its chat template writes}. Without a tokenizer the last two are None. "lora": what gives
+    adapters theirs, where it is they that are saved."""
     fields = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(spec).items()
         if name not in HOW_IT_RUNS
     }
     known = None if tokenizer is None else fingerprint(tokenizer)
-    return {"model": fields, "tokenizer": known, "date": getattr(tokenizer, "date", None)}
+    own = {"model": fields, "tokenizer": known, "date": getattr(tokenizer, "date", None)}
+    return own if lora is None else own | {"lora": dataclasses.asdict(lora)}
 
 
 def check_identity(where: str | os.PathLike, saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
@@ -63,6 +66,17 @@ def check_identity(where: str | os.PathLike, saved: Mapping[str, Any] | None, no
 def spec_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a ModelSpec in a saved identity; JSON has lists for tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in saved["model"].items()}
+
+
+def check_adapters(where: str | os.PathLike, saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
+    """Raises UserError where the adapters of a run that goes on are not those that its config asks for."""
+    began, wanted = ((each or {}).get("lora") or {"rank": 0} for each in (saved, now))
+    for name in wanted.keys() & began.keys():
+        if saved is not None and wanted[name] != began[name]:
+            raise UserError(
+                f"lora.{name}={wanted[name]}: the run in {where} began with {began[name]}; keep it, or start another "
+                "run from this one (init_from)"
+            )
 
 
 def saved_identity(path: str | os.PathLike) -> dict[str, Any] | None:

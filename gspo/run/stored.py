@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
+from gspo.model.adapters import LoRA
 from gspo.parallel import distributed
 from gspo.run import disk
 from gspo.run.seal import check_seal
 from gspo.types import UserError
 
 BEST_METRIC = "eval/pass@1"  # by which checkpoints of a run are ranked
+BASE = "base"  # the folder of a run with adapters that holds the weights under them, as a workdir of its own
 
 # ---------------------------------------------------------------------------------------------------- trees by name
 
@@ -162,6 +164,18 @@ def why_none(path: str | os.PathLike, empty: str = "no checkpoint can be read in
         "no checkpoint was saved with an evaluation" if step == "best" else f"no checkpoint of step {step} can be read"
     )
     return f"{have}; there are steps {', '.join(kept)}"
+
+
+def adapters_at(path: str | os.PathLike) -> LoRA | None:
+    """What the parameters of a checkpoint are adapters of; None where they are the weights themselves."""
+    content = read_content(path) or {}
+    lora = (content.get("identity") or {}).get("lora")
+    return lora and LoRA(**lora)
+
+
+def root_at(path: str | os.PathLike) -> Path:
+    """The workdir of a workdir, of its checkpoints folder, or of the folder of one step that is there."""
+    return steps_at(Path(path).absolute())[0].parents[1]
 
 
 def quieten_orbax() -> None:

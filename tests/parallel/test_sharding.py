@@ -13,7 +13,9 @@ from jax.sharding import PartitionSpec
 from gspo.learning.learner import UpdatePlan, make_train_step
 from gspo.learning.microbatch import shared_rows
 from gspo.learning.sampler import make_sampler
+from gspo.learning.state import state_on_mesh
 from gspo.masked import values
+from gspo.model.adapters import LoRA, merge_into
 from gspo.model.distribution import Sampling
 from gspo.model.spec import ModelSpec
 from gspo.model.transformer import Transformer
@@ -303,3 +305,39 @@ def test_a_bfloat16_update_runs_on_a_mesh():
     for recorded, (grads, metrics) in found.items():
         assert float(metrics["loss"]) == pytest.approx(float(expected[recorded][1]["loss"]), abs=0.05)
         assert all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
+
+
+ADAPTED = dataclasses.replace(MOE, moe_backend="dense", scan_layers=True)
+
+
+def adapted_on(layout):
+    """(adapters, merged weights) after two updates: A moves from the second on."""
+    spec, lora = ADAPTED, LoRA(2, 4.0, "attention/, moe")
+    model, optimizer = Transformer(spec, layout=layout, adapter_scale=lora.scale), optax.sgd(1.0)
+    start = state_on_mesh(layout, model, optimizer, lora=lora)
+    shardings = jax.tree.map(lambda x: x.sharding, start.abstract)
+    step = make_train_step(
+        model, optimizer, preset("gspo", epsilon=0.3, epsilon_high=0.3), UpdatePlan(micro_batch_size=8),
+        state_shardings=shardings if layout.several else None, rows_per_prompt=1,
+    )  # fmt: skip
+    weights = jax.tree.map(jnp.copy, oracle.build(spec)[1])
+    state = start.begin(jax.device_put(weights, shardings.frozen), jax.random.key(0))
+    for _ in range(2):
+        state, _ = step(state, place(layout, batch_of(spec, True)))
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    return jax.device_get((state.params, merge_into(state.frozen, state.params, lora.scale)))
+
+
+@needs_eight
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp2-expert2-tensor2", "data2-expert4-all-to-all", "fsdp-rules"])
+def test_every_mesh_trains_the_adapters_of_one_device(name):
+    # Catches a product of a part of A with a part of B, a gradient summed over the rows of one device, and adapters
+    # that an update moves elsewhere.
+    sizes, rules, _, dispatch = LAYOUTS[name]
+    expected = adapted_on(Layout(make_mesh({}, jax.devices()[:1])))
+    found = adapted_on(Layout(make_mesh(sizes), rules, dispatch))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), found, expected)
+    moved = jax.tree.map(lambda merged, weight: np.abs(merged - weight).max(), found[1], oracle.build(ADAPTED)[1])
+    assert moved["blocks"]["moe"]["up"] > 1e-4 and moved["embedding"] == 0

@@ -17,7 +17,7 @@ from gspo.resume import open_run, tokenizer_of_run
 from gspo.run.checkpoint import Checkpointer
 from gspo.run.identity import HOW_IT_RUNS, check_identity, identity, saved_identity, spec_fields
 from gspo.run.stored import read_content
-from gspo.types import UserError
+from gspo.types import TrainState, UserError
 from tests.tiny_runs import (  # noqa: F401 - fixtures
     assert_bit_equal,
     command,
@@ -181,7 +181,8 @@ def test_the_day_of_a_run_is_that_on_which_it_began_and_its_folder_is_read_once_
     plan = build.rl_plan(config, str(tmp_path / "run"))
     assert tokenizer_of_run(plan).date == tokenizer.date and read == [str(tmp_path / "run")]
     plan = dataclasses.replace(plan, date=None)
-    model, start = ModelSpec(**plan.model.fields), Start(None, None, {"params": {"embedding": jnp.zeros((8, 16))}})
+    model = ModelSpec(**plan.model.fields)
+    start = Start(None, None, TrainState(None, {"embedding": jnp.zeros((8, 16))}, None))
     with pytest.raises(UserError, match=r"the run began on 2026-01-31T23:59:00, not 20.*with its workdir"):
         open_run(plan, tmp_path / "run", start, model, tokenizer_of_run(plan), allow_changed_config=True)
 
