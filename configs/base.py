@@ -182,6 +182,7 @@ def rl() -> ConfigDict:
         )
     )
     config.log.update(samples_every=5, router_kl=False)  # rollouts between samples; whether the routers' KL is measured
+    config.log.tokens_every = 0  # rollouts between two whose tokens are recorded for scripts/view.py; 0: never
     config.profile_rollouts = ()  # rollouts of which jax.profiler writes a trace into <workdir>/profile
     # Largest |log-ratio| allowed before the first update, but for one token in a thousand; None: by the dtype. inf:
     # any at all, so that log-probs of a sampler with an injected mismatch may be the old policy's (GSPO §5.4).

@@ -28,6 +28,7 @@ from gspo.learning.state import copy_tree
 from gspo.masked import Metrics, added, values
 from gspo.objectives import warnings_of
 from gspo.parallel import distributed
+from gspo.record import Recorder, Recording
 from gspo.resume import open_run, tokenizer_of_run
 from gspo.run.checkpoint import Checkpointer
 from gspo.run.cli import StopSignal
@@ -53,6 +54,7 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
     checkpointer, writer, first, state = opened.checkpointer, opened.writer, opened.first, opened.state
     cursor = opened.meta.get("cursor", 0)
     run_key = jax.random.fold_in(jax.random.key(plan.seed), ROLLOUT_STREAM)
+    recorder = Recorder(plan, steps, workdir, tokenizer, first)
     progress = Progress(plan.num_rollouts, start=first, title=title)
     for note in run.notes + [f"resumed at rollout {first}"] * opened.resumed:
         progress.note(note)
@@ -82,9 +84,15 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
 
             experience = run.collector(state, cursor, jax.random.fold_in(run_key, index), timer)
             cursor = experience.next_cursor
+            recording = recorder.start(index, experience)
             with timer("update"):
-                state, done = update(steps, state, experience.batch)
+                state, done = update(steps, state, experience.batch, recording)
             guard(plan, index, done, experience.sampler_gap, checkpointer)
+            if recording:
+                with timer("record"):
+                    note = recording.finish(state.params)
+                if index - first < plan.log.tokens_every:  # the first of this process
+                    progress.note(note)
             state = run.follow(state, index)
 
             rate = float(steps.learning_rate(index * plan.updates_per_rollout))
@@ -101,14 +109,18 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
     return line
 
 
-def update(steps: Steps, state: TrainState, batch: Batch) -> tuple[TrainState, list[Metrics]]:
+def update(
+    steps: Steps, state: TrainState, batch: Batch, recording: Recording | None = None
+) -> tuple[TrainState, list[Metrics]]:
     """N optimizer updates, one for each minibatch of the rollout, all against the old policy that is in the batch.
-    Returns the new state and the metrics of each update.
+    Returns the new state and the metrics of each update. recording: is shown what each of them starts from.
     """
     if state.stale_params:  # a sampler that lags behind draws from the oldest of these
         state = state.replace(stale_params=(*state.stale_params[1:], copy_tree(state.params)))
     done = []
     for minibatch in steps.minibatches(batch):
+        if recording:
+            recording(state.params, minibatch)
         state, metrics = steps.train_step(state, minibatch)  # log-probs -> objective -> gradient -> optimizer
         if steps.critic_step:
             critic, more = steps.critic_step(state.critic, minibatch)

@@ -6,6 +6,7 @@ Nothing here reads data: of the tokenizer only the ids that end a completion and
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -29,6 +30,8 @@ from gspo.objectives import Objective, make_objective
 from gspo.parallel.sharding import ONE_DEVICE, Layout, indivisible, make_mesh
 from gspo.run.checkpoint import Check, restore_params
 from gspo.types import Batch, Params, Rollout, TrainState, UserError
+
+RECORDED = ("logp_BC", "entropy_BC", "free_routes_LBTX", "margin_LBT")  # of `Scores`, in records of tokens
 
 # ---------------------------------------------------------------------------- parts of a run
 
@@ -122,6 +125,7 @@ class Steps(NamedTuple):
     rollout_params: Callable[[Params], Params]  # once per rollout: what the sampler reads
     sampler: Callable[..., Rollout]  # (params, prompt_QP, prompt_lengths_Q, key) ->
     scorer: Callable  # (params, tokens_BT, prompt_lengths_B, ...) -> Scores
+    recorder: Callable | None  # a scorer of minibatches for records of tokens; None where none is written
     minibatches: Callable[[Batch], tuple[Batch, ...]]
     train_step: Callable  # (state, batch) -> (state, metrics)
     value_fn: Callable | None  # (critic params, tokens_BT, prompt_lengths_B) -> values_BC; None without a critic
@@ -188,6 +192,16 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         rows_per_prompt=rows_per_prompt,
     )
 
+    scoring = partial(
+        make_scorer,
+        model,
+        completion_width=plan.data.max_completion_length,
+        micro_batch_size=rows_at_a_time,
+        rows_per_prompt=rows_per_prompt,
+        sampling=plan.rollout.sampling,
+        chunk=plan.update.chunk,
+    )
+
     def minibatches(batch: Batch) -> tuple[Batch, ...]:
         return tuple(layout.constrain_fields(minibatch(batch, j, updates)) for j in range(updates))
 
@@ -198,15 +212,8 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         sampling=plan.rollout.sampling,
         rollout_params=make_rollout_params(plan.mesh, model),
         sampler=sampler_of(sampled, plan.data, tokenizer, *plan.rollout.drawn),
-        scorer=make_scorer(
-            model,
-            completion_width=plan.data.max_completion_length,
-            keep=_kept_scores(plan, objective),
-            micro_batch_size=rows_at_a_time,
-            rows_per_prompt=rows_per_prompt,
-            sampling=plan.rollout.sampling,
-            chunk=plan.update.chunk,
-        ),
+        scorer=scoring(keep=_kept_scores(plan, objective)),
+        recorder=scoring(keep=RECORDED) if plan.log.tokens_every else None,
         minibatches=jax.jit(minibatches),
         train_step=train_step,
         value_fn=value_fn,
