@@ -192,15 +192,7 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         rows_per_prompt=rows_per_prompt,
     )
 
-    scoring = partial(
-        make_scorer,
-        model,
-        completion_width=plan.data.max_completion_length,
-        micro_batch_size=rows_at_a_time,
-        rows_per_prompt=rows_per_prompt,
-        sampling=plan.rollout.sampling,
-        chunk=plan.update.chunk,
-    )
+    scoring = _scoring(plan, model, rows_at_a_time, rows_per_prompt)
 
     def minibatches(batch: Batch) -> tuple[Batch, ...]:
         return tuple(layout.constrain_fields(minibatch(batch, j, updates)) for j in range(updates))
@@ -221,6 +213,19 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         learning_rate=learning_rate,
         start=start,
         notes=_chosen_experts(plan, model.spec, devices, rows_per_prompt),
+    )
+
+
+def _scoring(plan: plans.RLPlan, model: Transformer, rows_at_a_time: int, rows_per_prompt: int) -> Callable:
+    """`make_scorer` for this run, but for what is kept of the scores."""
+    return partial(
+        make_scorer,
+        model,
+        completion_width=plan.data.max_completion_length,
+        micro_batch_size=rows_at_a_time,
+        rows_per_prompt=rows_per_prompt,
+        sampling=plan.rollout.sampling,
+        chunk=plan.update.chunk,
     )
 
 

@@ -90,7 +90,9 @@ def test_the_objective_on_the_columns_clips_what_the_run_has_clipped(recorded, r
         clipped = jax.jit(lambda inputs, objective=objective: objective(inputs)[1]["clip_ratio/tokens"])
         for update in range(4):
             rows = np.flatnonzero(c["update"] == update)
-            frames = {name: np.zeros((len(rows), 6), c[name].dtype) for name in ("logp", "old_logp", "advantage", "mask")}
+            frames = {
+                name: np.zeros((len(rows), 6), c[name].dtype) for name in ("logp", "old_logp", "advantage", "mask")
+            }
             for name, frame in frames.items():
                 for i, row in enumerate(rows):
                     frame[i, : c["length"][row]] = c[name][starts[row] : starts[row + 1]]
