@@ -143,6 +143,8 @@ def test_layers_scatters_and_pairs_are_drawn(browser):
     tab(browser, "scatter")
     assert browser.value("document.querySelectorAll('svg .dot').length") > 50
     tab(browser, "compare")
+    assert "The two completions are the same." in browser.text()
+    browser.choose("completion", "1")
     assert "They differ from token" in browser.text()
     assert browser.value("document.querySelectorAll('.tokens .differs').length") == 2
     browser.choose("prompt", browser.value("document.querySelector('[data-key=prompt]').options[5].value"))

@@ -1,9 +1,9 @@
 // What is looked at: state, and the controls that change it.
 
 const state = {
-  tab: "overview", run: 0, record: 0, row: 0, token: 0, quantity: "logW", objective: "gspo", settings: {},
+  tab: "overview", run: 0, record: Infinity, row: 0, token: 0, quantity: "logW", objective: "gspo", settings: {},
   order: { column: 0, down: false }, search: "", clipped: "any", group: "any", all: false, more: "",
-  other: { run: 0, record: 0 }, prompt: "", completion: 0,
+  other: null, prompt: "", completion: 0,
 };
 let page = null; // what `unpack` returned
 
@@ -19,8 +19,10 @@ function begin(content) {
   state.run = Math.min(state.run, page.runs.length - 1);
   if (!runNow().records.length) state.run = Math.max(page.runs.findIndex((run) => run.records.length), 0);
   look(Math.min(state.record, Math.max(runNow().records.length - 1, 0)), state.row, state.token);
-  state.other = { run: Math.min(1, page.runs.length - 1), record: 0 };
-  state.other.record = Math.max(page.runs[state.other.run].records.length - 1, 0);
+  if (!state.other) { // the first other run at its end; of a single run, its beginning
+    const run = page.runs.length > 1 ? (state.run === 1 ? 0 : 1) : 0;
+    state.other = { run, record: run === state.run ? 0 : Math.max(page.runs[run].records.length - 1, 0) };
+  }
 }
 
 // Turns to a record and a completion in it, as far as there are such.
