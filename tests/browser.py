@@ -84,15 +84,16 @@ class Browser:
 
     # ------------------------------------------------------------------ the page
 
-    def open(self, url: str, *, width: int = 1440, height: int = 900, dark: bool = False) -> None:
-        """Opens a page of ours and waits until it has drawn itself."""
+    def open(self, url: str, *, width: int = 1440, height: int = 900, dark: bool = False, ready: bool = True) -> None:
+        """Opens a page. ready: one of ours, for which is waited until it has drawn itself."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=url)
-        self.wait("document.documentElement?.dataset.ready === 'yes'")
+        if ready:
+            self.wait("document.documentElement?.dataset.ready === 'yes'")
 
     def value(self, expression: str) -> Any:
         """The value of an expression of JavaScript in the page. Raises RuntimeError where it throws."""

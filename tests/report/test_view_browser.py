@@ -1,12 +1,14 @@
 """The page of scripts/view.py in a browser: it draws each of its views, by clicks and by keys, runs nothing that a
 completion brings, and has nothing to say on its console."""
 
+import threading
 import time
 
 import pytest
 
 from gspo.report.view.pack import packed
 from gspo.report.view.page import page
+from gspo.report.view.serve import make_server
 from tests.browser import CHROMIUM, Browser
 from tests.token_records import HOSTILE, write_metrics, write_record
 
@@ -169,6 +171,25 @@ def test_nothing_is_wider_than_a_phone_and_everything_has_a_name(browser, url, n
         !(e.textContent.trim() || e.ariaLabel || (e.labels && e.labels.length))).map((e) => e.outerHTML)"""
     assert browser.value(unnamed) == []
     assert browser.value("getComputedStyle(document.body).backgroundColor") == "rgb(21, 23, 26)"
+
+
+@pytest.mark.slow
+def test_a_served_page_takes_over_what_the_run_writes(started, tmp_path):
+    # Catches a page that stays as it was, one that loses what its reader had turned to, and a policy that forbids it.
+    write_metrics(tmp_path / "run")
+    write_record(tmp_path / "run", 0)
+    started.errors.clear()
+    with make_server([tmp_path / "run"], 10**6) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        started.open(f"http://127.0.0.1:{server.server_address[1]}/")
+        started.value("turnTo('completion')")
+        time.sleep(1)
+        write_record(tmp_path / "run", 5)
+        started.wait("runNow().records.length === 2")
+        assert "something new" in started.text("#said") and "token by token" in started.text()
+        started.open("about:blank", ready=False)
+        server.shutdown()
+    assert started.errors == []
 
 
 @pytest.mark.slow

@@ -64,7 +64,8 @@ function objectiveResult(record) {
       { name: "Σ |weight|", show: (line) => number(line.weight) },
     ], lines, { current: (line) => line.name === state.objective }),
     h("p", { class: "faint" }, "Weight: derivative of minus the loss by a token's log-prob, averaged as the objective averages over the minibatch of its "
-      + "update. CISPO counts every capped weight as clipped, SAPO none. A completion is clipped where one of its tokens is."),
+      + "update. CISPO counts every capped weight as clipped, SAPO none. A completion is clipped where one of its tokens is. "
+      + "Penalties, an entropy bonus and corrections for the sampler are left out."),
   ];
 }
 
