@@ -66,12 +66,12 @@ def test_the_rollout_is_sorted_filtered_and_opened(browser):
     # Catches a sort by the text of a number, a filter that hides the wrong rows, a button that opens another row.
     tab(browser, "rollout")
     browser.choose("record", "1")
-    rewards = "[...document.querySelectorAll('tbody tr')].map((r) => Number(r.cells[4].textContent))"
-    browser.click("[data-key=rows-sort-4]")
-    browser.click("[data-key=rows-sort-4]")
+    rewards = "[...document.querySelectorAll('tbody tr')].map((r) => Number(r.cells[5].textContent))"
+    browser.click("[data-key=rows-sort-5]")
+    browser.click("[data-key=rows-sort-5]")
     found = browser.value(rewards)
     assert len(found) == 12 and found in (sorted(found), sorted(found, reverse=True))
-    assert browser.value("document.activeElement.dataset.key") == "rows-sort-4"
+    assert browser.value("document.activeElement.dataset.key") == "rows-sort-5"
     browser.choose("search", "arabic-free")
     assert "0 of 12 completions" in browser.text("caption")
     browser.choose("search", "ONERROR")

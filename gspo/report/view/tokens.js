@@ -3,7 +3,7 @@
 // ------------------------------------------------------------------------------------------------ the rollout
 
 function rowColumns(record, found) {
-  const clippedIn = (r) => cutInRow(record, found, r);
+  const clippedIn = (r) => cutInRow(record, found, r), mean = groupMeans(record);
   const clippedText = (r) => {
     const { low, high } = clippedIn(r);
     return low + high ? `${[low && `${low} low`, high && `${high} high`].filter(Boolean).join(", ")}` : "no";
@@ -12,6 +12,7 @@ function rowColumns(record, found) {
     { name: "Prompt", value: (r) => record.group[r] * 1e6 + r, show: (r) => record.group[r] },
     { name: "Update", value: (r) => record.update[r], show: (r) => record.update[r] },
     { name: "Reward", value: (r) => record.reward[r], show: (r) => number(record.reward[r]) },
+    { name: "Mean of prompt", value: (r) => mean.get(record.group[r]), show: (r) => number(mean.get(record.group[r])) },
     { name: "Â", value: (r) => record.advantage[record.start[r]], show: (r) => number(record.advantage[record.start[r]]) },
     { name: "s", value: (r) => record.logS[r], show: (r) => number(Math.exp(record.logS[r]), 6) },
     { name: "Tokens", value: (r) => lengthOf(record, r), show: (r) => lengthOf(record, r) + (record.truncated[r] ? " (cut off)" : "") },
@@ -22,6 +23,15 @@ function rowColumns(record, found) {
       onclick: () => { look(state.record, r); turnTo("completion"); },
     }, "Open") },
   ];
+}
+// Group -> the mean reward of its completions.
+function groupMeans(record) {
+  const sums = new Map();
+  record.group.forEach((group, r) => {
+    const [total, count] = sums.get(group) || [0, 0];
+    sums.set(group, [total + record.reward[r], count + 1]);
+  });
+  return new Map(Array.from(sums, ([group, [total, count]]) => [group, total / count]));
 }
 const lengthOf = (record, r) => record.start[r + 1] - record.start[r];
 
