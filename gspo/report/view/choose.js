@@ -19,6 +19,11 @@ function begin(content) {
   state.run = Math.min(state.run, page.runs.length - 1);
   if (!runNow().records.length) state.run = Math.max(page.runs.findIndex((run) => run.records.length), 0);
   look(Math.min(state.record, Math.max(runNow().records.length - 1, 0)), state.row, state.token);
+  if (!state.other && recordNow()) { // the switch begins with the run's own objective
+    const own = ownSettings();
+    const same = Object.keys(content.objectives).find((name) => ["importance_sampling_level", "surrogate"].every((field) => content.objectives[name][field] === own[field]));
+    if (same) [state.objective, state.settings[same]] = [same, { ...content.objectives[same], ...own }];
+  }
   if (!state.other) { // the first other run at its end; of a single run, its beginning
     const run = page.runs.length > 1 ? (state.run === 1 ? 0 : 1) : 0;
     state.other = { run, record: run === state.run ? 0 : Math.max(page.runs[run].records.length - 1, 0) };

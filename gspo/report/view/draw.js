@@ -24,7 +24,7 @@ function number(x, digits = 3) {
   if (!Number.isFinite(x)) return x > 0 ? "∞" : "−∞";
   const size = Math.abs(x);
   const text = Number.isInteger(x) && size < 1e6 ? String(x)
-    : size !== 0 && (size < 1e-3 || size >= 1e6) ? x.toExponential(digits - 1)
+    : size !== 0 && (size < 1e-3 || size >= 1e6) ? x.toExponential(digits - 1).replace(/\.?0+e/, "e")
     : String(Number(x.toPrecision(digits)));
   return text.replace(/-/g, "−");
 }
@@ -98,7 +98,7 @@ function sorted(rows, columns, order) {
 
 // ------------------------------------------------------------------------------------------------ axes
 
-const FRAME = { width: 420, height: 210, left: 52, right: 8, top: 10, bottom: 24 };
+const FRAME = { width: 420, height: 210, left: 60, right: 8, top: 10, bottom: 24 };
 
 // Round numbers between two, about as many as asked for.
 function ticks(low, high, count = 4) {
@@ -120,10 +120,12 @@ function axes(xs, ys, names) {
   const [x0, x1] = span(xs), [y0, y1] = span(ys), f = FRAME;
   const x = (v) => f.left + ((v - x0) / (x1 - x0)) * (f.width - f.left - f.right);
   const y = (v) => f.height - f.bottom - ((v - y0) / (y1 - y0)) * (f.height - f.top - f.bottom);
+  const at = ticks(y0, y1), apart = Math.abs(at[1] - at[0]) || 1; // as many digits as tell them apart
+  const digits = Math.max(3, Math.ceil(Math.log10(Math.max(Math.abs(y0), Math.abs(y1)) / apart)) + 1);
   const parts = [
-    ticks(y0, y1).map((v) => [
+    at.map((v) => [
       s("line", { class: "axis", x1: f.left, x2: f.width - f.right, y1: y(v), y2: y(v) }),
-      s("text", { x: f.left - 6, y: y(v) + 4, "text-anchor": "end" }, number(v)),
+      s("text", { x: f.left - 6, y: y(v) + 4, "text-anchor": "end" }, number(v, Math.min(digits, 9))),
     ]),
     ticks(x0, x1).map((v) => s("text", { x: x(v), y: f.height - 8, "text-anchor": "middle" }, number(v))),
     names && s("text", { x: f.width - f.right, y: f.height - f.bottom - 4, "text-anchor": "end" }, names),

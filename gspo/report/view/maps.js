@@ -131,7 +131,7 @@ function drawScatter() {
   }
   parts.push(scatter("s against length", rows.map((r) => [record.counted[r], Math.exp(record.logS[r]), isCut(r)]), "tokens"));
   return [
-    h("p", {}, `${some.length} of ${tokens.length} tokens${step > 1 ? `, every ${step}th,` : ""} and ${rows.length} completions of rollout ${record.rollout}. `
+    h("p", {}, `${some.length} of ${tokens.length} tokens${step > 1 ? ` (one in ${step})` : ""} and ${rows.length} completions of rollout ${record.rollout}. `
       + "Orange: a token whose experts changed; a completion of which the run's objective clips a token."),
     h("div", { class: "figures" }, parts),
     record.layers ? [h("h2", {}, "log w by the number of layers that changed"), byChanged(record, tokens)] : [],
