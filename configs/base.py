@@ -223,6 +223,9 @@ def rl() -> ConfigDict:
         )
     )
     config.log.update(samples_every=5, router_kl=False)  # rollouts between samples; whether the routers' KL is measured
+    # Rollouts between two whose tokens are recorded, for scripts/view.py; 0: never. Such a rollout takes two forward
+    # passes more, at the size of configs/quickstart.py two thirds of its time: 25 costs 3%.
+    config.log.tokens_every = 0
     config.profile_rollouts = ()  # rollouts of which jax.profiler writes a trace into <workdir>/profile
     # Largest |log-ratio| allowed before the first update, but for one token in a thousand; None: by the dtype. inf:
     # any at all, so that log-probs of a sampler with an injected mismatch may be the old policy's (GSPO §5.4).

@@ -148,6 +148,7 @@ def _common(config: ConfigDict, workdir: str, *, total_steps: int, eval_at_a_tim
         "log": plans.LogPlan(
             num_samples=config.log.num_samples,
             samples_every=config.log.get("samples_every", 0),
+            tokens_every=config.log.get("tokens_every", 0),
             tensorboard=config.log.tensorboard,
             wandb=config.log.wandb,
             wandb_project=config.log.wandb_project,

@@ -37,6 +37,8 @@ class Experience(NamedTuple):
     samples: list[dict[str, Any]]
     next_cursor: int  # prompts consumed so far
     sampler_gap: Gap | None  # sampler against learner over all rows, where both are known and should agree
+    rewards_B: np.ndarray  # raw, of all rows; so the next
+    truncated_B: np.ndarray
 
 
 class Collector:
@@ -66,7 +68,7 @@ class Collector:
         if self.plan.filter_groups:
             metrics["filter_groups/draws"] = len(draws)
             metrics |= {f"kept_groups/{name}": value for name, value in self.metrics([draw]).items()}
-        return Experience(batch, metrics, self.samples(draw), cursor, gap)
+        return Experience(batch, metrics, self.samples(draw), cursor, gap, draw.rewards_B, draw.truncated_B)
 
     def draws(self, state: TrainState, cursor: int, key: jax.Array, timer: Timer) -> tuple[list[Judged], int]:
         """Rollouts of the next prompts, one, or under dynamic sampling as many as it takes; and the cursor after

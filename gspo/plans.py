@@ -252,6 +252,10 @@ class LogPlan:
     wandb_project: str
     wandb_name: str  # "": the workdir's
     profile: tuple[int, ...] = ()  # rollouts whose trace is written
+    tokens_every: int = 0  # rollouts between two of which all tokens are recorded; 0: never
+
+    def __post_init__(self):
+        need(self.tokens_every >= 0, "log.tokens_every", self.tokens_every, "must be >= 0 (0: no tokens are recorded)")
 
 
 @dataclasses.dataclass(frozen=True)

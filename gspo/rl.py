@@ -31,6 +31,7 @@ from gspo.learning.state import copy_tree
 from gspo.masked import Metrics, added, values
 from gspo.objectives import warnings_of
 from gspo.parallel import distributed
+from gspo.record import Recorder, Recording
 from gspo.resume import open_run, tokenizer_of_run
 from gspo.run.checkpoint import Checkpointer
 from gspo.run.cli import StopSignal
@@ -57,6 +58,7 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
     checkpointer, writer, first, state = opened.checkpointer, opened.writer, opened.first, opened.state
     cursor = opened.meta.get("cursor", 0)
     run_key = jax.random.fold_in(jax.random.key(plan.seed), ROLLOUT_STREAM)
+    recorder = Recorder(plan, steps, workdir, tokenizer, first)
 
     def save(index: int, line: dict[str, Any]) -> None:
         checkpointer.save(index, state.saved, {"cursor": cursor, "offsets": writer.offset()}, line)
@@ -91,9 +93,15 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
             with saved_where_rewards_fail(index, checkpointer, save, line):
                 experience = run.collector(state, cursor, jax.random.fold_in(run_key, index), timer)
             cursor = experience.next_cursor
+            recording = recorder.start(index, experience)
             with timer("update"):
-                state, done = update(steps, state, experience.batch, shuffle_keys(plan, index))
+                state, done = update(steps, state, experience.batch, shuffle_keys(plan, index), recording)
             guard(plan, index, done, experience.sampler_gap, checkpointer)
+            if recording:
+                with timer("record"):
+                    note = recording.finish(state.policy)
+                if index - first < plan.log.tokens_every:  # the first of this process
+                    progress.note(note)
             state = run.follow(state, index)
 
             rate = float(steps.learning_rate(index * plan.updates))
@@ -111,17 +119,23 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
 
 
 def update(
-    steps: Steps, state: TrainState, batch: Batch, further: Sequence[jax.Array] = ()
+    steps: Steps,
+    state: TrainState,
+    batch: Batch,
+    further: Sequence[jax.Array] = (),
+    recording: Recording | None = None,
 ) -> tuple[TrainState, list[Metrics]]:
     """N optimizer updates, one for each minibatch of the rollout, all against the old policy that is in the batch; and
     N more for each of the keys `further`, which shuffle the rows anew. Returns the new state and the metrics of each
-    update.
+    update. recording: is shown what each of the first N starts from.
     """
     if state.stale_params:  # a sampler that lags behind draws from the oldest of these
         state = state.replace(stale_params=(*state.stale_params[1:], copy_tree(state.params)))
     done = []
     for key in (None, *further):
         for minibatch in steps.minibatches(batch if key is None else steps.reshuffled(batch, key)):
+            if recording and key is None:
+                recording(state.policy, minibatch)
             state, metrics = steps.train_step(state, minibatch)  # log-probs -> objective -> gradient -> optimizer
             if steps.critic_step:
                 critic, more = steps.critic_step(state.critic, minibatch)

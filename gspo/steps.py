@@ -6,6 +6,7 @@ Nothing here reads data: of the tokenizer only the ids that end a completion and
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -30,6 +31,8 @@ from gspo.objectives import Objective, make_objective
 from gspo.parallel.sharding import ONE_DEVICE, Layout, indivisible, make_mesh
 from gspo.run.checkpoint import Check, restore_params
 from gspo.types import Batch, Params, Rollout, TrainState, UserError
+
+RECORDED = ("logp_BC", "entropy_BC", "free_routes_LBTX", "margin_LBT")  # of `Scores`, in records of tokens
 
 # ---------------------------------------------------------------------------- parts of a run
 
@@ -127,6 +130,7 @@ class Steps(NamedTuple):
     rollout_params: Callable[[Params], Params]  # once per rollout: what the sampler reads
     sampler: Callable[..., Rollout]  # (params, prompt_QP, prompt_lengths_Q, key) ->
     scorer: Callable  # (params, tokens_BT, prompt_lengths_B, ...) -> Scores
+    recorder: Callable | None  # a scorer of minibatches for records of tokens; None where none is written
     minibatches: Callable[[Batch], tuple[Batch, ...]]
     reshuffled: Callable[[Batch, jax.Array], Batch]  # by a key: its rows in another order, for one more pass over them
     train_step: Callable  # (state, batch) -> (state, metrics)
@@ -194,6 +198,7 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         rows_per_prompt=rows_per_prompt,
     )
 
+    scoring = _scoring(plan, model, rows_at_a_time, rows_per_prompt)
     minibatches, reshuffled = _cut_and_shuffle(layout, updates, rows_per_prompt)
     return Steps(
         layout=layout,
@@ -202,15 +207,8 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         sampling=plan.rollout.sampling,
         rollout_params=make_rollout_params(plan.mesh, model),
         sampler=sampler_of(sampled, plan.data, tokenizer, *plan.rollout.drawn),
-        scorer=make_scorer(
-            model,
-            completion_width=plan.data.max_completion_length,
-            keep=_kept_scores(plan, objective),
-            micro_batch_size=rows_at_a_time,
-            rows_per_prompt=rows_per_prompt,
-            sampling=plan.rollout.sampling,
-            chunk=plan.update.chunk,
-        ),
+        scorer=scoring(keep=_kept_scores(plan, objective)),
+        recorder=scoring(keep=RECORDED) if plan.log.tokens_every else None,
         minibatches=minibatches,
         reshuffled=reshuffled,
         train_step=train_step,
@@ -232,6 +230,19 @@ def _cut_and_shuffle(layout: Layout, updates: int, rows_per_prompt: int) -> tupl
         return layout.constrain_fields(shuffled_units(batch, key, rows_per_prompt))
 
     return jax.jit(minibatches), jax.jit(reshuffled)
+
+
+def _scoring(plan: plans.RLPlan, model: Transformer, rows_at_a_time: int, rows_per_prompt: int) -> Callable:
+    """`make_scorer` for this run, but for what is kept of the scores."""
+    return partial(
+        make_scorer,
+        model,
+        completion_width=plan.data.max_completion_length,
+        micro_batch_size=rows_at_a_time,
+        rows_per_prompt=rows_per_prompt,
+        sampling=plan.rollout.sampling,
+        chunk=plan.update.chunk,
+    )
 
 
 def _chosen_experts(plan: plans.RLPlan, spec: ModelSpec, devices: int, rows_per_prompt: int) -> tuple[str, ...]:

@@ -32,10 +32,13 @@ def full(what: str, folder: Path, needed: int, unfinished: int = 0, more: str = 
     )
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Replaces a file so that it is never half written, wherever the process is killed. Raises OSError."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
+    if isinstance(content, str):
+        temporary.write_text(content)
+    else:
+        temporary.write_bytes(content)
     temporary.replace(path)
 
 
