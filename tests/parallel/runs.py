@@ -12,14 +12,7 @@ DIVIDED = {
     "filter_groups.max_num_gen_batches": 2, "optimizer.learning_rate": 0.01, "log.num_samples": 4,
     "model.moe_backend": "blocked",
     "router_replay.mode": "R2", "checkpoint.every": 2,
-    "num_iterations": 2, "stop_strings": ("11",), "rewards": ("numeric_answer", "tests.parallel.runs:alike"),
 }  # fmt: skip
-
-
-def alike(completions, answer, **_):
-    """A reward in TRL's form that is another one if a group is cut."""
-    return [0.1 * completions.count(text) + 0.01 * (text == answer[0]) for text in completions]
-
 
 # The config of the runs below. It is read in every process, where it also notes how many completions the process
 # scores, and, at the call that DIE names, ends it.
