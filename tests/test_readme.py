@@ -32,7 +32,10 @@ def commands() -> list[str]:
 def test_every_command_names_a_script_and_flags_that_exist(line, command, monkeypatch, tmp_path):  # noqa: F811
     # Catches a renamed script, config or field, and a flag that a script does not have.
     program, script, *arguments = shlex.split(line)
-    assert program in ("python", "bash"), f"neither python nor bash: {line}"
+    if program == "pip":  # of optional packages, which tests do not install
+        assert script == "install" and arguments
+        return
+    assert program in ("python", "bash"), f"neither python, bash nor pip: {line}"
     assert (ROOT / script).is_file(), script
     if program == "bash":
         assert subprocess.run(["bash", "-n", ROOT / script]).returncode == 0
