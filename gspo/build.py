@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from gspo import objectives, plans
+from gspo import objectives, pair_plans, plans
 from gspo.learning.learner import UpdatePlan
 from gspo.model.distribution import Sampling
 from gspo.model.spec import TOY, TOY_TOKENIZER
 from gspo.run.identity import tokenizer_of
 from gspo.run.stored import read_content
 from gspo.types import UserError
+
+UNSAMPLED = {"num_generations_eval": 1, "temperature": 1.0}  # of evaluations that sample nothing
+PAIR_FIELDS = ("center_rewards_coefficient", "label_smoothing")  # by which a reward model's and DPO's are known
 
 flags.disclaim_key_flags()  # --config is a flag of the file that asks for it: --help lists it there
 
@@ -54,8 +57,9 @@ def rows_to_divide(config: ConfigDict) -> tuple[int, ...]:
             minibatch = run.num_prompts * run.num_generations // max(run.updates_per_rollout, 1)
             rows += [run.num_prompts, run.micro_batch_size or minibatch]
             rows += [run.max_num_seqs] * bool(run.max_num_seqs)
-        else:
-            rows += [run.micro_batch_size or run.batch_size]
+        else:  # of preferences, the pairs are shared
+            pairs = any(field in run for field in PAIR_FIELDS)
+            rows += [run.micro_batch_size // (2 if pairs else 1) or run.batch_size]
     return tuple(rows)
 
 
@@ -90,16 +94,28 @@ def rl_plan(config: ConfigDict, workdir: str = "") -> plans.RLPlan:
 
 def sft_plan(config: ConfigDict, workdir: str = "") -> plans.SFTPlan:
     """As `rl_plan`."""
-    return plans.SFTPlan(
-        **_common(config, workdir, total_steps=config.num_updates, eval_at_a_time=config.eval.num_prompts),
-        num_updates=config.num_updates,
-        batch_size=config.batch_size,
+    if any(field in config for field in PAIR_FIELDS):
+        raise UserError("--config: it is one of preferences, for experiments/reward_model.py or experiments/dpo.py")
+    return plans.SFTPlan(**_supervised(config, workdir))
+
+
+def reward_model_plan(config: ConfigDict, workdir: str = "") -> pair_plans.RewardModelPlan:
+    """As `rl_plan`."""
+    return pair_plans.RewardModelPlan(
+        **_supervised(config, workdir), center_rewards_coefficient=config.center_rewards_coefficient
     )
 
 
+def dpo_plan(config: ConfigDict, workdir: str = "") -> pair_plans.DPOPlan:
+    """As `rl_plan`."""
+    return pair_plans.DPOPlan(**_supervised(config, workdir), beta=config.beta, label_smoothing=config.label_smoothing)
+
+
 def run_plan(config: ConfigDict, workdir: str = "") -> plans.RunPlan:
-    """The plan of a run of either kind."""
-    return rl_plan(config, workdir) if "num_rollouts" in config else sft_plan(config, workdir)
+    """The plan of a run of any kind."""
+    kinds = {"num_rollouts": rl_plan, "center_rewards_coefficient": reward_model_plan, "label_smoothing": dpo_plan}
+    plan_of = next((plan_of for field, plan_of in kinds.items() if field in config), sft_plan)
+    return plan_of(config, workdir)
 
 
 def mesh_plan(config: ConfigDict) -> plans.MeshPlan:
@@ -110,6 +126,14 @@ def mesh_plan(config: ConfigDict) -> plans.MeshPlan:
         rollout_rules=config.rollout_mesh_rules,
         rollout_dispatch=config.rollout_expert_dispatch,
     )
+
+
+def _supervised(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """The fields of `plans.SupervisedPlan`."""
+    return _common(config, workdir, total_steps=config.num_updates, eval_at_a_time=config.eval.num_prompts) | {
+        "num_updates": config.num_updates,
+        "batch_size": config.batch_size,
+    }
 
 
 def _common(config: ConfigDict, workdir: str, *, total_steps: int, eval_at_a_time: int) -> dict[str, Any]:
@@ -136,7 +160,7 @@ def _common(config: ConfigDict, workdir: str, *, total_steps: int, eval_at_a_tim
             router_z_loss_coef=config.get("router_z_loss_coef", 0.0),
         ),
         "evaluation": plans.EvaluationPlan(
-            **config.eval.to_dict(), at_a_time=eval_at_a_time, max_num_seqs=config.get("max_num_seqs", 0)
+            **UNSAMPLED | config.eval.to_dict(), at_a_time=eval_at_a_time, max_num_seqs=config.get("max_num_seqs", 0)
         ),
         "checkpoint": plans.CheckpointPlan(**config.checkpoint.to_dict()),
         "log": plans.LogPlan(
@@ -214,6 +238,8 @@ def _experience(config: ConfigDict) -> plans.ExperiencePlan:
     return plans.ExperiencePlan(
         rewards=tuple(config.rewards),
         reward_weights=tuple(config.reward_weights),
+        normalize_reward_models=config.reward_model.normalize,
+        clip_reward_models=config.reward_model.clip,
         scale_rewards=config.scale_rewards,
         advantage_weight_pos=config.advantage_weight_pos,
         advantage_weight_neg=config.advantage_weight_neg,

@@ -1,6 +1,6 @@
 """Experience: prompts -> completions -> rewards -> advantages -> the batch that the updates of one rollout share.
 
-    draw      sample G completions for each prompt, score them with verifiable rewards
+    draw      sample G completions for each prompt, score them with verifiable rewards and with reward models
     select    dynamic sampling (DAPO §3.2): keep groups whose rewards differ, draw again for the rest
     shape     what is added to the raw reward: a penalty on length, on the distance to the reference
     compare   advantages of each completion against its group
@@ -26,6 +26,7 @@ from gspo.masked import masked_mean
 from gspo.model.routing import by_layer, changed, recorded
 from gspo.objectives import advantages
 from gspo.parallel import distributed
+from gspo.reward_source import load_reward_models, with_models
 from gspo.run.progress import Timer
 from gspo.steps import Steps
 from gspo.types import Batch, LossInputs, Params, Rollout, TrainState, UserError, completion_mask, map_arrays, row_axis
@@ -45,7 +46,11 @@ class Collector:
     def __init__(self, plan: plans.RLPlan, steps: Steps, tokenizer: Tokenizer, source: batches.PromptSource):
         self.plan, self.rollout, self.width = plan.experience, plan.rollout, plan.data.max_completion_length
         self.critic, self.steps, self.tokenizer, self.num_samples = plan.critic, steps, tokenizer, plan.log.num_samples
-        self.rewards = reward_functions(self.plan.rewards, source)
+        self.models = load_reward_models(plan, steps, tokenizer)
+        texts = [(name, w) for name, w in zip(self.plan.rewards, self.plan.reward_weights, strict=True)
+                 if name not in self.models]  # fmt: skip
+        self.rewards = reward_functions([name for name, _ in texts], source)
+        self.text_weights = [weight for _, weight in texts]
         self.generate = Generator(steps.layout, source, steps.sampler, self.rollout.num_generations)
         self.rounding = make_rounding(self.rollout.params)
         self.advantage_fn = advantages.ADVANTAGES[self.plan.scale_rewards]
@@ -84,7 +89,8 @@ class Collector:
         with timer("rollout"):
             completions = self.generate(params, cursor, self.rollout.num_prompts, key)
         with timer("reward"):
-            return judge(completions, self.tokenizer, list(self.rewards.values()), self.plan.reward_weights)
+            judged = judge(completions, self.tokenizer, list(self.rewards.values()), self.text_weights)
+            return with_models(judged, self.plan.rewards, self.plan.reward_weights, self.models)
 
     def _enough(self, draws: list[Judged]) -> bool:
         """Whether the draws hold enough groups with rewards that differ, or are as many as there may be."""
@@ -218,7 +224,7 @@ class Collector:
             "completions/max_length": int(lengths_B.max()),
             "completions/clipped_ratio": float(truncated_B.mean()),
             "num_tokens": int(lengths_B.sum()),
-        } | {f"rewards/{name}": float(parts_BR[:, r].mean()) for r, name in enumerate(self.rewards)}
+        } | {f"rewards/{name}": float(parts_BR[:, r].mean()) for r, name in enumerate(self.plan.rewards)}
 
     def samples(self, draw: Judged) -> list[dict[str, Any]]:
         """The first rows among those of this process. With several processes they need not be the first of all."""
@@ -231,7 +237,9 @@ def reward_functions(names: Sequence[str], source: batches.PromptSource) -> dict
     known = {"task": source.task.reward} | REWARDS
     for name in names:
         if name not in known:
-            raise UserError(f"rewards: no reward named {name!r}; choose from {', '.join(known)}")
+            raise UserError(
+                f"rewards: no reward named {name!r}; choose from {', '.join(known)}, or reward_model:WORKDIR"
+            )
     return {name: known[name] for name in names}
 
 

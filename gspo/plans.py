@@ -8,13 +8,14 @@ line that names the field, before anything is compiled.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from gspo.learning.learner import UpdatePlan
 from gspo.learning.mismatch import ROUNDINGS
 from gspo.model.distribution import Sampling
 from gspo.model.spec import ModelSpec
 from gspo.objectives.advantages import ADVANTAGES
+from gspo.run.identity import POLICY
 from gspo.types import UserError
 
 
@@ -150,6 +151,8 @@ class ExperiencePlan:
 
     rewards: tuple[str, ...]
     reward_weights: tuple[float, ...]
+    normalize_reward_models: bool
+    clip_reward_models: float  # 0: not at all
     scale_rewards: str
     advantage_weight_pos: float
     advantage_weight_neg: float
@@ -168,6 +171,7 @@ class ExperiencePlan:
             raise UserError(
                 f"reward_weights: {len(self.reward_weights)} weights for {len(self.rewards)} rewards; give one each"
             )
+        need(self.clip_reward_models >= 0, "reward_model.clip", self.clip_reward_models, "must be >= 0 (0: no limit)")
         one_of("scale_rewards", self.scale_rewards, tuple(ADVANTAGES))
         one_of("old_logps", self.old_logps, ("sampler", "learner"))
         one_of("router_replay.mode", self.replay, ("disabled", "R2", "R3"))
@@ -238,7 +242,7 @@ class LogPlan:
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """What both kinds of training share.
+    """What all kinds of training share. kind: what their checkpoints hold. best_metric: what ranks them.
 
     written  the config as config.json keeps it
     missing  why a run cannot begin from init_from; "" where it can, or need not
@@ -258,17 +262,27 @@ class RunPlan:
     evaluation: EvaluationPlan
     checkpoint: CheckpointPlan
     log: LogPlan
+    kind: ClassVar[str] = POLICY
+    best_metric: ClassVar[str] = "eval/pass@1"
 
 
 @dataclasses.dataclass(frozen=True)
-class SFTPlan(RunPlan):
-    """Supervised fine-tuning."""
+class SupervisedPlan(RunPlan):
+    """Training on given data. batch_size: examples of an update."""
 
     num_updates: int
     batch_size: int
 
     def __post_init__(self):
         positive(self, "num_updates", "batch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTPlan(SupervisedPlan):
+    """Supervised fine-tuning: an example is a demonstration, a row of its own."""
+
+    def __post_init__(self):
+        super().__post_init__()
         self.update.check_rows(self.batch_size, "a batch (batch_size)")
 
 

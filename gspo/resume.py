@@ -49,15 +49,15 @@ def open_run(
     No other run can use the folder until `held` is closed. It is claimed for this config only once nothing can fail any
     more. Raises UserError.
     """
-    written, own = dict(plan.written), identity(model, tokenizer)
-    check = partial(_check, own)
+    written, own = dict(plan.written), identity(model, tokenizer, plan.kind)
+    check = partial(_check, own if start.begins_with is None else identity(model, tokenizer))
     with contextlib.ExitStack() as held:  # given back at once where anything fails
         held.enter_context(hold_workdir(workdir, written, allow_changed_config=allow_changed_config))
         checkpointer = Checkpointer(
             workdir,
             keep_last=plan.checkpoint.keep_last,
             keep_best=plan.checkpoint.keep_best,
-            best_metric="eval/pass@1",
+            best_metric=plan.best_metric,
             identity=own,
         )
         held.enter_context(checkpointer)

@@ -4,7 +4,6 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 
 from gspo import plans
@@ -13,17 +12,13 @@ from gspo.evaluate import make_evaluator
 from gspo.generate import check_splits, make_task
 from gspo.learning.learner import make_train_step
 from gspo.learning.state import shardings_of, state_on_mesh
-from gspo.masked import values
 from gspo.objectives import negative_log_likelihood
 from gspo.parallel import distributed
 from gspo.parallel.sharding import Layout
-from gspo.resume import open_run, tokenizer_of_run
-from gspo.run.cli import StopSignal
-from gspo.run.progress import Progress, Timer, is_due
+from gspo.resume import tokenizer_of_run
 from gspo.steps import check_rows, describe, make_layout, make_model, optimizer_of
-from gspo.types import Batch, LossInputs, UserError, completion_mask
-
-STOP_EVERY = 5  # updates between looks at whether any process was asked to stop: they all must take part
+from gspo.supervised import Course, run
+from gspo.types import Batch, LossInputs, TrainState, completion_mask
 
 
 def train(
@@ -43,54 +38,25 @@ def train(
     train_step = make_train_step(model, optimizer, negative_log_likelihood, plan.update, state_shardings=shardings)
     evaluate = make_evaluator(plan, model, tokenizer)
 
-    # ------------------------------------------------------------------ state
-    opened = open_run(plan, workdir, start, model.spec, tokenizer, allow_changed_config=allow_changed_config)
-    checkpointer, writer, first, state = opened.checkpointer, opened.writer, opened.first, opened.state
-    progress = Progress(plan.num_updates, start=first, title=title)
-    for note in (describe(model, start.abstract), *split_notes):
-        progress.note(note)
+    notes = [describe(model, start.abstract), *split_notes]
     if source.num_dropped:
-        progress.note(f"{source.num_dropped} examples longer than the frame were dropped")
-    if opened.resumed:
-        progress.note(f"resumed at update {first}")
+        notes.append(f"{source.num_dropped} examples longer than the frame were dropped")
 
     # ------------------------------------------------------------------ loop
-    timer = Timer()
-    with StopSignal() as stop, progress, opened.held:
-        for index in range(first, plan.num_updates + 1):
-            last = index == plan.num_updates
-            line, samples = {}, []
-            if last or is_due(index, plan.evaluation.every):
-                with timer("eval"):
-                    line, samples = evaluate(state.params)
-            looking = index % STOP_EVERY == 0 or jax.process_count() == 1
-            stopping = looking and distributed.any_process(stop.requested)
-            if stopping or (index > first and (last or is_due(index, plan.checkpoint.every))):
-                checkpointer.save(index, state, {"offsets": writer.offset()}, line)
-            if stopping and not last:
-                checkpointer.wait()
-                raise stop.leave(f"saved update {index} in {workdir}; start the same command again to go on")
-            # After the save, like all that a resume does again.
-            writer.write_samples(index, samples[: plan.log.num_samples])
-            if last:
-                writer.write(index, line)
-                progress.update(index, line)
-                break
+    def update(state: TrainState, cursor: int):
+        batch = make_batch(layout, source, cursor, plan.batch_size)
+        return *train_step(state, batch), cursor + plan.batch_size
 
-            with timer("update"):
-                batch = make_batch(layout, source, index * plan.batch_size, plan.batch_size)
-                state, metrics = train_step(state, batch)
-                metrics = values(jax.device_get(metrics))
-            if not np.isfinite(metrics["loss"] + metrics["grad_norm"]):
-                raise UserError(
-                    f"update {index}: loss or gradient is not finite{checkpointer.last_good()}; lower "
-                    "optimizer.learning_rate"
-                )
-            line |= metrics | {"learning_rate": float(learning_rate(index))}
-            writer.write(index, line)
-            writer.write_timings(index, timer.take())
-            progress.update(index, line)
-    return line
+    course = Course(
+        start,
+        model.spec,
+        tokenizer,
+        update,
+        evaluate=lambda state: evaluate(state.params),
+        learning_rate=learning_rate,
+        notes=notes,
+    )
+    return run(plan, workdir, course, allow_changed_config=allow_changed_config, title=title)
 
 
 def demonstration_source(plan: plans.DataPlan, tokenizer) -> DemonstrationSource:

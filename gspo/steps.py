@@ -252,7 +252,8 @@ def initial_state(plan: plans.RunPlan, start: Start, check: Check | None = None)
     copy beside random ones. check: what compares them with the model before they are read."""
     if not plan.init_from:
         return start.init(jax.random.fold_in(jax.random.key(plan.seed), 0))
-    _, params = restore_params(plan.init_from, start.abstract.params, check)
+    given = start.abstract.params if start.begins_with is None else start.begins_with
+    _, params = restore_params(plan.init_from, given, check)
     return start.begin(params)
 
 

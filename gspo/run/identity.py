@@ -24,16 +24,30 @@ HOW_IT_RUNS = (
     "attention_chunk",
     "scan_layers",
 )  # fields of a spec that change no weight's meaning
+POLICY, REWARD_MODEL = "policy", "reward model"  # kinds of weights; an identity without "kind" is a policy's
 TOKENIZER = "tokenizer"  # the folder of a run that holds a copy of its tokenizer's files
 
 
-def identity(spec: ModelSpec, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def identity(spec: ModelSpec, tokenizer: Tokenizer | None, kind: str = POLICY) -> dict[str, Any]:
     """JSON values: {"model": the fields of the spec that give weights their meaning, "tokenizer": its fingerprint,
-    "date": the day that its chat template writes}. Without a tokenizer the last two are None."""
+    "date": the day that its chat template writes}. Without a tokenizer the last two are None. "kind": what the weights
+    are, where they are no policy."""
     fields = {name: value for name, value in dataclasses.asdict(spec).items() if name not in HOW_IT_RUNS}
     fields["rope_scaling"] = list(fields["rope_scaling"])
     known = None if tokenizer is None else fingerprint(tokenizer)
-    return {"model": fields, "tokenizer": known, "date": getattr(tokenizer, "date", None)}
+    own = {"model": fields, "tokenizer": known, "date": getattr(tokenizer, "date", None)}
+    return own if kind == POLICY else own | {"kind": kind}
+
+
+def spec_of(saved: Mapping[str, Any]) -> ModelSpec:
+    """The model of a saved identity, run as a spec does by default."""
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["model"].items()}
+    return ModelSpec(**fields)
+
+
+def kind_of(saved: Mapping[str, Any] | None) -> str:
+    """What the weights are of which this is the identity."""
+    return (saved or {}).get("kind", POLICY)
 
 
 def check_identity(where: str | os.PathLike, saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
@@ -42,6 +56,8 @@ def check_identity(where: str | os.PathLike, saved: Mapping[str, Any] | None, no
     if saved is None:
         log.warning("%s does not say what model its weights are of: only shapes can be compared", where)
         return
+    if kind_of(saved) != kind_of(now):
+        raise UserError(f"{where}: the weights are those of a {kind_of(saved)}, where a {kind_of(now)} is wanted")
     for name, value in now["model"].items():
         if name in saved["model"] and saved["model"][name] != value:
             raise UserError(
