@@ -8,7 +8,7 @@ checkpoints are. Only safetensors are read: a pickle is a program.
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,18 +57,19 @@ def _flat(spec: ModelSpec, tree: Params) -> dict[str, Any]:
     return flat
 
 
-def import_params(folder: str | Path, spec: ModelSpec, abstract: Params) -> Params:
+def import_params(folder: str | Path, spec: ModelSpec, abstract: Params, besides: Sequence[str] = ()) -> Params:
     """Reads the safetensors of a folder: model.safetensors, or the shards that model.safetensors.index.json names.
 
     abstract: tree of jax.ShapeDtypeStruct as `gspo.model.transformer.abstract_params` gives it; the arrays come back
     with its dtypes and shardings (the first device where it names none). Each process reads what its own devices hold,
-    one leaf at a time. bfloat16 and float16 become float32 exactly.
+    one leaf at a time. bfloat16 and float16 become float32 exactly. besides: names of tensors that the folder may hold,
+    too.
     Raises: UserError that names every tensor that is missing, surplus, of another shape or of another kind than DTYPES;
     or if there are no safetensors, or damaged ones. Pickled weights are never opened.
     """
     wanted = _flat(spec, abstract)
     tensors = _open(Path(folder))
-    _check(Path(folder), spec, wanted, tensors)
+    _check(Path(folder), spec, wanted, {name: file for name, file in tensors.items() if name not in besides})
     params = {}
     for row in table(spec):
         leaf = wanted[row.path]
@@ -76,6 +77,15 @@ def import_params(folder: str | Path, spec: ModelSpec, abstract: Params) -> Para
         read = partial(_read, row, leaf, tensors, {})
         params[row.path] = jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, read))
     return flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def read_tensor(folder: str | Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One tensor of a folder, float32, on the host. Raises UserError where it is not there, or of another shape."""
+    tensors = _open(Path(folder))
+    found = list(tensors[name].get_slice(name).get_shape()) if name in tensors else "not there"
+    if found != list(shape):
+        raise UserError(f"{folder}: {name} is {found}, where {list(shape)} is wanted")
+    return np.asarray(tensors[name].get_tensor(name), np.float32)
 
 
 def _open(folder: Path) -> dict[str, Any]:
@@ -180,6 +190,8 @@ def export_params(
     dtype: str = "float32",
     shard_bytes: int = 5 * 10**9,
     source: str | Path | None = None,
+    besides: Mapping[str, np.ndarray] | None = None,
+    config_keys: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Writes a folder that `transformers` and `import_params` load: shards, their index, config.json. Returns the files
     carried over.
@@ -187,12 +199,13 @@ def export_params(
     params: of one or many devices or processes; every process must call. dtype: "float32" loses nothing; "bfloat16"
     halves the folder, and is exact only for parameters that are bfloat16 numbers. source: folder whose tokenizer files,
     and other keys of config.json, are taken over. The config.json is written last, so that a folder that was cut short
-    does not load.
+    does not load. besides: further tensors, on the host. config_keys: laid over the config.json.
     Raises: UserError if `out` is not an empty or new folder, cannot be written, or if the spec is of no known family.
     """
     out, kind = Path(out), np.dtype(jnp.dtype(dtype))
     base = read_config(source) if source and (Path(source) / "config.json").is_file() else None
-    config = hf_config(spec, dtype=dtype, base=base)
+    config = hf_config(spec, dtype=dtype, base=base) | dict(config_keys or {})
+    besides = {name: np.ascontiguousarray(tensor.astype(kind)) for name, tensor in (besides or {}).items()}
     leaves = _flat(spec, params)
     shards = _plan(table(spec), leaves, kind.itemsize, shard_bytes)
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
@@ -207,11 +220,14 @@ def export_params(
             for row, at in shard:
                 tensor = fetch(row, at)
                 tensors[row.tensor(at)] = np.ascontiguousarray((tensor.T if row.transposed else tensor).astype(kind))
+            if file == files[-1]:
+                tensors |= besides
             if primary:
                 safetensors.numpy.save_file(tensors, out / file, metadata={"format": "pt"})
         if primary:
-            total = sum(leaf.size for leaf in leaves.values()) * kind.itemsize
+            total = (sum(leaf.size for leaf in leaves.values()) + sum(x.size for x in besides.values())) * kind.itemsize
             weight_map = {row.tensor(at): file for file, shard in zip(files, shards, strict=True) for row, at in shard}
+            weight_map |= dict.fromkeys(besides, files[-1])
             (out / INDEX).write_text(
                 json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
             )
