@@ -6,6 +6,9 @@ another field."""
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+# Fields of `common` that training on preferences has not: nothing is sampled there, nothing judged.
+OF_SAMPLING = ("stop_strings", "prompt_buckets", "reward_workers", "reward_timeout_s", "rewards_max_errors")
+
 
 def model() -> ConfigDict:
     """A model. None: as the weights of init_from have it, else as the toy Mixture of Experts has (in brackets): 4
@@ -18,16 +21,28 @@ def model() -> ConfigDict:
             num_heads=placeholder(int),  # [4]
             num_kv_heads=placeholder(int),  # [2]
             head_width=placeholder(int),  # [16]
-            d_ff=placeholder(int),  # width of dense feed-forward layers; used where num_experts = 0
+            d_ff=placeholder(int),  # width of dense feed-forward layers; used where num_experts = 0, or dense_layers
             num_experts=placeholder(int),  # [8]
             experts_per_token=placeholder(int),  # [2]
             d_expert=placeholder(int),  # [64]
             norm_topk_prob=placeholder(bool),  # [True]
+            dense_layers=placeholder(tuple),  # [()] layers, from 0 on, that have no experts but a feed-forward of d_ff
+            router=placeholder(str),  # [softmax] | sigmoid, with a bias for the choice, as in DeepSeek-V3
+            routed_scale=placeholder(float),  # [1.0] factor on the gates of routed experts
+            d_shared=placeholder(
+                int
+            ),  # [0] width of an expert that all tokens go through beside the routed ones; 0: none
+            shared_gate=placeholder(bool),  # [False] it is weighed by a gate of its own, as in Qwen2-MoE
             rope_theta=placeholder(float),  # [1e4]
-            rope_scaling=placeholder(tuple),  # Llama 3.1's (factor, low, high, trained length); () for none
+            rotary_width=placeholder(int),  # [0] how many numbers of each head are rotated; 0: all
+            # ("yarn", factor, trained length), ("linear", factor), Llama 3.1's (factor, low, high, trained length), or
+            # () for none (gspo/model/rope.py)
+            rope_scaling=placeholder(tuple),
             rms_eps=placeholder(float),  # [1e-6]
             qk_norm=placeholder(bool),  # [True]
             qk_norm_over=placeholder(str),  # [head] | projection
+            qkv_bias=placeholder(bool),  # [False] of queries, keys and values, as Qwen2 has it
+            out_bias=placeholder(bool),  # [False] of the output of attention
             tie_embeddings=placeholder(bool),  # [False]
             # How it runs: free to choose, whatever the weights.
             dtype="float32",  # of the matmuls; router, softmax, log-probs and parameters are float32 always
@@ -55,14 +70,28 @@ def optimizer() -> ConfigDict:
     )
 
 
+def lora() -> ConfigDict:
+    """Low-rank adapters, trained in place of the weights (gspo/model/adapters.py)."""
+    return ConfigDict(
+        dict(
+            rank=0,  # 0: the weights are trained
+            alpha=32.0,  # W + alpha / rank A B
+            # Patterns of names of matrices, "attention/(query|value)" say; routers only by one that finds nothing else.
+            targets="attention/, (mlp|moe)/",
+        )
+    )
+
+
 def common() -> ConfigDict:
-    """What supervised fine-tuning and reinforcement learning share."""
+    """What all kinds of training share."""
     config = ConfigDict()
     config.seed = 0
     config.init_from = ""  # a workdir or checkpoint folder whose parameters to start from
     config.task = ConfigDict(
         dict(
-            name="running_sum",  # running_sum | reasoning_gym:NAME | tfds:gsm8k | jsonl:PATH
+            # running_sum | arithmetic | reasoning_gym:NAME | tfds:gsm8k | jsonl:PATH | dataset:PATH
+            name="running_sum",
+            system_prompt="",  # what conversations begin with, for tokenizers with a chat template
             train_split="train",
             eval_split="test",
             options=ConfigDict(dict(num_digits=12, modulus=10, error_rate=0.12)),
@@ -72,12 +101,16 @@ def common() -> ConfigDict:
     config.tokenizer = placeholder(str)
     config.max_prompt_length = 13  # tokens
     config.max_completion_length = 16  # tokens, the end-of-sequence token included
+    config.stop_strings = ()  # texts that end a completion besides eos tokens, with the token that completes them
     config.overlong_prompts = "error"  # error | drop
     config.prompt_buckets = ()  # shorter prompt frames, used where all prompts of a rollout fit; one compilation each
     config.model = model()
+    config.lora = lora()
     config.optimizer = optimizer()
     config.micro_batch_size = 0  # rows per forward and backward pass; 0: the whole minibatch
     config.logp_chunk = 128  # completion columns whose logits exist at a time
+    config.router_aux_loss_coef = 0.0  # load-balance loss of the routers on completion tokens
+    config.router_z_loss_coef = 0.0
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, expert=1, tensor=1))  # devices along each axis; -1: the rest
     config.mesh_rules = (
         "tensor"  # what is cut along which axis: single | fsdp | expert | expert_fsdp | tensor (gspo/parallel/sharding)
@@ -93,10 +126,17 @@ def common() -> ConfigDict:
             num_prompts=128,
             num_generations_eval=8,
             temperature=1.0,
+            top_k=0,  # 0: all tokens
+            top_p=1.0,
+            reward="",  # by which completions are judged, as in `rewards`; solved where it is 1. "": the task's own
         )
     )
+    config.reward_workers = 0  # processes for rewards "module:function" and math_verify; 0: in this one, without limit
+    config.reward_timeout_s = 10.0  # of one call there; who takes longer is ended, and its completions count as failed
+    config.rewards_max_errors = 0.1  # share of a rollout's completions on which a reward may fail: they count as 0
     config.checkpoint = ConfigDict(dict(every=5, keep_last=2, keep_best=True))
-    config.log = ConfigDict(dict(num_samples=2, tensorboard=False, wandb=False))
+    # wandb_name "": the name of the workdir
+    config.log = ConfigDict(dict(num_samples=2, tensorboard=False, wandb=False, wandb_project="gspo", wandb_name=""))
     return config
 
 
@@ -104,7 +144,9 @@ def sft() -> ConfigDict:
     """Supervised fine-tuning on demonstrations."""
     config = common()
     config.num_updates = 300
-    config.batch_size = 128  # demonstrations per update
+    config.batch_size = 128  # demonstrations per update, one to a row
+    config.packing = False  # True: several demonstrations to a row, each seeing itself alone; batch_size counts rows
+    config.target_pass_at_1 = placeholder(float)  # ends at the first evaluation that reaches it; None: never
     config.eval.every = 0
     config.checkpoint.every = 100
     return config
@@ -114,6 +156,8 @@ def pairs() -> ConfigDict:
     """What training on preferences shares. task.name: jsonl:PATH | tfds:NAME, of prompt, chosen, rejected and, where
     there is one, margin (gspo/data/preferences.py); running_sum is the toy."""
     config = common()
+    for field in OF_SAMPLING:
+        del config[field]
     config.num_updates = 300
     config.batch_size = 64  # pairs per update, two rows each
     config.eval = ConfigDict(dict(every=50, num_prompts=512))  # updates between evaluations; held-out pairs
@@ -144,6 +188,9 @@ def rl() -> ConfigDict:
     config.num_prompts = 32  # prompts per rollout
     config.num_generations = 8  # completions per prompt
     config.updates_per_rollout = 4  # minibatches, one optimizer update each, all against the same old policy
+    config.num_iterations = (
+        1  # passes over a rollout, of updates_per_rollout updates each; rows are shuffled in between
+    )
     config.share_prompts = True  # a group's prompt runs once in the learner; False: with each of its completions
     config.temperature = 1.0
     config.top_k = 0
@@ -192,9 +239,10 @@ def rl() -> ConfigDict:
     )
     config.advantage_weight_pos = 1.0
     config.advantage_weight_neg = 1.0
-    # "task" is the task's own; others from gspo.data.rewards; "reward_model:WORKDIR" is one that was trained
+    # "task" is the task's own; others from gspo.data.rewards; "math_verify"; "module:function" of the working
+    # directory; "reward_model:WORKDIR" is one that was trained
     config.rewards = ("task",)
-    config.reward_weights = (1.0,)
+    config.reward_weights = ()  # one for each; (): 1 each
     config.reward_model = ConfigDict(  # of all that are named: whether scores are (score - mean) / std of their
         dict(normalize=True, clip=0.0)  # training data; and the largest |score| after that, 0: no limit
     )
@@ -205,8 +253,6 @@ def rl() -> ConfigDict:
     config.mask_truncated_completions = False
     config.filter_groups = ConfigDict(dict(enable=False, max_num_gen_batches=4))  # dynamic sampling
     config.router_replay = ConfigDict(dict(mode="disabled"))  # disabled | R2 | R3
-    config.router_aux_loss_coef = 0.0  # load-balance loss of the routers on completion tokens
-    config.router_z_loss_coef = 0.0
     config.mismatch = (
         ConfigDict(  # a sampler that differs from the learner on purpose; gspo/learning/mismatch.py explains
             dict(params="float32", router_noise=0.0, expert_swap=0.0, stale_rollouts=0)

@@ -13,6 +13,11 @@ from configs import base
 FULL_SIZE = dict(dtype="bfloat16", remat=True, moe_backend="ragged")
 DENSE = dict(num_experts=0, experts_per_token=0, d_expert=0)
 QWEN3 = dict(vocab_size=151936, head_width=128, rope_theta=1e6, rms_eps=1e-6, qk_norm=True, norm_topk_prob=True)
+QWEN25 = (
+    DENSE
+    | FULL_SIZE
+    | dict(vocab_size=151936, rope_theta=1e6, rms_eps=1e-6, qk_norm=False, qkv_bias=True, tie_embeddings=True)
+)
 SMALL = dict(head_width=64, rope_theta=1e4, qk_norm=True, tie_embeddings=True, dtype="bfloat16", moe_backend="ragged")
 
 MODELS = {
@@ -40,6 +45,14 @@ MODELS = {
     "qwen3-235b-a22b": QWEN3 | FULL_SIZE
     | dict(num_layers=94, d_model=4096, num_heads=64, num_kv_heads=4, num_experts=128, experts_per_token=8,
            d_expert=1536),
+    # Qwen2.5 (arXiv 2412.15115)
+    "qwen2.5-0.5b": QWEN25 | dict(num_layers=24, d_model=896, num_heads=14, num_kv_heads=2, head_width=64, d_ff=4864),
+    "qwen2.5-1.5b": QWEN25 | dict(num_layers=28, d_model=1536, num_heads=12, num_kv_heads=2, head_width=128, d_ff=8960),
+    # Qwen1.5-MoE (arXiv 2407.10671)
+    "qwen1.5-moe-a2.7b": FULL_SIZE
+    | dict(vocab_size=151936, num_layers=24, d_model=2048, num_heads=16, num_kv_heads=16, head_width=128,
+           num_experts=60, experts_per_token=4, d_expert=1408, norm_topk_prob=False, d_shared=5632, shared_gate=True,
+           rope_theta=1e6, rms_eps=1e-6, qk_norm=False, qkv_bias=True),
     # Mixtral (arXiv 2401.04088)
     "mixtral-8x7b": FULL_SIZE
     | dict(vocab_size=32000, num_layers=32, d_model=4096, num_heads=32, num_kv_heads=8, head_width=128, num_experts=8,

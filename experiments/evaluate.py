@@ -1,4 +1,5 @@
-"""Evaluates the latest checkpoint of a run on held-out prompts, by the config of the run:
+"""Evaluates a checkpoint of a run on held-out prompts, by the config of the run: the latest, or --step=best, or
+--step=120:
 
 python experiments/evaluate.py --workdir=runs/gspo --config.eval.num_prompts=512
 """
@@ -7,17 +8,23 @@ import json
 import sys
 from pathlib import Path
 
+from absl import flags
+
 from gspo import build
 from gspo.evaluate import evaluate_workdir
 from gspo.parallel import distributed
 from gspo.run import cli
+from gspo.types import UserError
 
 FROM_RUN = Path(__file__).parent.parent / "configs" / "from_run.py"
 
 
 def main() -> None:
-    config = cli.FLAGS.config
-    step, metrics, samples = evaluate_workdir(build.run_plan(config, cli.FLAGS.workdir), cli.FLAGS.workdir)
+    config, workdir, step = cli.FLAGS.config, cli.FLAGS.workdir, cli.FLAGS.step
+    if step not in ("", "best") and not step.isdecimal():
+        raise UserError(f"--step={step}: give the number of a step, or best; leave it out for the latest")
+    where = f"{Path(workdir)}@{step}" if step else workdir
+    step, metrics, samples = evaluate_workdir(build.run_plan(config, workdir), where)
     if not distributed.is_primary():
         return
     for sample in samples[: config.log.num_samples]:
@@ -40,5 +47,6 @@ def with_config(arguments: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     cli.define_flags()
+    flags.DEFINE_string("step", "", "The checkpoint to evaluate: its number, or best; default: the latest.")
     sys.argv[1:] = with_config(sys.argv[1:])
     cli.run(main, needs="eval")

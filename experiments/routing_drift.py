@@ -2,8 +2,9 @@
 
 python experiments/routing_drift.py --config=configs/routing_drift.py --workdir=runs/routing_drift
 
-Leaves drift.png (routing change per update; variance of token and sequence log-ratios by length), replay.md (a table),
-and the runs.
+Leaves drift.png (routing change per update; variance of token and sequence log-ratios by length), replay.md and load.md
+(tables: replay under mismatch; the load of experts by layer), and the runs. The cold start may begin with an upcycled
+model (scripts/upcycle.py): --config.cold_start.init_from=RUN --config.cold_start.router_aux_loss_coef=0.01.
 
 Found (seed 0, 4 layers, 8 experts of which 2 run): one update moves 0.8% of the routers' choices, three move 2.0%, at
 most 4.4%, the last layer 3.7 times as many as the first; the 13% of tokens with a moved choice carry 28% of the
@@ -56,6 +57,8 @@ def main() -> None:
         (workdir / "by_length.json").write_text(json.dumps(by_length))
         lines = read_jsonl(workdir / "drift" / "metrics.jsonl")
         draw(lines, by_length, drift.updates_per_rollout, workdir / "drift.png")
+        load = tables.load_by_layer({"cold start": tables.lines_of(cold, "metrics.jsonl"), "drift": lines})
+        (workdir / "load.md").write_text(tables.markdown(*load))
 
     rows = []
     for injection, mismatch in config.injections.items():
@@ -110,7 +113,7 @@ def variance_by_length(config: ConfigDict, rollouts: int) -> dict[str, list[floa
         cursor = experience.next_cursor
         for j, part in enumerate(run.steps.minibatches(experience.batch)):
             if j == config.updates_per_rollout - 1:
-                now = run.steps.scorer(state.params, part.tokens_BT, part.prompt_lengths_B)
+                now = run.steps.scorer(state.policy, part.tokens_BT, part.prompt_lengths_B)
                 held = (now.logp_BC, part.inputs.old_logp_BC, part.inputs.mask_BC)
                 now_BC, old_BC, mask_BC = distributed.fetch(held)
                 token_parts.append(np.where(mask_BC, now_BC - old_BC, np.nan))

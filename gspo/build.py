@@ -3,21 +3,23 @@
 A plan is a frozen record of plain values (`gspo.plans`); everything after this file takes plans and numbers.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from gspo import objectives, pair_plans, plans
+from gspo import objectives, plans, supervised_plans
+from gspo.data.scoring import Judging
 from gspo.learning.learner import UpdatePlan
+from gspo.model.adapters import LoRA
 from gspo.model.distribution import Sampling
 from gspo.model.spec import TOY, TOY_TOKENIZER
-from gspo.run.identity import tokenizer_of
-from gspo.run.stored import read_content
+from gspo.run.identity import spec_fields, tokenizer_of
+from gspo.run.stored import read_content, why_none
 from gspo.types import UserError
 
-UNSAMPLED = {"num_generations_eval": 1, "temperature": 1.0}  # of evaluations that sample nothing
+# Of evaluations that sample nothing.
+UNSAMPLED = {"num_generations_eval": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "reward": ""}
 PAIR_FIELDS = ("center_rewards_coefficient", "label_smoothing")  # by which a reward model's and DPO's are known
 
 flags.disclaim_key_flags()  # --config is a flag of the file that asks for it: --help lists it there
@@ -66,16 +68,17 @@ def rows_to_divide(config: ConfigDict) -> tuple[int, ...]:
 def rl_plan(config: ConfigDict, workdir: str = "") -> plans.RLPlan:
     """Raises UserError for every mistake that can be seen in the config alone, and beside the weights that the run
     begins with: those in workdir where it goes on, else those of init_from."""
-    updates, eval_at_a_time = config.num_rollouts * config.updates_per_rollout, config.num_prompts
+    updates = config.num_rollouts * config.updates_per_rollout * config.num_iterations
     critic = config.critic.to_dict()
     with_critic = critic.pop("enable")
     steps, alpha = config.ref_model_sync_steps, config.ref_model_mixup_alpha
     if config.sync_ref_model:
         plans.need(steps > 0, "ref_model_sync_steps", steps, "must be positive")
     return plans.RLPlan(
-        **_common(config, workdir, total_steps=updates, eval_at_a_time=eval_at_a_time),
+        **_common(config, workdir, total_steps=updates, eval_at_a_time=config.num_prompts),
         num_rollouts=config.num_rollouts,
         updates_per_rollout=config.updates_per_rollout,
+        num_iterations=config.num_iterations,
         rollout=plans.RolloutPlan(
             num_prompts=config.num_prompts,
             num_generations=config.num_generations,
@@ -92,23 +95,27 @@ def rl_plan(config: ConfigDict, workdir: str = "") -> plans.RLPlan:
     )
 
 
-def sft_plan(config: ConfigDict, workdir: str = "") -> plans.SFTPlan:
+def sft_plan(config: ConfigDict, workdir: str = "") -> supervised_plans.SFTPlan:
     """As `rl_plan`."""
     if any(field in config for field in PAIR_FIELDS):
         raise UserError("--config: it is one of preferences, for experiments/reward_model.py or experiments/dpo.py")
-    return plans.SFTPlan(**_supervised(config, workdir))
+    return supervised_plans.SFTPlan(
+        **_supervised(config, workdir), packing=config.packing, target_pass_at_1=config.target_pass_at_1
+    )
 
 
-def reward_model_plan(config: ConfigDict, workdir: str = "") -> pair_plans.RewardModelPlan:
+def reward_model_plan(config: ConfigDict, workdir: str = "") -> supervised_plans.RewardModelPlan:
     """As `rl_plan`."""
-    return pair_plans.RewardModelPlan(
+    return supervised_plans.RewardModelPlan(
         **_supervised(config, workdir), center_rewards_coefficient=config.center_rewards_coefficient
     )
 
 
-def dpo_plan(config: ConfigDict, workdir: str = "") -> pair_plans.DPOPlan:
+def dpo_plan(config: ConfigDict, workdir: str = "") -> supervised_plans.DPOPlan:
     """As `rl_plan`."""
-    return pair_plans.DPOPlan(**_supervised(config, workdir), beta=config.beta, label_smoothing=config.label_smoothing)
+    return supervised_plans.DPOPlan(
+        **_supervised(config, workdir), beta=config.beta, label_smoothing=config.label_smoothing
+    )
 
 
 def run_plan(config: ConfigDict, workdir: str = "") -> plans.RunPlan:
@@ -129,7 +136,7 @@ def mesh_plan(config: ConfigDict) -> plans.MeshPlan:
 
 
 def _supervised(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """The fields of `plans.SupervisedPlan`."""
+    """The fields of `supervised_plans.SupervisedPlan`."""
     return _common(config, workdir, total_steps=config.num_updates, eval_at_a_time=config.eval.num_prompts) | {
         "num_updates": config.num_updates,
         "batch_size": config.batch_size,
@@ -149,6 +156,7 @@ def _common(config: ConfigDict, workdir: str, *, total_steps: int, eval_at_a_tim
         "data": _data(config, tokenizer),
         "mesh": mesh_plan(config),
         "model": model,
+        "lora": _lora(config),
         "optimizer": plans.OptimizerPlan(config.optimizer.to_dict(), total_steps),
         "update": UpdatePlan(
             micro_batch_size=config.micro_batch_size,
@@ -156,18 +164,21 @@ def _common(config: ConfigDict, workdir: str, *, total_steps: int, eval_at_a_tim
             share_prompts=config.get("share_prompts", False),
             entropy_target=config.get("entropy_target"),
             entropy_step=config.get("entropy_step", 0.0),
-            router_aux_loss_coef=config.get("router_aux_loss_coef", 0.0),
-            router_z_loss_coef=config.get("router_z_loss_coef", 0.0),
+            router_aux_loss_coef=config.router_aux_loss_coef,
+            router_z_loss_coef=config.router_z_loss_coef,
         ),
         "evaluation": plans.EvaluationPlan(
             **UNSAMPLED | config.eval.to_dict(), at_a_time=eval_at_a_time, max_num_seqs=config.get("max_num_seqs", 0)
         ),
+        "judging": _judging(config),
         "checkpoint": plans.CheckpointPlan(**config.checkpoint.to_dict()),
         "log": plans.LogPlan(
             num_samples=config.log.num_samples,
             samples_every=config.log.get("samples_every", 0),
             tensorboard=config.log.tensorboard,
             wandb=config.log.wandb,
+            wandb_project=config.log.wandb_project,
+            wandb_name=config.log.wandb_name,
             profile=tuple(config.get("profile_rollouts", ())),
         ),
     }
@@ -193,7 +204,7 @@ def _first_weights(config: ConfigDict, workdir: str) -> _Weights:
     begun = read_content(config.init_from) if config.init_from else None
     missing = ""
     if config.init_from and content is None and begun is None:
-        missing = "no checkpoint can be read in it" if Path(config.init_from).exists() else "no such folder"
+        missing = why_none(config.init_from)
     return _Weights(f"init_from={config.init_from}", config.init_from, (begun or {}).get("identity"), missing)
 
 
@@ -203,7 +214,7 @@ def _model_and_tokenizer(config: ConfigDict, weights: _Weights) -> tuple[plans.M
     fields = config.model.to_dict()
     given = {name: fields[name] for name in fields if fields[name] is not None}
     where, folder, saved = weights[:3]
-    begun = {} if saved is None else {**saved["model"], "rope_scaling": tuple(saved["model"]["rope_scaling"])}
+    begun = {} if saved is None else spec_fields(saved)
     for name, value in given.items():
         if name in begun and value != begun[name] and (name, value) != ("vocab_size", 0):
             raise UserError(
@@ -219,6 +230,17 @@ def _model_and_tokenizer(config: ConfigDict, weights: _Weights) -> tuple[plans.M
     return plans.ModelPlan({**TOY, **given, **begun}), tokenizer
 
 
+def _judging(config: ConfigDict) -> Judging:
+    if "reward_workers" not in config:  # nothing is sampled, nothing judged
+        return Judging()
+    return Judging(config.rewards_max_errors, config.reward_workers, config.reward_timeout_s)
+
+
+def _lora(config: ConfigDict) -> LoRA | None:
+    lora = LoRA(**config.lora.to_dict())
+    return lora if lora.rank else None
+
+
 def _data(config: ConfigDict, tokenizer: str) -> plans.DataPlan:
     return plans.DataPlan(
         task=config.task.name,
@@ -229,8 +251,10 @@ def _data(config: ConfigDict, tokenizer: str) -> plans.DataPlan:
         max_prompt_length=config.max_prompt_length,
         max_completion_length=config.max_completion_length,
         overlong_prompts=config.overlong_prompts,
-        prompt_buckets=tuple(config.prompt_buckets),
+        prompt_buckets=tuple(config.get("prompt_buckets", ())),
         seed=config.seed,
+        system_prompt=config.task.system_prompt,
+        stop=tuple(config.get("stop_strings", ())),
     )
 
 

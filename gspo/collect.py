@@ -8,7 +8,6 @@
 Everything here is a function of the state, the data position and one random key.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,8 @@ import numpy as np
 
 from gspo import plans
 from gspo.data import batches
-from gspo.data.rewards import REWARDS, overlong_penalty
+from gspo.data.rewards import overlong_penalty
+from gspo.data.scoring import make_scorer
 from gspo.data.tokenizer import Tokenizer
 from gspo.generate import Generator, Judged, judge, rows_of, sample_line, spread
 from gspo.learning.agreement import Gap, gap_between
@@ -29,7 +29,7 @@ from gspo.parallel import distributed
 from gspo.reward_source import load_reward_models, with_models
 from gspo.run.progress import Timer
 from gspo.steps import Steps
-from gspo.types import Batch, LossInputs, Params, Rollout, TrainState, UserError, completion_mask, map_arrays, row_axis
+from gspo.types import Batch, LossInputs, Params, Rollout, TrainState, completion_mask, map_arrays, row_axis
 
 
 class Experience(NamedTuple):
@@ -46,13 +46,12 @@ class Collector:
     def __init__(self, plan: plans.RLPlan, steps: Steps, tokenizer: Tokenizer, source: batches.PromptSource):
         self.plan, self.rollout, self.width = plan.experience, plan.rollout, plan.data.max_completion_length
         self.critic, self.steps, self.tokenizer, self.num_samples = plan.critic, steps, tokenizer, plan.log.num_samples
+        self.stop = plan.data.stop
+        functions = self.plan.reward_functions
+        self.scorer = make_scorer([*functions], source.task, [*functions.values()], plan.judging)
         self.models = load_reward_models(plan, steps, tokenizer)
-        texts = [(name, w) for name, w in zip(self.plan.rewards, self.plan.reward_weights, strict=True)
-                 if name not in self.models]  # fmt: skip
-        self.rewards = reward_functions([name for name, _ in texts], source)
-        self.text_weights = [weight for _, weight in texts]
-        self.generate = Generator(steps.layout, source, steps.sampler, self.rollout.num_generations)
-        self.rounding = make_rounding(self.rollout.params)
+        self.generate = Generator(steps.layout, source, steps.sampler, self.rollout.num_generations, self.stop)
+        self.rounding = make_rounding(self.rollout.params, plan.lora and plan.lora.scale)
         self.advantage_fn = advantages.ADVANTAGES[self.plan.scale_rewards]
         # Under jit, so that on many processes every array is one of the whole mesh.
         self._as_batch, self._take, self._compare = map(jax.jit, (self._batch_of, self._taken, self._compared))
@@ -77,7 +76,7 @@ class Collector:
         them."""
         with timer("rollout"):
             policy = state.stale_params[0] if state.stale_params else state.params
-            params = self.steps.rollout_params(self.rounding(policy))
+            params = self.steps.rollout_params(self.rounding(state.full(policy)))
         found: list[Judged] = []
         while not found or (self.plan.filter_groups and not self._enough(found)):
             found.append(self.draw(params, cursor, jax.random.fold_in(key, len(found)), timer))
@@ -89,8 +88,8 @@ class Collector:
         with timer("rollout"):
             completions = self.generate(params, cursor, self.rollout.num_prompts, key)
         with timer("reward"):
-            judged = judge(completions, self.tokenizer, list(self.rewards.values()), self.text_weights)
-            return with_models(judged, self.plan.rewards, self.plan.reward_weights, self.models)
+            judged = judge(completions, self.tokenizer, self.scorer, self.stop)
+            return with_models(judged, self.plan, self.models)
 
     def _enough(self, draws: list[Judged]) -> bool:
         """Whether the draws hold enough groups with rewards that differ, or are as many as there may be."""
@@ -114,7 +113,7 @@ class Collector:
         local_B = np.flatnonzero([row in known for row in rows])
         examples, texts = ([known[rows[b]][i] for b in local_B] for i in (0, 1))
         rollout = self._take([draw.rollout for draw in draws], rows)
-        names = ("rewards_B", "parts_BR", "lengths_B", "truncated_B")
+        names = ("rewards_B", "parts_BR", "failed_BR", "lengths_B", "truncated_B")
         numbers = {name: np.concatenate([getattr(draw, name) for draw in draws])[rows] for name in names}
         return Judged(rollout, local_B, examples, texts, **numbers)
 
@@ -153,7 +152,7 @@ class Collector:
         if plan.old_logps == "learner" or mode == "R2" or plan.router_kl or router_logp:
             # Under R3 the policy in training runs the sampler's experts, so the old policy does too. Else it routes
             # freely, and what it chose is what drift is measured against and, under R2, what is replayed.
-            old = scorer(state.params, *rows, rollout.routes_LBTX if mode == "R3" else None)
+            old = scorer(state.policy, *rows, rollout.routes_LBTX if mode == "R3" else None)
             if mode != "R3":
                 batch = batch.replace(old_routes_LBTX=old.free_routes_LBTX)
             if mode == "R2":
@@ -169,7 +168,7 @@ class Collector:
                 measured["routing/sampler_experts_changed"] = float(np.mean(changed_L))
                 measured["routing/sampler_experts_changed_by_layer"] = changed_L.tolist()
         if state.ref_params is not None:
-            inputs = inputs.replace(ref_logp_BC=scorer(state.ref_params, *rows).logp_BC)
+            inputs = inputs.replace(ref_logp_BC=scorer(state.full(state.ref_params), *rows).logp_BC)
         return batch.replace(inputs=inputs), measured, gap
 
     def shape(self, draw: Judged) -> np.ndarray:
@@ -211,13 +210,14 @@ class Collector:
 
     def metrics(self, draws: list[Judged]) -> dict[str, float]:
         """Of all that was drawn, kept or not. Lengths in tokens; rewards raw, but for reward/shaped_mean."""
-        rewards_B, lengths_B, truncated_B, parts_BR = (
+        rewards_B, lengths_B, truncated_B, parts_BR, failed_BR = (
             np.concatenate([getattr(draw, name) for draw in draws])
-            for name in ("rewards_B", "lengths_B", "truncated_B", "parts_BR")
+            for name in ("rewards_B", "lengths_B", "truncated_B", "parts_BR", "failed_BR")
         )
         return {
             "reward/mean": float(rewards_B.mean()),
             "reward/std": float(rewards_B.std()),
+            "reward/failed": float(failed_BR.any(axis=1).mean()),
             "reward/shaped_mean": float(np.concatenate([self.shape(draw) for draw in draws]).mean()),
             "frac_reward_zero_std": float((spread(rewards_B, self.rollout.num_generations) == 0).mean()),
             "completions/mean_length": float(lengths_B.mean()),
@@ -230,17 +230,6 @@ class Collector:
         """The first rows among those of this process. With several processes they need not be the first of all."""
         rows = list(zip(draw.examples, draw.texts, draw.rewards_B[draw.local_B], strict=True))
         return [sample_line(*row) for row in rows[: self.num_samples]]
-
-
-def reward_functions(names: Sequence[str], source: batches.PromptSource) -> dict[str, Callable]:
-    """Name -> reward; "task" is the task's own. Raises UserError for a name that is not known."""
-    known = {"task": source.task.reward} | REWARDS
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"rewards: no reward named {name!r}; choose from {', '.join(known)}, or reward_model:WORKDIR"
-            )
-    return {name: known[name] for name in names}
 
 
 @jax.jit

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gspo import pair_plans
+from gspo import supervised_plans
 from gspo.generate import check_splits
 from gspo.learning.learner import make_train_step
 from gspo.learning.rewards import PAIR, CompletionRows
@@ -18,13 +18,13 @@ from gspo.model.distribution import Sampling
 from gspo.objectives import DPO, implicit_rewards
 from gspo.pairs import SHOWN, agreement, check_pairs, make_pairs, notes_of, pair_source, score_all
 from gspo.resume import tokenizer_of_run
-from gspo.steps import describe, make_layout, make_model, optimizer_of
+from gspo.steps import make_layout, make_model, optimizer_of
 from gspo.supervised import Course, run
 from gspo.types import Batch, LossInputs, TrainState, completion_mask
 
 
 def train(
-    plan: pair_plans.DPOPlan, workdir: str, *, allow_changed_config: bool = False, title: str = "DPO"
+    plan: supervised_plans.DPOPlan, workdir: str, *, allow_changed_config: bool = False, title: str = "DPO"
 ) -> dict[str, Any]:
     """Runs, or resumes, DPO in workdir. Returns the last line of its metrics. Raises UserError."""
     # ------------------------------------------------------------------ layout, data, model
@@ -33,9 +33,9 @@ def train(
     check_pairs(layout, plan.batch_size, micro)
     split_notes = check_splits(plan.data)
     source, held_out = (pair_source(plan.data, s, tokenizer) for s in (plan.data.train_split, plan.data.eval_split))
-    model = make_model(plan.model, tokenizer, layout)
+    model = make_model(plan.model, tokenizer, layout, plan.lora)
     optimizer, learning_rate = optimizer_of(plan.optimizer)
-    start = state_on_mesh(layout, model, optimizer, with_ref=True)
+    start = state_on_mesh(layout, model, optimizer, lora=plan.lora, with_ref=True)
     step = make_train_step(
         model,
         optimizer,
@@ -68,7 +68,7 @@ def train(
         return implicit_rewards(logp_BC, ref_logp_BC, completion_mask(lengths_B, width), plan.beta)
 
     def score(state: TrainState, pairs: CompletionRows) -> jax.Array:
-        trees = (state.params, state.ref_params)
+        trees = (state.policy, state.full(state.ref_params))
         logps = [scorer(params, pairs.tokens_BT, pairs.prompt_lengths_B).logp_BC for params in trees]
         return rewards_of(*logps, pairs.completion_lengths_B)
 
@@ -80,11 +80,11 @@ def train(
     # ------------------------------------------------------------------ loop
     def update(state: TrainState, cursor: int):
         pairs = make_pairs(layout, source, cursor, plan.batch_size)
-        ref_logp_BC = scorer(state.ref_params, pairs.tokens_BT, pairs.prompt_lengths_B).logp_BC
+        ref_logp_BC = scorer(state.full(state.ref_params), pairs.tokens_BT, pairs.prompt_lengths_B).logp_BC
         return *step(state, batch_of(pairs, ref_logp_BC)), cursor + plan.batch_size
 
-    notes = [describe(model, start.abstract), *split_notes, *notes_of(source, held_out)]
+    notes = [*split_notes, *notes_of(source, held_out)]
     if not plan.init_from:
         notes.append("warning: without init_from the reference is a policy of random parameters")
-    course = Course(start, model.spec, tokenizer, update, evaluate, learning_rate, notes, shown=SHOWN)
+    course = Course(start, model, tokenizer, update, evaluate, learning_rate, notes, shown=SHOWN)
     return run(plan, workdir, course, allow_changed_config=allow_changed_config, title=title)

@@ -4,15 +4,18 @@ Each process reads the prompts, and judges the completions, whose rows lie on it
 of all rows are then known to all.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gspo import plans
 from gspo.data import batches, tasks
 from gspo.data.example import Example
+from gspo.data.scoring import Scorer
 from gspo.data.tokenizer import Tokenizer
 from gspo.parallel import distributed
 from gspo.parallel.sharding import Layout
@@ -20,7 +23,7 @@ from gspo.types import Params, Rollout
 
 
 def make_task(plan: plans.DataPlan, split: str) -> tasks.Task:
-    return tasks.make_task(plan.task, split=split, seed=plan.seed, **plan.options)
+    return tasks.make_task(plan.task, split=split, seed=plan.seed, system_prompt=plan.system_prompt, **plan.options)
 
 
 def check_splits(plan: plans.DataPlan) -> list[str]:
@@ -63,17 +66,20 @@ class Judged(NamedTuple):
     texts: list[str]
     rewards_B: np.ndarray  # raw: what the reward functions say, weighted
     parts_BR: np.ndarray
+    failed_BR: np.ndarray  # where a reward function failed, which counts as 0
     lengths_B: np.ndarray  # of the completions, in tokens
     truncated_B: np.ndarray
 
 
 class Generator(NamedTuple):
-    """Who writes completions: a jitted sampler, the prompts it continues, how many completions each prompt gets."""
+    """Who writes completions: a jitted sampler, the prompts it continues, how many completions each prompt gets, and
+    the texts after which a completion ends."""
 
     layout: Layout
     source: batches.PromptSource
     sampler: Callable[..., Rollout]
     num_generations: int
+    stop: tuple[str, ...] = ()
 
     def __call__(self, params: Params, cursor: int, num_prompts: int, key: jax.Array) -> Completions:
         """Completions of the prompts at positions cursor .. cursor + num_prompts of the run."""
@@ -83,22 +89,49 @@ class Generator(NamedTuple):
         prompts = self.source.batch(cursor, num_prompts, local_Q)
         placed = distributed.put_rows(rows, local_Q, num_prompts, prompts.tokens_QP, prompts.lengths_Q)
         rollout = self.sampler(params, *placed, key)
-        on_host = distributed.fetch_rows(local_B, rollout.tokens_BT, rollout.completion_lengths_B)
-        return Completions(rollout, local_B, prompts, *on_host)
+        tokens_BT, lengths_B = distributed.fetch_rows(local_B, rollout.tokens_BT, rollout.completion_lengths_B)
+        if self.stop:
+            tokenizer, width = self.source.tokenizer, prompts.tokens_QP.shape[1]
+            lengths_B = batches.stopped_lengths(tokenizer, tokens_BT, width, lengths_B, self.stop)
+            (new_B,) = distributed.put_rows(rows, local_B, len(rollout.tokens_BT), lengths_B)
+            rollout = shortened(rollout, new_B, self.layout, width, tokenizer.pad_id)
+        return Completions(rollout, local_B, prompts, tokens_BT, lengths_B)
 
 
-def judge(
-    completions: Completions, tokenizer: Tokenizer, functions: Sequence[Callable], weights: Sequence[float]
-) -> Judged:
-    """The rewards of completions, by functions whose values are weighted and added up."""
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def shortened(rollout: Rollout, lengths_B: jax.Array, layout: Layout, prompt_width: int, pad_id: int) -> Rollout:
+    """The rollout as a sampler would have left it that had ended its rows after so many tokens, and sampled the same
+    until then: pads and log-probs of 0 after them, no routes from the last token on, which was then never fed. A row
+    that has become shorter was not cut off. decode_steps stays what it was."""
+    P, T = prompt_width, rollout.tokens_BT.shape[1]
+    end_B1 = P + lengths_B[:, None]
+    kept_BT = jnp.arange(T) < end_B1
+    routes_LBTX = rollout.routes_LBTX
+    if routes_LBTX is not None:
+        routes_LBTX = jnp.where((jnp.arange(T) < end_B1 - 1)[None, :, :, None], routes_LBTX, -1)
+    short = rollout.replace(
+        tokens_BT=jnp.where(kept_BT, rollout.tokens_BT, pad_id),
+        completion_lengths_B=lengths_B,
+        logp_BC=jnp.where(kept_BT[:, P:], rollout.logp_BC, 0.0),
+        routes_LBTX=routes_LBTX,
+        truncated_B=rollout.truncated_B & (lengths_B == rollout.completion_lengths_B),
+    )
+    return layout.constrain_fields(short)
+
+
+def judge(completions: Completions, tokenizer: Tokenizer, scorer: Scorer, stop: Sequence[str] = ()) -> Judged:
+    """The rewards of completions, each read up to the first of the stop strings. Raises `scoring.RewardsFailed`, in all
+    processes alike."""
     prompts, rollout, B = completions.prompts, completions.rollout, completions.rollout.tokens_BT.shape[0]
     width = prompts.tokens_QP.shape[1]
-    texts = batches.completion_texts(tokenizer, completions.tokens_BT, width, completions.lengths_B)
-    examples = [example for example in prompts.examples for _ in range(len(texts) // len(prompts.examples))]
-    scored = batches.score_completions(texts, examples, functions, weights)
-    rewards = distributed.gather_rows(completions.local_B, B, *scored)
+    texts = batches.completion_texts(tokenizer, completions.tokens_BT, width, completions.lengths_B, stop)
+    group = len(texts) // len(prompts.examples)
+    examples = [example for example in prompts.examples for _ in range(group)]
+    scores = distributed.gather_rows(completions.local_B, B, *scorer(texts, examples, group))
     lengths = distributed.fetch((rollout.completion_lengths_B, rollout.truncated_B))
-    return Judged(rollout, completions.local_B, examples, texts, *rewards, *lengths)
+    judged = Judged(rollout, completions.local_B, examples, texts, *scores, *lengths)
+    scorer.check(judged.failed_BR)
+    return judged
 
 
 def sample_line(example: Example, text: str, reward: float) -> dict[str, Any]:

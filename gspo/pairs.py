@@ -35,6 +35,7 @@ def pair_source(plan: plans.DataPlan, split: str, tokenizer: Tokenizer) -> PairS
         max_completion_length=plan.max_completion_length,
         overlong=plan.overlong_prompts,
         seed=plan.seed,
+        system_prompt=plan.system_prompt,
     )
 
 

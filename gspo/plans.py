@@ -10,13 +10,18 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from gspo.data.scoring import Judging
 from gspo.learning.learner import UpdatePlan
 from gspo.learning.mismatch import ROUNDINGS
+from gspo.model.adapters import LoRA
 from gspo.model.distribution import Sampling
 from gspo.model.spec import ModelSpec
 from gspo.objectives.advantages import ADVANTAGES
 from gspo.run.identity import POLICY
+from gspo.run.stored import BEST_METRIC
 from gspo.types import UserError
+
+REWARD_MODEL_PREFIX = "reward_model:"  # of the rewards that are trained models; what follows names their workdir
 
 
 def need(ok: bool, field: str, value: Any, remedy: str) -> None:
@@ -50,9 +55,13 @@ class DataPlan:
     overlong_prompts: str
     prompt_buckets: tuple[int, ...]
     seed: int
+    system_prompt: str = ""
+    stop: tuple[str, ...] = ()  # texts after which a completion ends
 
     def __post_init__(self):
         positive(self, "max_prompt_length", "max_completion_length")
+        good = all(isinstance(text, str) and text for text in self.stop)
+        need(good, "stop_strings", self.stop, "give texts that are not empty, as in ('</answer>',)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,9 +176,12 @@ class ExperiencePlan:
     router_kl: bool
 
     def __post_init__(self):
-        if len(self.rewards) != len(self.reward_weights):
+        need(len(self.rewards) > 0, "rewards", self.rewards, "name at least one, as in ('task',)")
+        need(len(set(self.rewards)) == len(self.rewards), "rewards", self.rewards, "name each of them once")
+        if len(self.reward_weights) not in (0, len(self.rewards)):
             raise UserError(
-                f"reward_weights: {len(self.reward_weights)} weights for {len(self.rewards)} rewards; give one each"
+                f"reward_weights: {len(self.reward_weights)} weights for {len(self.rewards)} rewards; give one each, "
+                "or () for 1 each"
             )
         need(self.clip_reward_models >= 0, "reward_model.clip", self.clip_reward_models, "must be >= 0 (0: no limit)")
         one_of("scale_rewards", self.scale_rewards, tuple(ADVANTAGES))
@@ -179,6 +191,22 @@ class ExperiencePlan:
             raise UserError("advantage_weight_pos and advantage_weight_neg: must not be negative")
         if self.filter_groups:
             positive(self, "max_num_gen_batches", under="filter_groups.")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """One for each of the rewards."""
+        return self.reward_weights or (1.0,) * len(self.rewards)
+
+    @property
+    def reward_models(self) -> tuple[str, ...]:
+        """Those of the rewards that are trained models."""
+        return tuple(name for name in self.rewards if name.startswith(REWARD_MODEL_PREFIX))
+
+    @property
+    def reward_functions(self) -> dict[str, float]:
+        """The others, which read texts, with their weights."""
+        weights = dict(zip(self.rewards, self.weights, strict=True))
+        return {name: weight for name, weight in weights.items() if name not in self.reward_models}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,17 +236,26 @@ class EvaluationPlan:
     num_prompts: int
     num_generations_eval: int
     temperature: float
+    top_k: int
+    top_p: float
+    reward: str  # "": the task's own
     at_a_time: int  # prompts of one call of the sampler
     max_num_seqs: int  # rows that it decodes at a time; 0: all
 
     def __post_init__(self):
         positive(self, "num_prompts", "num_generations_eval", under="eval.")
-        need(self.temperature >= 0, "eval.temperature", self.temperature, "must be >= 0 (0 is greedy)")
+        need(not self.reward.startswith(REWARD_MODEL_PREFIX), "eval.reward", self.reward,
+             "its scores have no 1 that says solved; name a reward that has")  # fmt: skip
+        try:
+            _ = self.drawn
+        except UserError as error:
+            raise UserError(f"eval.{error}") from None
 
     @property
     def drawn(self) -> tuple[Sampling, int, int]:
-        """As `RolloutPlan.drawn`: without cuts."""
-        return Sampling(self.temperature), self.num_generations_eval, self.max_num_seqs
+        """As `RolloutPlan.drawn`."""
+        sampling = Sampling(self.temperature, self.top_k, self.top_p)
+        return sampling, self.num_generations_eval, self.max_num_seqs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +274,8 @@ class LogPlan:
     samples_every: int
     tensorboard: bool
     wandb: bool
+    wandb_project: str
+    wandb_name: str  # "": the workdir's
     profile: tuple[int, ...] = ()  # rollouts whose trace is written
 
 
@@ -245,6 +284,7 @@ class RunPlan:
     """What all kinds of training share. kind: what their checkpoints hold. best_metric: what ranks them.
 
     written  the config as config.json keeps it
+    lora     the adapters that are trained; None: the weights are
     missing  why a run cannot begin from init_from; "" where it can, or need not
     date     the day on which the run in the workdir began, ISO 8601; None where it begins
     """
@@ -257,33 +297,20 @@ class RunPlan:
     data: DataPlan
     mesh: MeshPlan
     model: ModelPlan
+    lora: LoRA | None
     optimizer: OptimizerPlan
     update: UpdatePlan
     evaluation: EvaluationPlan
+    judging: Judging
     checkpoint: CheckpointPlan
     log: LogPlan
     kind: ClassVar[str] = POLICY
-    best_metric: ClassVar[str] = "eval/pass@1"
+    best_metric: ClassVar[str] = BEST_METRIC
 
-
-@dataclasses.dataclass(frozen=True)
-class SupervisedPlan(RunPlan):
-    """Training on given data. batch_size: examples of an update."""
-
-    num_updates: int
-    batch_size: int
-
-    def __post_init__(self):
-        positive(self, "num_updates", "batch_size")
-
-
-@dataclasses.dataclass(frozen=True)
-class SFTPlan(SupervisedPlan):
-    """Supervised fine-tuning: an example is a demonstration, a row of its own."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.update.check_rows(self.batch_size, "a batch (batch_size)")
+    def check_router_losses(self) -> None:
+        """Raises UserError where a dense model is to have some."""
+        if self.update.router_losses and not self.model.fields["num_experts"]:
+            raise UserError("router_aux_loss_coef, router_z_loss_coef: a dense model has no routers; set them to 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +320,8 @@ class RLPlan(RunPlan):
     """
 
     num_rollouts: int
-    updates_per_rollout: int
+    updates_per_rollout: int  # in one pass over it
+    num_iterations: int  # passes over a rollout
     rollout: RolloutPlan
     experience: ExperiencePlan
     preset: str
@@ -303,7 +331,7 @@ class RLPlan(RunPlan):
     check_tolerance: float | None
 
     def __post_init__(self):
-        positive(self, "num_rollouts", "updates_per_rollout")
+        positive(self, "num_rollouts", "updates_per_rollout", "num_iterations")
         rows, updates, experience = self.rollout.rows, self.updates_per_rollout, self.experience
         if rows % updates:
             raise UserError(
@@ -330,14 +358,25 @@ class RLPlan(RunPlan):
             )
         if self.reference.sync_steps and not self.needs_reference:
             raise UserError("sync_ref_model: nothing reads the reference; set objective.beta or reward_kl_coef")
+        if self.lora and self.reference.sync_steps and self.reference.mixup_alpha != 1:
+            raise UserError(
+                f"ref_model_mixup_alpha={self.reference.mixup_alpha}: the reference of a run with lora is adapters, "
+                "and a mixture of two A and two B is no mixture of their products; set it to 1"
+            )
         self._check_routers()
 
     def _check_routers(self) -> None:
         """Raises UserError for what only a Mixture of Experts has."""
         fields, rollout = self.model.fields, self.rollout
+        self.check_router_losses()
         if fields["num_experts"]:
             if rollout.expert_swap and fields["experts_per_token"] == fields["num_experts"]:
                 raise UserError("mismatch.expert_swap: all experts run, there is none to swap in")
+            if self.update.router_z_loss_coef > 0 and fields["router"] == "sigmoid":
+                raise UserError(
+                    f"router_z_loss_coef={self.update.router_z_loss_coef}: it bounds the normaliser of a softmax, "
+                    "which model.router='sigmoid' has not; set it to 0"
+                )
             return
         if rollout.router_noise or rollout.expert_swap:
             raise UserError("mismatch.router_noise and mismatch.expert_swap: a dense model has no routers")
@@ -345,13 +384,15 @@ class RLPlan(RunPlan):
             self.experience.replay != "disabled"
             or self.objective["router_shift_floor"] is not None
             or self.experience.router_kl
-            or self.update.router_aux_loss_coef > 0
-            or self.update.router_z_loss_coef > 0
         ):
             raise UserError(
-                "router_replay.mode, router_shift_floor, router_aux_loss_coef, router_z_loss_coef, log.router_kl: a "
-                "dense model has no routers; switch them off"
+                "router_replay.mode, router_shift_floor, log.router_kl: a dense model has no routers; switch them off"
             )
+
+    @property
+    def updates(self) -> int:
+        """Of the optimizer, for one rollout."""
+        return self.updates_per_rollout * self.num_iterations
 
     @property
     def needs_reference(self) -> bool:

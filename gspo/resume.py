@@ -10,8 +10,8 @@ from gspo.data.tokenizer import Tokenizer, save_files
 from gspo.learning.state import Start
 from gspo.model.spec import ModelSpec
 from gspo.parallel import distributed
-from gspo.run.checkpoint import Checkpointer
-from gspo.run.identity import TOKENIZER, check_identity, dated_tokenizer, identity
+from gspo.run.checkpoint import Checkpointer, restore_base, save_base
+from gspo.run.identity import TOKENIZER, check_adapters, check_identity, dated_tokenizer, identity
 from gspo.run.workdir import hold_workdir, keep_config
 from gspo.run.writers import MetricsWriter
 from gspo.steps import initial_state
@@ -49,7 +49,7 @@ def open_run(
     No other run can use the folder until `held` is closed. It is claimed for this config only once nothing can fail any
     more. Raises UserError.
     """
-    written, own = dict(plan.written), identity(model, tokenizer, plan.kind)
+    written, own = dict(plan.written), identity(model, tokenizer, kind=plan.kind, lora=plan.lora)
     check = partial(_check, own if start.begins_with is None else identity(model, tokenizer))
     with contextlib.ExitStack() as held:  # given back at once where anything fails
         held.enter_context(hold_workdir(workdir, written, allow_changed_config=allow_changed_config))
@@ -61,10 +61,17 @@ def open_run(
             identity=own,
         )
         held.enter_context(checkpointer)
-        writer = MetricsWriter(workdir, tensorboard=plan.log.tensorboard, wandb=plan.log.wandb, config=written)
+        log = plan.log
+        loggers = {"tensorboard": log.tensorboard, "wandb": log.wandb}
+        loggers |= {"project": log.wandb_project, "name": log.wandb_name}
+        writer = MetricsWriter(workdir, **loggers, config=written)
         held.enter_context(writer)
-        restored = checkpointer.restore(start.abstract, partial(_check_own, own))
+        restored = checkpointer.restore(start.abstract.saved, partial(_check_own, own))
         first, state, meta = (0, initial_state(plan, start, check), {}) if restored is None else restored
+        if plan.lora and restored is None:
+            save_base(workdir, state.frozen, own)
+        elif plan.lora:
+            state = state.replace(frozen=restore_base(workdir, start.abstract.frozen))
         keep_config(workdir, written)
         if restored is None:  # from now on its tokenizer lies beside its weights
             distributed.on_primary(
@@ -81,6 +88,7 @@ def _check(own: dict[str, Any], where: Path, saved: dict[str, Any] | None) -> No
 def _check_own(own: dict[str, Any], where: Path, saved: dict[str, Any] | None) -> None:
     """As `_check`, of a run that goes on; and that its plan knows the day on which it began, which prompts may bear."""
     check_identity(where, saved, own)
+    check_adapters(where, saved, own)
     if saved is not None and saved.get("date") not in (None, own["date"]):
         raise UserError(f"{where}: the run began on {saved['date']}, not {own['date']}; make the plan with its workdir")
 

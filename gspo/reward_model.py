@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gspo import pair_plans
+from gspo import supervised_plans
 from gspo.generate import check_splits
 from gspo.learning.critic import Critic
 from gspo.learning.rewards import PAIR, STATISTICS, make_reward_fn, make_reward_step
@@ -18,7 +18,7 @@ from gspo.objectives import bradley_terry
 from gspo.pairs import SHOWN, agreement, check_pairs, make_pairs, notes_of, pair_source, score_all
 from gspo.resume import tokenizer_of_run
 from gspo.run.identity import POLICY, kind_of, saved_identity
-from gspo.steps import describe, make_layout, make_model, optimizer_of
+from gspo.steps import make_layout, make_model, optimizer_of
 from gspo.supervised import Course, run
 from gspo.types import Params, TrainState
 
@@ -26,7 +26,11 @@ STATISTICS_PAIRS = 1024  # of the training data, of whose scores these are
 
 
 def train(
-    plan: pair_plans.RewardModelPlan, workdir: str, *, allow_changed_config: bool = False, title: str = "reward model"
+    plan: supervised_plans.RewardModelPlan,
+    workdir: str,
+    *,
+    allow_changed_config: bool = False,
+    title: str = "reward model",
 ) -> dict[str, Any]:
     """Runs, or resumes, the training of a reward model in workdir. Returns the last line of its metrics. Begins with
     the body of a policy, or with a reward model, where init_from names one. Raises UserError."""
@@ -67,8 +71,8 @@ def train(
     def update(state: TrainState, cursor: int):
         return *step(state, make_pairs(layout, source, cursor, plan.batch_size)), cursor + plan.batch_size
 
-    notes = [describe(policy, start.abstract), *split_notes, *notes_of(source, held_out)]
+    notes = [*split_notes, *notes_of(source, held_out)]
     course = Course(
-        start, policy.spec, tokenizer, update, evaluate, learning_rate, notes, remembered=remembered, shown=SHOWN
+        start, policy, tokenizer, update, evaluate, learning_rate, notes, remembered=remembered, shown=SHOWN
     )
     return run(plan, workdir, course, allow_changed_config=allow_changed_config, title=title)

@@ -6,7 +6,7 @@ their own folder: a run does not save them.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +25,6 @@ from gspo.run.identity import REWARD_MODEL, check_identity, identity, spec_of
 from gspo.run.stored import read_content
 from gspo.steps import Steps
 from gspo.types import Params, Rollout, UserError
-
-PREFIX = "reward_model:"
 
 
 class RewardModel(NamedTuple):
@@ -48,11 +46,10 @@ class RewardModel(NamedTuple):
 def load_reward_models(plan: plans.RLPlan, steps: Steps, tokenizer: Tokenizer) -> dict[str, RewardModel]:
     """Those among plan.experience.rewards, by their whole names. Raises UserError where one cannot be read, is none, or
     reads other tokens than the policy writes."""
-    names = [name for name in plan.experience.rewards if name.startswith(PREFIX)]
     found = {}
-    for name in names:
+    for name in plan.experience.reward_models:
         try:
-            found[name] = _load(name.removeprefix(PREFIX), plan, steps, tokenizer)
+            found[name] = _load(name.removeprefix(plans.REWARD_MODEL_PREFIX), plan, steps, tokenizer)
         except UserError as error:
             raise UserError(f"rewards: {name!r}: {error}") from None
     return found
@@ -72,7 +69,7 @@ def _load(folder: str, plan: plans.RLPlan, steps: Steps, tokenizer: Tokenizer) -
     for axis, heads in (("heads", spec.num_heads), ("kv_heads", spec.num_kv_heads)):
         if heads % layout.parts(axis):
             raise UserError(indivisible(layout, axis, f"its model.num_{axis}", heads))
-    model, own = Critic(spec, layout), identity(spec, tokenizer, REWARD_MODEL)
+    model, own = Critic(spec, layout), identity(spec, tokenizer, kind=REWARD_MODEL)
     _, params = restore_params(
         folder, abstract_params(model, layout), lambda where, saved: check_identity(where, saved, own)
     )
@@ -94,13 +91,17 @@ def _load(folder: str, plan: plans.RLPlan, steps: Steps, tokenizer: Tokenizer) -
     return RewardModel(reward, params, mean, std, plan.experience.clip_reward_models)
 
 
-def with_models(
-    judged: Judged, names: Sequence[str], weights: Sequence[float], models: Mapping[str, RewardModel]
-) -> Judged:
-    """Completions that were judged by the functions among these rewards, and now by the models among them too."""
+def with_models(judged: Judged, plan: plans.ExperiencePlan, models: Mapping[str, RewardModel]) -> Judged:
+    """Completions that were judged by the functions among the rewards of the plan, and now by the models among them
+    too, which never fail."""
     if not models:
         return judged
-    functions = iter(judged.parts_BR.T)
-    columns = [models[name](judged.rollout) if name in models else next(functions) for name in names]
-    parts_BR = np.stack(columns, axis=1)
-    return judged._replace(parts_BR=parts_BR, rewards_B=parts_BR @ np.asarray(weights, np.float32))
+    functions = zip(judged.parts_BR.T, judged.failed_BR.T, strict=True)
+    never_B = np.zeros(len(judged.rewards_B), bool)
+    parts, failed = zip(
+        *((models[name](judged.rollout), never_B) if name in models else next(functions) for name in plan.rewards),
+        strict=True,
+    )
+    parts_BR = np.stack(parts, axis=1)
+    rewards_B = parts_BR @ np.asarray(plan.weights, np.float32)
+    return judged._replace(parts_BR=parts_BR, failed_BR=np.stack(failed, axis=1), rewards_B=rewards_B)

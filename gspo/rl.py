@@ -4,13 +4,15 @@ here.
     for each rollout
         sample G completions per prompt from the policy, with their log-probs and routes
         score them with verifiable rewards; compare each with its group            (gspo.collect)
-        for each of N minibatches
-            one optimizer update; the ratio is π_θ / π_old, π_old the policy that sampled, the same for all N
+        for each of N minibatches, once or in several passes over the rollout
+            one optimizer update; the ratio is π_θ / π_old, π_old the policy that sampled, the same for all of them
 
 Everything random is a function of (seed, rollout), and the data position is one integer. So a run that is killed
 anywhere and started again continues from its last checkpoint as if nothing had happened, bit by bit.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +20,9 @@ import numpy as np
 
 from gspo import plans
 from gspo.collect import Collector
+from gspo.data.scoring import RewardsFailed
 from gspo.data.tokenizer import Tokenizer, make_tokenizer
-from gspo.evaluate import Writer, make_evaluator
+from gspo.evaluate import Writer, describe_scorer, make_evaluator
 from gspo.generate import check_splits, prompt_source
 from gspo.learning.agreement import Gap, complaint
 from gspo.learning.drift import DISTANCES
@@ -33,10 +36,11 @@ from gspo.run.checkpoint import Checkpointer
 from gspo.run.cli import StopSignal
 from gspo.run.profile import Profiler
 from gspo.run.progress import Progress, Timer, is_due
-from gspo.steps import Steps, describe, describe_layout, make_layout, make_steps
+from gspo.steps import Steps, describe, describe_adapters, describe_layout, make_layout, make_steps
 from gspo.types import Batch, Diverged, TrainState, UserError
 
 ROLLOUT_STREAM = 1  # of the run's random keys
+SHUFFLE_STREAM = 3  # of the passes over a rollout after its first
 PHASES = ("rollout", "reward", "old_logps", "update")  # what a rollout costs, evaluation and checkpoints aside
 
 
@@ -53,6 +57,10 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
     checkpointer, writer, first, state = opened.checkpointer, opened.writer, opened.first, opened.state
     cursor = opened.meta.get("cursor", 0)
     run_key = jax.random.fold_in(jax.random.key(plan.seed), ROLLOUT_STREAM)
+
+    def save(index: int, line: dict[str, Any]) -> None:
+        checkpointer.save(index, state.saved, {"cursor": cursor, "offsets": writer.offset()}, line)
+
     progress = Progress(plan.num_rollouts, start=first, title=title)
     for note in run.notes + [f"resumed at rollout {first}"] * opened.resumed:
         progress.note(note)
@@ -66,12 +74,12 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
             profiler.at(index)
             line: dict[str, Any] = {}
             if last or is_due(index, plan.evaluation.every):
-                with timer("eval"):
-                    line, _ = run.evaluate(state.params)
+                with timer("eval"), saved_where_rewards_fail(index, checkpointer, save):
+                    line, _ = run.evaluate(state.policy)
             stopping = distributed.any_process(stop.requested)
             if stopping or (index > first and (last or is_due(index, plan.checkpoint.every))):
                 with timer("checkpoint"):
-                    checkpointer.save(index, state, {"cursor": cursor, "offsets": writer.offset()}, line)
+                    save(index, line)
             if last:
                 writer.write(index, line)
                 progress.update(index, line)
@@ -80,14 +88,15 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
                 checkpointer.wait()
                 raise stop.leave(f"saved rollout {index} in {workdir}; start the same command again to go on")
 
-            experience = run.collector(state, cursor, jax.random.fold_in(run_key, index), timer)
+            with saved_where_rewards_fail(index, checkpointer, save, line):
+                experience = run.collector(state, cursor, jax.random.fold_in(run_key, index), timer)
             cursor = experience.next_cursor
             with timer("update"):
-                state, done = update(steps, state, experience.batch)
+                state, done = update(steps, state, experience.batch, shuffle_keys(plan, index))
             guard(plan, index, done, experience.sampler_gap, checkpointer)
             state = run.follow(state, index)
 
-            rate = float(steps.learning_rate(index * plan.updates_per_rollout))
+            rate = float(steps.learning_rate(index * plan.updates))
             line |= experience.metrics | update_metrics(done) | {"learning_rate": rate}
             writer.write(index, line)
             timings = timer.take()
@@ -101,20 +110,43 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
     return line
 
 
-def update(steps: Steps, state: TrainState, batch: Batch) -> tuple[TrainState, list[Metrics]]:
-    """N optimizer updates, one for each minibatch of the rollout, all against the old policy that is in the batch.
-    Returns the new state and the metrics of each update.
+def update(
+    steps: Steps, state: TrainState, batch: Batch, further: Sequence[jax.Array] = ()
+) -> tuple[TrainState, list[Metrics]]:
+    """N optimizer updates, one for each minibatch of the rollout, all against the old policy that is in the batch; and
+    N more for each of the keys `further`, which shuffle the rows anew. Returns the new state and the metrics of each
+    update.
     """
     if state.stale_params:  # a sampler that lags behind draws from the oldest of these
         state = state.replace(stale_params=(*state.stale_params[1:], copy_tree(state.params)))
     done = []
-    for minibatch in steps.minibatches(batch):
-        state, metrics = steps.train_step(state, minibatch)  # log-probs -> objective -> gradient -> optimizer
-        if steps.critic_step:
-            critic, more = steps.critic_step(state.critic, minibatch)
-            state, metrics = state.replace(critic=critic), metrics | more
-        done.append(metrics)
+    for key in (None, *further):
+        for minibatch in steps.minibatches(batch if key is None else steps.reshuffled(batch, key)):
+            state, metrics = steps.train_step(state, minibatch)  # log-probs -> objective -> gradient -> optimizer
+            if steps.critic_step:
+                critic, more = steps.critic_step(state.critic, minibatch)
+                state, metrics = state.replace(critic=critic), metrics | more
+            done.append(metrics)
     return state, jax.device_get(done)
+
+
+def shuffle_keys(plan: plans.RLPlan, index: int) -> list[jax.Array]:
+    """The keys of the passes over rollout `index` after its first: functions of (seed, rollout, pass)."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(plan.seed), SHUFFLE_STREAM), index)
+    return [jax.random.fold_in(key, iteration) for iteration in range(1, plan.num_iterations)]
+
+
+@contextlib.contextmanager
+def saved_where_rewards_fail(
+    index: int, checkpointer: Checkpointer, save: Callable[[int, dict], None], line: dict[str, Any] | None = None
+) -> Iterator[None]:
+    """A run whose rewards fail too often is saved at this rollout before it stops: the policy is none the worse for
+    them."""
+    try:
+        yield
+    except RewardsFailed as error:
+        save(index, line or {})
+        raise UserError(f"rollout {index}: {error}{checkpointer.last_good()}") from None
 
 
 # ---------------------------------------------------------------------------- the parts of a run
@@ -140,6 +172,9 @@ def prepare(plan: plans.RLPlan, tokenizer: Tokenizer | None = None) -> Run:
     collector = Collector(plan, steps, tokenizer, source)
     evaluate = make_evaluator(plan, steps.model, tokenizer, _shared_writer(plan, steps))
     notes = [describe(steps.model, steps.abstract), _describe_updates(plan), *steps.notes, *split_notes]
+    notes += describe_scorer(plan, source.task, [*plan.experience.reward_functions])
+    if plan.lora:
+        notes.insert(1, describe_adapters(plan.lora, steps.abstract))
     notes += [f"warning: {text}" for text in _warnings(plan)]
     if layout.several:
         notes.insert(1, describe_layout(plan.mesh, layout))
@@ -151,7 +186,7 @@ def prepare(plan: plans.RLPlan, tokenizer: Tokenizer | None = None) -> Run:
 
 def _warnings(plan: plans.RLPlan) -> list[str]:
     """One line for each setting that is allowed and probably not meant."""
-    found = warnings_of(plan.objective, updates_per_rollout=plan.updates_per_rollout)
+    found = warnings_of(plan.objective, updates_per_rollout=plan.updates)
     if plan.preset == "ppo" and not plan.critic:
         found.append(
             "objective.preset 'ppo' without a critic takes its advantages from the group; set critic.enable=true"
@@ -191,8 +226,9 @@ def _make_follow(plan: plans.ReferencePlan):
 def _describe_updates(plan: plans.RLPlan) -> str:
     """One line for the log: what one rollout is used for."""
     chosen = plan.objective
+    passes = f" in {plan.num_iterations} passes" if plan.num_iterations > 1 else ""
     return (
-        f"{plan.updates_per_rollout} updates per rollout of {plan.rollout.num_prompts} x "
+        f"{plan.updates} updates per rollout{passes} of {plan.rollout.num_prompts} x "
         f"{plan.rollout.num_generations} completions; ratio of the {chosen['importance_sampling_level']}, surrogate "
         f"{chosen['surrogate']}, clip range [1 - {chosen['epsilon']:g}, 1 + {chosen['epsilon_high']:g}], "
         f"{chosen['loss_agg_mode']}"

@@ -16,11 +16,12 @@ from gspo import plans
 from gspo.data.tokenizer import Tokenizer
 from gspo.learning.critic import Critic, make_critic_step, make_value_fn
 from gspo.learning.learner import make_train_step
-from gspo.learning.microbatch import minibatch, shared_rows
+from gspo.learning.microbatch import minibatch, shared_rows, shuffled_units
 from gspo.learning.optim import make_optimizer, make_schedule
 from gspo.learning.sampler import in_compute_dtype, make_sampler
 from gspo.learning.scores import make_scorer
 from gspo.learning.state import Start, add_critic, shardings_of, state_on_mesh
+from gspo.model.adapters import LoRA, merged_params
 from gspo.model.distribution import Sampling
 from gspo.model.experts import chosen_backend
 from gspo.model.spec import ModelSpec
@@ -48,12 +49,14 @@ def make_rollout_layout(plan: plans.MeshPlan, layout: Layout) -> Layout:
         raise UserError(text.replace("expert_dispatch=", "rollout_expert_dispatch=")) from None
 
 
-def make_model(plan: plans.ModelPlan, tokenizer: Tokenizer, layout: Layout = ONE_DEVICE) -> Transformer:
+def make_model(
+    plan: plans.ModelPlan, tokenizer: Tokenizer, layout: Layout = ONE_DEVICE, lora: LoRA | None = None
+) -> Transformer:
     spec = plan.spec(tokenizer.vocab_size)
     for axis, field in (("heads", "num_heads"), ("kv_heads", "num_kv_heads")):
         if plan.fields[field] % layout.parts(axis):
             raise UserError(indivisible(layout, axis, f"model.{field}", plan.fields[field]))
-    return Transformer(spec, layout=layout)
+    return Transformer(spec, layout=layout, adapter_scale=lora and lora.scale)
 
 
 def optimizer_of(plan: plans.OptimizerPlan, **changes: float) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -83,13 +86,15 @@ def sampler_of(
 
 
 def make_rollout_params(plan: plans.MeshPlan, model: Transformer) -> Callable[[Params], Params]:
-    """Returns the map from the learner's parameters to those that rollouts read, applied once per rollout: in the dtype
-    of the matmuls, and laid out by the rules of rollouts. The identity where that changes nothing.
+    """Returns the map from the learner's parameters to those that rollouts read, applied once per rollout: adapters
+    merged, in the dtype of the matmuls, and laid out by the rules of rollouts. The identity where that changes nothing.
     """
     dtype, layout, target = model.spec.compute_dtype, model.layout, make_rollout_layout(plan, model.layout)
-    if dtype == jnp.float32 and target.rules == layout.rules:
+    scale = model.adapter_scale
+    if dtype == jnp.float32 and target.rules == layout.rules and scale is None:
         return lambda params: params
-    return jax.jit(lambda params: in_compute_dtype(params, dtype), out_shardings=param_shardings(model, target))
+    moved = lambda params: in_compute_dtype(merged_params(params, scale), dtype)  # noqa: E731
+    return jax.jit(moved, out_shardings=param_shardings(model, target))
 
 
 def check_rows(layout: Layout, **counts: int) -> None:
@@ -123,6 +128,7 @@ class Steps(NamedTuple):
     sampler: Callable[..., Rollout]  # (params, prompt_QP, prompt_lengths_Q, key) ->
     scorer: Callable  # (params, tokens_BT, prompt_lengths_B, ...) -> Scores
     minibatches: Callable[[Batch], tuple[Batch, ...]]
+    reshuffled: Callable[[Batch, jax.Array], Batch]  # by a key: its rows in another order, for one more pass over them
     train_step: Callable  # (state, batch) -> (state, metrics)
     value_fn: Callable | None  # (critic params, tokens_BT, prompt_lengths_B) -> values_BC; None without a critic
     critic_step: Callable | None  # train_step's twin for state.critic
@@ -142,17 +148,17 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
     updates, micro = plan.updates_per_rollout, plan.update.micro_batch_size
     rows_at_a_time = micro or plan.rollout.rows // updates
     check_rows(layout, num_prompts=plan.rollout.num_prompts, minibatch_rows=rows_at_a_time)
-    devices, rows_per_prompt = layout.parts("rows"), 1
-    if plan.update.share_prompts:
-        rows_per_prompt = shared_rows(rows_at_a_time, devices, plan.rollout.num_generations)
+    devices, sharing = layout.parts("rows"), plan.rollout.num_generations if plan.update.share_prompts else 1
+    rows_per_prompt = shared_rows(rows_at_a_time, devices, sharing)
 
     # ------------------------------------------------------------------ model, state
-    model = make_model(plan.model, tokenizer, layout)
+    model = make_model(plan.model, tokenizer, layout, plan.lora)
     optimizer, learning_rate = optimizer_of(plan.optimizer)
     start = state_on_mesh(
         layout,
         model,
         optimizer,
+        lora=plan.lora,
         with_ref=plan.needs_reference,
         num_stale=plan.rollout.stale_rollouts,
         entropy_coef=None if plan.update.entropy_target is None else plan.objective["entropy_coef"],
@@ -188,9 +194,7 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         rows_per_prompt=rows_per_prompt,
     )
 
-    def minibatches(batch: Batch) -> tuple[Batch, ...]:
-        return tuple(layout.constrain_fields(minibatch(batch, j, updates)) for j in range(updates))
-
+    minibatches, reshuffled = _cut_and_shuffle(layout, updates, rows_per_prompt)
     return Steps(
         layout=layout,
         model=model,
@@ -207,7 +211,8 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
             sampling=plan.rollout.sampling,
             chunk=plan.update.chunk,
         ),
-        minibatches=jax.jit(minibatches),
+        minibatches=minibatches,
+        reshuffled=reshuffled,
         train_step=train_step,
         value_fn=value_fn,
         critic_step=critic_step,
@@ -215,6 +220,18 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         start=start,
         notes=_chosen_experts(plan, model.spec, devices, rows_per_prompt),
     )
+
+
+def _cut_and_shuffle(layout: Layout, updates: int, rows_per_prompt: int) -> tuple[Callable, Callable]:
+    """Steps.minibatches and Steps.reshuffled. Rows that have their prompt in common stay neighbours in both."""
+
+    def minibatches(batch: Batch) -> tuple[Batch, ...]:
+        return tuple(layout.constrain_fields(minibatch(batch, j, updates)) for j in range(updates))
+
+    def reshuffled(batch: Batch, key: jax.Array) -> Batch:
+        return layout.constrain_fields(shuffled_units(batch, key, rows_per_prompt))
+
+    return jax.jit(minibatches), jax.jit(reshuffled)
 
 
 def _chosen_experts(plan: plans.RLPlan, spec: ModelSpec, devices: int, rows_per_prompt: int) -> tuple[str, ...]:
@@ -250,11 +267,11 @@ def _kept_scores(plan: plans.RLPlan, objective: Objective) -> tuple[str, ...]:
 def initial_state(plan: plans.RunPlan, start: Start, check: Check | None = None) -> TrainState:
     """A fresh state; with init_from, one that begins with the parameters of that run, of which there is never a second
     copy beside random ones. check: what compares them with the model before they are read."""
+    key = jax.random.fold_in(jax.random.key(plan.seed), 0)
     if not plan.init_from:
-        return start.init(jax.random.fold_in(jax.random.key(plan.seed), 0))
-    given = start.abstract.params if start.begins_with is None else start.begins_with
-    _, params = restore_params(plan.init_from, given, check)
-    return start.begin(params)
+        return start.init(key)
+    given = start.abstract.weights if start.begins_with is None else start.begins_with
+    return start.begin(restore_params(plan.init_from, given, check)[1], key)
 
 
 # ---------------------------------------------------------------------------- lines for the log
@@ -271,16 +288,33 @@ def describe_layout(plan: plans.MeshPlan, layout: Layout) -> str:
     return f"{layout.mesh.size} devices in {jax.process_count()} process(es), mesh {sizes}, rules {rules}{experts}"
 
 
+EXPERTS = (("moe", "gate"), ("moe", "up"), ("moe", "down"))  # parameters of which a token meets a part
+
+
 def describe(model: Transformer, abstract: TrainState) -> str:
     """One line for the log: size of the model."""
-    sizes = {path: leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.params)}
+    sizes = {path: leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.weights)}
     total, spec = sum(sizes.values()), model.spec
     if not spec.num_experts:
         return f"dense model, {spec.num_layers} layers, {total:,} parameters"
-    experts = ("gate", "up", "down")
-    expert = sum(n for path, n in sizes.items() if jax.tree_util.keystr(path[-1:]).strip("[']") in experts)
+    routed = [tuple(entry.key for entry in path[-2:]) for path in sizes]
+    expert = sum(n for name, n in zip(routed, sizes.values(), strict=True) if name in EXPERTS)
+    dense = f" of which {len(spec.dense_layers)} dense" if spec.dense_layers else ""
     active = total - expert + expert * spec.experts_per_token // spec.num_experts
     return (
-        f"MoE model, {spec.num_layers} layers, {spec.num_experts} experts of which {spec.experts_per_token} run, "
-        f"{total:,} parameters, {active:,} active"
+        f"MoE model, {spec.num_layers} layers{dense}, {spec.num_experts} experts of which {spec.experts_per_token} "
+        f"run, {total:,} parameters, {active:,} active"
+    )
+
+
+def describe_adapters(lora: LoRA, abstract: TrainState) -> str:
+    """One line for the log: what is trained of the model, and what the optimizer holds for it."""
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    trained, total = size(abstract.params), size(abstract.weights)
+    names = ", ".join(name.removeprefix("blocks/") for name in lora.matrices(abstract.weights))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.opt_state))
+    return (
+        f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, on {names}: "
+        f"{trained:,} parameters are trained ({trained / total:.2%} of the model's), the optimizer holds "
+        f"{held / 1e6:,.1f} MB ({8 * total / 1e6:,.1f} MB for all weights)"
     )

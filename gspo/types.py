@@ -28,6 +28,7 @@ import flax.struct
 import jax.numpy as jnp
 
 Params = Any  # a nested dict of arrays, as linen's `init` returns it under "params"
+LORA = "lora"  # where low-rank adapters lie beside the weights of the blocks (`gspo.model.adapters`)
 
 
 class UserError(Exception):
@@ -141,6 +142,8 @@ class Batch:
     old_router_logits_LBTE float32 logits of the rollout policy's routers, where the drift of routers is to be measured
                                  as a KL
     old_values_BC, returns_BC float32 the critic's values before the updates, and what it should have said (PPO)
+    segments_BT            int   rows that hold several examples, one behind the other from column 0 on: which one a
+                                 column is of, and it sees that one alone. The frame is then one of P = 1
     """
 
     tokens_BT: chex.Array = array("BT")
@@ -152,6 +155,7 @@ class Batch:
     old_router_logits_LBTE: chex.Array | None = array("LBTE", default=None)
     old_values_BC: chex.Array | None = array("BC", default=None)
     returns_BC: chex.Array | None = array("BC", default=None)
+    segments_BT: chex.Array | None = array("BT", default=None)
 
 
 @flax.struct.dataclass
@@ -160,7 +164,8 @@ class TrainState:
     reference; `entropy_coef` is the weight of the entropy bonus, float32, None where it is fixed (then it belongs to
     the objective); `critic` is the state of the value model, None for methods that compare completions with each other.
     `stale_params` are the parameters of the last rollouts, oldest first, from which a sampler that lags behind on
-    purpose draws.
+    purpose draws. `frozen` are the weights under low-rank adapters, which no update changes: then `params` are the
+    adapters, as are those of the reference and the stale ones; None where the weights themselves are trained.
     """
 
     step: chex.Array
@@ -170,3 +175,27 @@ class TrainState:
     entropy_coef: chex.Array | None = None
     critic: "TrainState | None" = None
     stale_params: tuple[Params, ...] = ()
+    frozen: Params | None = None
+
+    def full(self, params: Params) -> Params:
+        """What the model is applied to, of parameters such as `params`."""
+        return params if self.frozen is None else attached(self.frozen, params)
+
+    @property
+    def policy(self) -> Params:
+        return self.full(self.params)
+
+    @property
+    def weights(self) -> Params:
+        """Those of the model, without adapters."""
+        return self.params if self.frozen is None else self.frozen
+
+    @property
+    def saved(self) -> "TrainState":
+        """What a checkpoint holds: all but the frozen weights, which a run saves once."""
+        return self.replace(frozen=None)
+
+
+def attached(weights: Params, adapters: Params) -> Params:
+    """One tree of weights and of the adapters of their blocks. Nothing is copied."""
+    return {**weights, "blocks": {**weights["blocks"], LORA: adapters["blocks"]}}

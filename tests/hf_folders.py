@@ -30,6 +30,7 @@ TINY = ModelSpec(
     moe_backend="dense",
 )
 TINY_MOE = dataclasses.replace(TINY, d_ff=0, num_experts=4, experts_per_token=2, d_expert=10)
+DENSE_FIRST = dict(num_layers=3, dense_layers=(0,), d_ff=18)
 SPECS = {
     "Qwen3ForCausalLM": TINY,
     "Qwen3MoeForCausalLM": TINY_MOE,
@@ -38,6 +39,14 @@ SPECS = {
         TINY, qk_norm=False, tie_embeddings=True, rope_scaling=(8.0, 1.0, 4.0, 64.0)
     ),
     "OlmoeForCausalLM": dataclasses.replace(TINY_MOE, qk_norm_over="projection", norm_topk_prob=False, head_width=4),
+    "Qwen2ForCausalLM": dataclasses.replace(TINY, qk_norm=False, qkv_bias=True),
+    "Qwen2MoeForCausalLM": dataclasses.replace(
+        TINY_MOE, qk_norm=False, qkv_bias=True, norm_topk_prob=False, d_shared=14, shared_gate=True
+    ),
+    "Dots1ForCausalLM": dataclasses.replace(TINY_MOE, router="sigmoid", routed_scale=2.5, d_shared=20, **DENSE_FIRST),
+    "Glm4MoeForCausalLM": dataclasses.replace(
+        TINY_MOE, qk_norm=False, qkv_bias=True, router="sigmoid", d_shared=10, rotary_width=4, **DENSE_FIRST
+    ),
 }
 all_families = pytest.mark.parametrize("family", SPECS)
 

@@ -6,6 +6,7 @@ the frames, scans, masks and batched matmuls of the library. Sources: RMSNorm (1
 "rotate half" layout, grouped queries (2305.13245), SwiGLU (2002.05202), Qwen3 (2505.09388), GSPO (2507.18071).
 """
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -25,6 +26,11 @@ MOE = ModelSpec(
     vocab_size=11, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_width=6, rope_theta=100.0,
     num_experts=5, experts_per_token=2, d_expert=10,
 )  # fmt: skip
+# All that a block may have besides, and dense layers in between: a stretch of one, of one and of two like layers.
+FULL = dataclasses.replace(
+    MOE, num_layers=4, dense_layers=(1,), d_ff=12, router="sigmoid", routed_scale=2.5, d_shared=20, shared_gate=True,
+    qkv_bias=True, out_bias=True, rotary_width=4, rope_scaling=("yarn", 4.0, 64.0),
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------- models under test
@@ -32,13 +38,15 @@ MOE = ModelSpec(
 
 @functools.cache
 def build(spec: ModelSpec, seed: int = 0):
-    """(model, params): the shapes of `init_params`, values drawn here. Norm scales are not 1, so a forgotten scale
-    shows."""
+    """(model, params): the shapes of `init_params`, values drawn here. Norm scales are not 1 and biases not 0, so a
+    forgotten one shows."""
     model, rng = Transformer(spec), np.random.default_rng(seed)
 
     def draw(path, leaf):
         if path[-1].key == "scale":
             return jnp.asarray(1 + 0.2 * rng.standard_normal(leaf.shape), jnp.float32)
+        if path[-1].key == "bias":
+            return jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32)
         fan_in = leaf.shape[1] if path[-1].key == "embedding" else leaf.shape[-2]
         return jnp.asarray(rng.standard_normal(leaf.shape) * fan_in**-0.5, jnp.float32)
 
@@ -88,25 +96,57 @@ def rms_norm(x, scale, eps):
     return x / np.sqrt(np.mean(x * x) + eps) * scale
 
 
-def rope(x_H, position, theta, scaling=()):
-    """Turns (x_i, x_{i + H/2}) by position · theta^(-2i/H). scaling: (factor, low, high, trained length) of Llama
-    3.1."""
+def rope(x_H, position, theta, scaling=(), width=0):
+    """Turns (x_i, x_{i + H/2}) by position · frequency, and stretches them. scaling: as ModelSpec.rope_scaling. width:
+    of the part of the head to which this is done; 0: all of it."""
+    if width:
+        return np.concatenate([rope(x_H[:width], position, theta, scaling), x_H[width:]])
     half = len(x_H) // 2
     turned = np.empty_like(x_H)
     for i in range(half):
-        frequency = theta ** (-2 * i / len(x_H))
-        if scaling:
-            factor, low, high, length = scaling
-            wave = 2 * np.pi / frequency
-            if wave > length / low:
-                frequency = frequency / factor
-            elif wave > length / high:
-                smooth = (length / wave - low) / (high - low)
-                frequency = (1 - smooth) * frequency / factor + smooth * frequency
-        angle = position * frequency
+        angle = position * slowed(theta ** (-2 * i / len(x_H)), i, half, theta, scaling)
         turned[i] = x_H[i] * np.cos(angle) - x_H[i + half] * np.sin(angle)
         turned[i + half] = x_H[i + half] * np.cos(angle) + x_H[i] * np.sin(angle)
-    return turned
+    return turned * stretch(scaling)
+
+
+def slowed(frequency, i, half, theta, scaling):
+    """Frequency of pair i under a rule: by wave lengths in Llama 3.1 (low, high), by the pair's place in YaRN."""
+    if not scaling:
+        return frequency
+    if scaling[0] == "linear":
+        return frequency / scaling[1]
+    if scaling[0] == "yarn":
+        factor, length, fast, slow, _, truncate = scaling[1:3] + yarn_options(scaling)
+        # The pair whose wave turns n times within the trained length: length · θ^(-i/half) / 2π = n.
+        first, last = (half * np.log(length / (2 * np.pi * turns)) / np.log(theta) for turns in (fast, slow))
+        if truncate:
+            first, last = np.floor(first), np.ceil(last)
+        first, last = max(first, 0), min(last, 2 * half - 1)
+        slow_share = min(max((i - first) / (last - first), 0), 1)
+        return slow_share * frequency / factor + (1 - slow_share) * frequency
+    factor, low, high, length = scaling
+    wave = 2 * np.pi / frequency
+    if wave > length / low:
+        return frequency / factor
+    if wave > length / high:
+        smooth = (length / wave - low) / (high - low)
+        return (1 - smooth) * frequency / factor + smooth * frequency
+    return frequency
+
+
+def yarn_options(scaling):
+    """(fast, slow, attention, truncate) of ("yarn", factor, length, ...), defaults filled in."""
+    given = scaling[3:]
+    return (*given, *(32, 1, None, True)[len(given) :])
+
+
+def stretch(scaling):
+    """YaRN's factor on queries and keys."""
+    if not scaling or scaling[0] != "yarn":
+        return 1.0
+    attention = yarn_options(scaling)[2]
+    return 0.1 * np.log(scaling[1]) + 1 if attention is None else attention
 
 
 def top_k(z, k):
@@ -114,11 +154,21 @@ def top_k(z, k):
     return sorted(range(len(z)), key=lambda e: (-z[e], e))[:k]
 
 
-def gates_of(z_E, chosen, renormalise):
-    """Gate of each chosen expert: its share of the full softmax, renormalised over the chosen ones or not."""
-    p = softmax(z_E)
+def gates_of(z_E, chosen, renormalise, sigmoid=False, scale=1.0):
+    """Gate of each chosen expert: its share of the full softmax, or its sigmoid; renormalised over the chosen ones or
+    not; times a factor."""
+    p = 1 / (1 + np.exp(-z_E)) if sigmoid else softmax(z_E)
     total = sum(p[e] for e in chosen) if renormalise else 1.0
-    return [p[e] / total for e in chosen]
+    return [scale * p[e] / total for e in chosen]
+
+
+def margins(params, spec, router_LTE):
+    """[L, T] distance from the last chosen expert to the next, in what a router compares."""
+    scores = router_LTE
+    if spec.router == "sigmoid":
+        scores = np.exp(router_LTE) + params["blocks"]["moe"]["selection"]["bias"][:, None]
+    falling = -np.sort(-scores, axis=-1)
+    return falling[..., spec.experts_per_token - 1] - falling[..., spec.experts_per_token]
 
 
 def swiglu(x, w_gate, w_up, w_down):
@@ -127,9 +177,10 @@ def swiglu(x, w_gate, w_up, w_down):
 
 def attention(p, spec, h_TD):
     T, N, K, H = len(h_TD), spec.num_heads, spec.num_kv_heads, spec.head_width
-    q = (h_TD @ p["query"]).reshape(T, N, H)
-    k = (h_TD @ p["key"]).reshape(T, K, H)
-    v = (h_TD @ p["value"]).reshape(T, K, H)
+    bias = lambda name, there: p[f"{name}_bias"]["bias"] if there else 0.0  # noqa: E731
+    q = (h_TD @ p["query"] + bias("query", spec.qkv_bias)).reshape(T, N, H)
+    k = (h_TD @ p["key"] + bias("key", spec.qkv_bias)).reshape(T, K, H)
+    v = (h_TD @ p["value"] + bias("value", spec.qkv_bias)).reshape(T, K, H)
     for x, name in (q, "query_norm"), (k, "key_norm"):
         for t in range(T):
             if spec.qk_norm and spec.qk_norm_over == "projection":
@@ -137,7 +188,7 @@ def attention(p, spec, h_TD):
             for n in range(x.shape[1]):
                 if spec.qk_norm and spec.qk_norm_over == "head":
                     x[t, n] = rms_norm(x[t, n], p[name]["scale"], spec.rms_eps)
-                x[t, n] = rope(x[t, n], t, spec.rope_theta, spec.rope_scaling)
+                x[t, n] = rope(x[t, n], t, spec.rope_theta, spec.rope_scaling, spec.rotary_width)
     mixed = np.zeros((T, N, H))
     for t in range(T):
         for n in range(N):
@@ -145,36 +196,46 @@ def attention(p, spec, h_TD):
             weight = softmax(np.array([q[t, n] @ k[s, kv] / np.sqrt(H) for s in range(t + 1)]))
             for s in range(t + 1):
                 mixed[t, n] += weight[s] * v[s, kv]
-    return mixed.reshape(T, N * H) @ p["out"]
+    return mixed.reshape(T, N * H) @ p["out"] + bias("out", spec.out_bias)
 
 
 def decoder(params, spec, tokens, given_LTX=None):
-    """One sequence without padding -> (logits [T, V], free routes [L, T, X], router logits [L, T, E]; both None if
-    dense).
+    """One sequence without padding -> (logits [T, V], free routes [L, T, X], router logits [L, T, E], log σ(z) of a
+    sigmoid router; both None if dense).
 
-    params: a float64 tree. given_LTX: experts to run instead of the routers' choice; a token with a -1 routes freely.
+    L: of the layers with a router. params: a float64 tree. given_LTX: experts to run instead of the routers' choice; a
+    token with a -1 routes freely.
     """
     x = params["embedding"][np.asarray(tokens)].copy()
-    T, routes, logits = len(tokens), [], []
+    T, routes, logits, denses = len(tokens), [], [], 0
     for layer in range(spec.num_layers):
-        p = jax.tree.map(lambda w, layer=layer: w[layer], params["blocks"])
+        dense = not spec.num_experts or layer in spec.dense_layers
+        stack, place = ("dense_blocks", denses) if dense and spec.num_experts else ("blocks", layer - denses)
+        denses += stack == "dense_blocks"
+        p = jax.tree.map(lambda w, place=place: w[place], params[stack])
         x = x + attention(
             p["attention"], spec, np.stack([rms_norm(r, p["attention_norm"]["scale"], spec.rms_eps) for r in x])
         )
         h = np.stack([rms_norm(r, p["mlp_norm"]["scale"], spec.rms_eps) for r in x])
-        if not spec.num_experts:
+        if dense:
             x = x + np.stack([swiglu(r, p["mlp"]["gate"], p["mlp"]["up"], p["mlp"]["down"]) for r in h])
             continue
         moe, free, z = p["moe"], [], h @ p["moe"]["router"]
+        sigmoid = spec.router == "sigmoid"
+        by = 1 / (1 + np.exp(-z)) + moe["selection"]["bias"] if sigmoid else z
         for t in range(T):
-            free.append(top_k(z[t], spec.experts_per_token))
+            free.append(top_k(by[t], spec.experts_per_token))
             used = free[t]
-            if given_LTX is not None and min(given_LTX[layer][t]) >= 0:
-                used = [int(e) for e in given_LTX[layer][t]]
-            for e, gate in zip(used, gates_of(z[t], used, spec.norm_topk_prob), strict=True):
+            if given_LTX is not None and min(given_LTX[place][t]) >= 0:
+                used = [int(e) for e in given_LTX[place][t]]
+            gates = gates_of(z[t], used, spec.norm_topk_prob, sigmoid, spec.routed_scale)
+            for e, gate in zip(used, gates, strict=True):
                 x[t] = x[t] + gate * swiglu(h[t], moe["gate"][e], moe["up"][e], moe["down"][e])
+            if spec.d_shared:
+                weight = 1 / (1 + np.exp(-(h[t] @ p["shared_gate"])[0])) if spec.shared_gate else 1.0
+                x[t] = x[t] + weight * swiglu(h[t], *(p["shared"][kind] for kind in ("gate", "up", "down")))
         routes.append(free)
-        logits.append(z)
+        logits.append(-np.log1p(np.exp(-z)) if sigmoid else z)
     hidden = np.stack([rms_norm(r, params["final_norm"]["scale"], spec.rms_eps) for r in x])
     head = params["embedding"].T if spec.tie_embeddings else params["head"]
     return hidden @ head, (np.array(routes) if routes else None), (np.array(logits) if logits else None)
@@ -241,6 +302,19 @@ def count_changes(old_LBTX, new_LBTX, mask_BT):
         lost = [X - len(set(old_LBTX[l, b, t].tolist()) & set(new_LBTX[l, b, t].tolist())) for l in range(L)]
         changed, slots, tokens, moved = changed + sum(lost), slots + L * X, tokens + 1, moved + any(lost)
     return changed / slots, moved / tokens
+
+
+def router_losses(logits_LTE, routes_LTX):
+    """(load-balance loss, z-loss) of the tokens of one sequence: E Σ_e f_e P_e (2101.03961, eq. 4) and the mean of
+    (log Σ_e exp z_e)² (2202.08906, eq. 5), averaged over layers; (0, 0) without a token."""
+    L, T, E = logits_LTE.shape
+    balance = square = 0.0
+    for z_TE, routes_TX in zip(logits_LTE, routes_LTX, strict=True):
+        for e in range(E if T else 0):
+            f = sum(e in routes_X for routes_X in routes_TX.tolist()) / routes_TX.size
+            balance += E * f * np.mean([softmax(z_E)[e] for z_E in z_TE]) / L
+        square += np.mean([np.log(np.exp(z_E).sum()) ** 2 for z_E in z_TE]) / L if T else 0.0
+    return balance, square
 
 
 def count_load(routes_LBTX, mask_BT, experts):

@@ -45,6 +45,13 @@ def test_rows_at_a_time_that_cannot_be_are_refused(tmp_path, changes, message):
         build.rl_plan(rl_config(tmp_path, old_logps="learner", **changes))
 
 
+def test_a_z_loss_on_a_sigmoid_router_is_refused(tmp_path):
+    # Catches a loss that pulls the sum of all scores to one.
+    changes = {"model.router": "sigmoid", "router_z_loss_coef": 0.1}
+    with pytest.raises(UserError, match=r"^router_z_loss_coef=0\.1: .*model\.router='sigmoid' has not; set it to 0$"):
+        build.rl_plan(rl_config(tmp_path, **changes))
+
+
 def test_rows_that_devices_would_share_are_those_of_all_runs_of_a_config():
     # Catches a cold start, a micro-batch or an arm whose rows two devices cannot share, found after the devices were
     # made; and devices along an axis that the user has not left open.

@@ -1,5 +1,6 @@
 """pass@1 and pass@k against counts by hand, and the evaluation of a finished run."""
 
+import itertools
 import json
 
 import jax
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 
 from gspo import build, rl
-from gspo.evaluate import Writer, evaluate_workdir, make_evaluator
+from gspo.data.tasks import make_task
+from gspo.evaluate import Writer, describe_scorer, evaluate_workdir, make_evaluator
+from gspo.model.distribution import Sampling
 from gspo.types import UserError
 from tests.tiny_runs import command, contents, kept_compiles, parts_of, rl_config, written  # noqa: F401 - fixtures
 
@@ -40,7 +43,10 @@ def test_pass_at_1_and_pass_at_k_are_those_counted_by_hand(tmp_path, count, num_
     texts = [text for _, row in drawn for text in row]
     means = [sum(row) / K for row in solved]
     assert metrics["eval/pass@1"] == pytest.approx(sum(map(sum, solved)) / (count * K))
-    assert metrics["eval/pass@4"] == pytest.approx(sum(map(any, solved)) / count)
+    for k in range(2, K + 1):  # the share of all choices of k samples in which one is right
+        chosen = [any(pick) for row in solved for pick in itertools.combinations(row, k)]
+        assert metrics[f"eval/pass@{k}"] == pytest.approx(sum(chosen) / len(chosen))
+    assert metrics["eval/avg@4"] == metrics["eval/pass@1"]  # rewards of 0 and 1
     spread = (sum((m - sum(means) / count) ** 2 for m in means) / (count - 1) / count) ** 0.5 if count > 1 else 0
     assert metrics["eval/pass@1_stderr"] == pytest.approx(spread)
     assert metrics["eval/mean_length"] == pytest.approx(np.mean([min(len(text) + 1, C) for text in texts]))
@@ -85,6 +91,41 @@ def test_evaluation_reads_the_evaluation_split_and_the_reward_of_the_task(tmp_pa
     assert metrics["eval/pass@1"] == 1 and samples[0]["prompt"] == "1="
 
 
+def half_right(completion, example):
+    """A reward whose values are not all 0 and 1."""
+    return 1.0 if completion == example.answer else 0.5 * (completion[:1] == example.answer)
+
+
+def test_evaluation_is_by_the_reward_that_was_asked_for_and_cut_as_was_asked_for(tmp_path):
+    # Catches a file of data that is always judged by an exact match, a mean that counts what is solved, cuts that
+    # training's sampler lends to evaluation or that are lost.
+    plan = rl_config(tmp_path, **{"eval.reward": "tests.test_evaluate:half_right", "eval.top_p": 0.9, "eval.top_k": 3})
+    plan, tokenizer, _, model = parts_of(plan)
+    assert plan.evaluation.drawn[0] == Sampling(1.0, 3, 0.9) and plan.rollout.sampling == Sampling()
+
+    def sampler(params, prompt_QP, lengths_Q, key):
+        right = [tokenizer.decode(row)[-2] for row in np.asarray(prompt_QP)]
+        return written([[r, r + "=", "=", "="] for r in right], tokenizer, prompt_QP, lengths_Q)
+
+    metrics, samples = make_evaluator(plan, model, tokenizer, Writer(lambda params: params, sampler))({})
+    assert (metrics["eval/pass@1"], metrics["eval/avg@4"], metrics["eval/pass@2"]) == (0.25, 0.375, 0.5)
+    assert samples[0]["reward"] == 1
+
+
+def test_the_log_says_by_what_evaluation_judges_and_warns_where_training_judges_otherwise(tmp_path):
+    # Catches a pass@1 of 0 on a task that is solved, because only the text of the whole completion would do.
+    def lines(**changes):
+        config = rl_config(tmp_path, **changes)
+        return describe_scorer(build.rl_plan(config), make_task(config.task.name, split="train"), config.rewards)
+
+    said, warning = lines(rewards=("numeric_answer",), **{"eval.reward": ""})
+    assert "exact_match" in said and warning.startswith("warning: eval.reward: ") and "numeric_answer" in warning
+    for rewards in (("task",), ("exact_match", "format_hash")):
+        assert len(lines(rewards=rewards, **{"eval.reward": ""})) == 1
+    (said,) = lines(rewards=("numeric_answer",), **{"eval.reward": "numeric_answer"})
+    assert said == "evaluation counts what numeric_answer gives 1 as solved"
+
+
 @pytest.mark.parametrize("field", ["eval.num_prompts", "eval.num_generations_eval"])
 def test_an_evaluation_of_nothing_is_refused(tmp_path, field):
     # Catches a mean over no prompts, which is NaN.
@@ -113,4 +154,10 @@ def test_a_finished_run_is_evaluated_as_the_run_evaluated_itself_and_left_alone(
         and stderr.startswith(f"error: no checkpoint in {tmp_path}/nowhere")
         and stderr.count("\n") == 1
     )
+    best = ["--step=best"], ["--step=7"], ["--step=last"]
+    (none, seventh, last) = (
+        command("evaluate", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run", *step)[2] for step in best
+    )
+    assert none == "" and "no checkpoint of step 7 can be read; there are steps 2, 3" in seventh
+    assert last == "error: --step=last: give the number of a step, or best; leave it out for the latest\n"
     assert contents(tmp_path / "run") == before and not (tmp_path / "nowhere").exists()

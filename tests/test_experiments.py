@@ -138,6 +138,7 @@ def test_routing_drift_leaves_its_figure_and_its_table(experiment):
     assert row["replay"] == "R3" and row["experts replayed otherwise"] == "0%"
     assert "-" not in row.values() and "router noise 0.3" in stdout
     assert {"drift.png", "by_length.json", "drift", "router_noise_0.3_R3"} <= {path.name for path in workdir.iterdir()}
+    assert cells(workdir / "load.md").keys() == {"1", "mean"}
 
 
 # ---------------------------------------------------------------------------- many processes

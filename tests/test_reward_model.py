@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 
 from gspo import build, dpo, reward_model, rl, supervised
+from gspo.generate import Judged
 from gspo.learning.critic import Critic
 from gspo.learning.rewards import STATISTICS, CompletionRows, make_reward_fn
 from gspo.learning.state import reward_model_start, state_on_mesh
 from gspo.model.transformer import abstract_params
 from gspo.pairs import agreement, pair_source, wilson
-from gspo.run.checkpoint import Checkpointer, restore_params
+from gspo.reward_source import with_models
+from gspo.run.checkpoint import Checkpointer, restore_base, restore_params
 from gspo.run.progress import Timer
-from gspo.run.stored import read_content
+from gspo.run.stored import read_content, steps_at
 from gspo.run.writers import read_jsonl
 from gspo.steps import initial_state, optimizer_of
 from gspo.types import UserError
@@ -170,6 +172,13 @@ def test_a_reward_model_is_not_taken_for_a_policy(folder, trained, tmp_path):
             {"center_rewards_coefficient": -1.0},
             "center_rewards_coefficient=-1.0: must be >= 0",
         ),
+        (build.reward_model_plan, {"lora.rank": 2}, "lora.rank=2: all weights of a reward model are trained"),
+        (
+            build.reward_model_plan,
+            {"model.num_experts": 4, "router_aux_loss_coef": 0.1},
+            "router_aux_loss_coef, router_z_loss_coef: a reward model has no such loss",
+        ),
+        (build.dpo_plan, {"router_z_loss_coef": 0.1}, "router_aux_loss_coef, router_z_loss_coef: a dense model has no"),
         (build.dpo_plan, {"beta": 0.0}, "beta=0.0: must be positive"),
         (build.dpo_plan, {"label_smoothing": 0.5}, r"label_smoothing=0.5: must be in \[0, 0.5\)"),
     ],
@@ -253,7 +262,7 @@ def preferred(folder):
 
 def state_of_dpo(config):
     plan, _, layout, model = parts_of(config)
-    return state_on_mesh(layout, model, optimizer_of(plan.optimizer)[0], with_ref=True)
+    return state_on_mesh(layout, model, optimizer_of(plan.optimizer)[0], lora=plan.lora, with_ref=True)
 
 
 @pytest.mark.slow
@@ -280,6 +289,31 @@ def test_a_killed_dpo_ends_bit_equal_when_it_is_started_again(folder, preferred,
             dpo.train(plan, tmp_path)
     dpo.train(plan, tmp_path)
     assert_ends_like(tmp_path, preferred, state_of_dpo(dpo_config(folder)).abstract)
+
+
+@pytest.mark.slow
+def test_dpo_trains_adapters_and_its_reference_is_the_base(folder, tmp_path):
+    # Catches weights that move, a reference that is not what the run began with, a resume without the base.
+    config = dpo_config(folder, **{"lora.rank": 2, "num_updates": 20, "checkpoint.every": 10})
+    dpo.train(build.dpo_plan(config), tmp_path)
+    lines = read_jsonl(tmp_path / "metrics.jsonl")
+    assert lines[0]["rewards/margins"] == 0 and lines[0]["eval/accuracy"] == 0.5
+    assert lines[-1]["eval/accuracy"] > 0.9
+    start = state_of_dpo(config)
+    with Checkpointer(tmp_path, keep_last=9) as checkpointer:
+        _, state, _ = checkpointer.restore(start.abstract.saved)
+    fresh = initial_state(build.dpo_plan(config), start)
+    assert_bit_equal(state.ref_params, fresh.params)
+    assert_bit_equal(restore_base(tmp_path, start.abstract.frozen), fresh.frozen)
+    assert dpo.train(build.dpo_plan(config), tmp_path)["eval/loss"] == lines[-1]["eval/loss"]
+
+
+def test_the_best_checkpoint_of_a_run_on_preferences_is_that_of_the_best_accuracy(trained):
+    # Catches a choice by pass@1, which such a run does not measure.
+    accuracies = {line["step"]: line.get("eval/accuracy") for line in read_jsonl(trained / "metrics.jsonl")}
+    kept = {int(path.name): accuracies[int(path.name)] for path in (trained / "checkpoints").iterdir()}
+    (best,) = steps_at(trained.with_name(f"{trained.name}@best"))
+    assert len(kept) > 1 and int(best.name) == max(kept, key=lambda step: (kept[step], step))
 
 
 # ---------------------------------------------------------------------------- in reinforcement learning
@@ -324,6 +358,23 @@ def test_a_reward_model_is_one_of_the_rewards_of_rl(folder, trained, normalize, 
     assert np.all(judged.parts_BR[right, 0] == 1)
     np.testing.assert_allclose(judged.rewards_B, judged.parts_BR @ [0.25, 2.0], rtol=1e-6)
     assert run.collector.metrics([judged])[f"rewards/{name}"] == pytest.approx(expected.mean(), abs=1e-5)
+
+
+def test_the_weights_of_rewards_of_both_kinds_are_one_where_none_is_given(folder, trained):
+    # Catches a weight that goes to the neighbour once the models are taken out, and a model that counts as a failure.
+    name = f"reward_model:{trained}"
+    plan = build.rl_plan(rl_config(folder, rewards=(name, "numeric_answer"), reward_weights=())).experience
+    assert plan.weights == (1.0, 1.0) and plan.reward_functions == {"numeric_answer": 1.0}
+    judged = Judged(*[None] * 4, np.zeros(2), np.ones((2, 1), np.float32), np.array([[False], [True]]), None, None)
+    judged = with_models(judged, plan, {name: lambda rollout: np.array([5.0, 7.0], np.float32)})
+    assert judged.parts_BR.tolist() == [[5, 1], [7, 1]] and judged.rewards_B.tolist() == [6, 8]
+    assert judged.failed_BR.tolist() == [[False, False], [False, True]]
+
+
+def test_a_reward_model_cannot_judge_in_evaluation(folder):
+    # Catches a name that is looked up as a module of the user's.
+    with pytest.raises(UserError, match=r"^eval\.reward='reward_model:runs/rm': its scores have no 1"):
+        build.rl_plan(rl_config(folder, **{"eval.reward": "reward_model:runs/rm"}))
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """The cold start: what it learns, what stops it, and that a stopped run ends like one never stopped."""
 
+import dataclasses
+import json
 import os
 import signal
 
@@ -9,12 +11,18 @@ import numpy as np
 import pytest
 
 from gspo import build, sft, steps
+from gspo.learning.learner import make_train_step
+from gspo.learning.scores import score_completions
 from gspo.learning.state import state_on_mesh
+from gspo.masked import values
+from gspo.objectives import negative_log_likelihood
 from gspo.run.checkpoint import Checkpointer, restore_params
 from gspo.run.writers import read_jsonl
-from gspo.types import UserError
+from gspo.types import TrainState, UserError
+from tests import model_oracle
 from tests.tiny_runs import assert_bit_equal, contents, kept_compiles, parts_of, patch_samplers, sft_config  # noqa: F401 - a fixture
 
+make_evaluation_loss = sft.make_evaluation_loss  # as it is, where the runs share one
 RESULTS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -35,6 +43,7 @@ def steps_made_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft, "make_train_step", once(sft.make_train_step, 0))
+        patch.setattr(sft, "make_evaluation_loss", once(sft.make_evaluation_loss, 1))
         patch_samplers(patch, once(steps.sampler_of, 0))
         yield
 
@@ -101,7 +110,54 @@ def test_the_first_loss_is_the_mean_negative_log_likelihood_of_the_demonstration
             logits_V = logits_BTV[row, t - 1]
             total += np.log(np.exp(logits_V).sum()) - logits_V[demos.tokens_BT[row, t]]
             count += 1
-    assert read_jsonl(plain / "metrics.jsonl")[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+        if row == 3:  # eval.num_prompts of 4: the first rows of this batch, as both splits are one file here
+            first_four = total / count
+    line = read_jsonl(plain / "metrics.jsonl")[0]
+    assert line["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert line["eval/loss"] == pytest.approx(first_four, rel=1e-5)
+    for rows in (2, 3):  # in batches that come out even, and in one that must not count its surplus
+        small = dataclasses.replace(plan, batch_size=rows)
+        loss, notes = make_evaluation_loss(small, model, tokenizer)
+        assert loss(params) == {"eval/loss": pytest.approx(first_four, rel=1e-5)} and not notes
+
+
+def test_the_evaluation_loss_is_that_of_the_parameters_at_hand(plain):
+    # Catches one that is taken once, or of the rows that are trained on.
+    losses = [line["eval/loss"] for line in read_jsonl(plain / "metrics.jsonl") if "eval/loss" in line]
+    assert len(losses) == 7 and losses[0] > 1.5 and losses[-1] < 0.4
+
+
+def test_an_evaluation_split_without_demonstrations_is_named_and_has_no_loss(folder, tmp_path):
+    # Catches a run that cannot start because of what it would only have watched, and one that is silent about it.
+    (tmp_path / "test.jsonl").write_text('{"prompt": "0=", "answer": "0"}\n')
+    config = sft_config(folder, **{"task.name": f"jsonl:{tmp_path}/{{split}}.jsonl", "task.eval_split": "test"})
+    plan, tokenizer, _, model = parts_of(config)
+    loss, (note,) = make_evaluation_loss(plan, model, tokenizer)
+    assert loss(None) == {} and note.startswith("no eval/loss: ") and "no demonstrations" in note
+    lines = [json.dumps({"prompt": prompt, "answer": "0", "demonstration": "0"}) for prompt in ("0=", "00000=")]
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    _, (note,) = make_evaluation_loss(plan, model, tokenizer)
+    assert note == "eval/loss leaves out 1 examples longer than the frame"
+
+
+def test_a_run_ends_at_its_target_and_ends_there_again(folder, plain, tmp_path, capsys):
+    # Catches a target that is passed, one that ends a run without a checkpoint to start from, and a resume that trains
+    # on.
+    before = read_jsonl(plain / "metrics.jsonl")
+    at = next(line["step"] for line in before if line.get("eval/pass@1", 0) >= 0.5)
+    assert 0 < at < 30
+    config = sft_config(folder, target_pass_at_1=0.5)
+    line = sft.train(build.sft_plan(config), tmp_path / "run")
+    assert f"at update {at}: the target is reached" in capsys.readouterr().out
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert lines[:at] == before[:at] and len(lines) == at + 1 and lines[at] == line | {"step": at}
+    assert line["eval/pass@1"] == before[at]["eval/pass@1"] and state_of(config, tmp_path / "run")[0] == at
+    kept = contents(tmp_path / "run")
+    sft.train(build.sft_plan(config), tmp_path / "run")
+    assert contents(tmp_path / "run") == kept
+    at_once = sft_config(folder, target_pass_at_1=0.5, init_from=str(plain))
+    sft.train(build.sft_plan(at_once), tmp_path / "at_once")
+    assert state_of(at_once, tmp_path / "at_once")[0] == 0
 
 
 def test_every_example_comes_once_in_an_epoch(folder, tmp_path, monkeypatch):
@@ -114,6 +170,81 @@ def test_every_example_comes_once_in_an_epoch(folder, tmp_path, monkeypatch):
     epochs = [sorted(map(tuple, seen[start : start + 14])) for start in range(0, 56, 14)]
     assert len(set(epochs[0])) == 14 and all(epoch == epochs[0] for epoch in epochs)
     assert seen[:14] != seen[14:28]
+
+
+def test_packed_demonstrations_see_themselves_alone(folder):
+    # Catches a demonstration that sees its neighbour or counts positions from it, a mask that is a column off, and one
+    # that is left out, cut, or comes twice between two batches: each against the float64 model of that demonstration.
+    plan, tokenizer, layout, model = parts_of(sft_config(folder))
+    source = sft.demonstration_source(plan.data, tokenizer)
+    params, cursor, held = model_oracle.build(model.spec)[1], 0, []
+
+    @jax.jit
+    def score(batch):
+        width = batch.inputs.mask_BC.shape[1]
+        frames = (batch.tokens_BT, batch.prompt_lengths_B, width)
+        return score_completions(model, params, *frames, segments_BT=batch.segments_BT).logp_BC
+
+    for _ in range(2):
+        packed, after = sft.make_packed_batch(layout, source, cursor, 3)
+        found = sorted(np.asarray(score(packed))[packed.inputs.mask_BC].tolist())
+        demos, expected = source.batch(cursor, after - cursor), []
+        P = source.prompt_width
+        for tokens_T, p, c in zip(demos.tokens_BT, demos.prompt_lengths_B, demos.completion_lengths_B, strict=True):
+            ids = (tokens_T[P - p : P], tokens_T[P : P + c])
+            expected += model_oracle.score(model_oracle.float64(params), model.spec, *ids)[0].tolist()
+        np.testing.assert_allclose(found, sorted(expected), rtol=1e-4)
+        held.append(after - cursor)
+        cursor = after
+    assert held == [4, 5]  # in 3 rows
+
+
+@pytest.mark.slow
+def test_packed_rows_give_the_loss_and_the_gradient_of_the_same_demonstrations_in_rows_of_their_own(folder):
+    # Catches gradients through padding or a neighbour, and a load of experts that counts padding.
+    plan, tokenizer, layout, model = parts_of(sft_config(folder))
+    source = sft.demonstration_source(plan.data, tokenizer)
+    params = model_oracle.build(model.spec)[1]
+    step = make_train_step(model, model_oracle.record_gradients(), negative_log_likelihood)
+
+    def gradient(batch):
+        own = jax.tree.map(jnp.copy, params)
+        state, metrics = step(TrainState(jnp.int32(0), own, jax.tree.map(jnp.zeros_like, own)), batch)
+        return state.opt_state, values(jax.device_get(metrics))
+
+    cursor, held = 0, []
+    for _ in range(2):
+        packed, after = sft.make_packed_batch(layout, source, cursor, 3)
+        grads, metrics = gradient(packed)
+        expected, other = gradient(sft._rows(layout, source, cursor, 5, counted=after - cursor))
+        assert metrics["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        if after - cursor == 5:  # the load is that of all tokens in the frame
+            assert metrics["routing/load_cv"] == pytest.approx(other["routing/load_cv"], rel=1e-6)
+        jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-6), grads, expected)
+        held.append(after - cursor)
+        cursor = after
+    assert held == [4, 5]
+
+
+@pytest.mark.slow
+def test_a_packed_run_that_dies_and_is_resumed_ends_bit_equal_to_one_that_did_not(folder, tmp_path, monkeypatch):
+    # Catches a data position that is counted in rows, where rows hold as many demonstrations as they can.
+    config = sft_config(folder, packing=True, num_updates=6, **{"eval.every": 0, "checkpoint.every": 2})
+    sft.train(build.sft_plan(config), tmp_path / "whole")
+    make, calls = sft.make_packed_batch, []
+
+    def dies(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return make(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "make_packed_batch", dies)
+        with pytest.raises(KeyboardInterrupt):
+            sft.train(build.sft_plan(config), tmp_path / "run")
+    sft.train(build.sft_plan(config), tmp_path / "run")
+    assert_ends_like(tmp_path / "run", tmp_path / "whole", config)
 
 
 def test_samples_are_those_of_the_evaluations_once_each(plain):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from gspo import build, plans, rl
-from gspo.collect import reward_functions
-from gspo.data.rewards import exact_match, format_hash
+from gspo.data.example import Example
+from gspo.data.scoring import make_scorer
 from gspo.generate import prompt_source
 from gspo.parallel import distributed
 from gspo.steps import check_rows, make_layout, objective_of, optimizer_of
@@ -32,10 +32,11 @@ def test_rewards_come_in_the_order_of_the_config_and_task_means_the_tasks_own(tm
     config = rl_config(tmp_path, rewards=("format_hash", "task"), reward_weights=(0.1, 1.0))
     plan, tokenizer, _, _ = parts_of(config)
     source = prompt_source(plan.data, "train", tokenizer)
-    assert list(reward_functions(plan.experience.rewards, source).items()) == [
-        ("format_hash", format_hash),
-        ("task", exact_match),
-    ]
+    scorer = make_scorer(plan.experience.rewards, source.task, plan.experience.reward_weights)
+    examples = [Example("", "#### 7")] * 2  # an exact match has both
+    scores = scorer(["#### 7", "#### 8"], examples)
+    assert scorer.names == ["format_hash", "task"] and scores.parts_BR.tolist() == [[1, 1], [1, 0]]
+    np.testing.assert_allclose(scores.rewards_B, [1.1, 0.1])
 
 
 def test_the_learning_rate_that_is_logged_is_the_one_that_is_used(tmp_path):

@@ -64,6 +64,7 @@ def rl_config(folder: Path, **changes) -> ConfigDict:
     config = base.rl()
     config.update(num_rollouts=3, num_prompts=4, num_generations=4, updates_per_rollout=2, rewards=("numeric_answer",))
     config.log.samples_every = 1
+    config.eval.reward = "exact_match"
     return common(config, folder, changes)
 
 
@@ -76,7 +77,7 @@ def stateful_config(folder: Path, **changes) -> ConfigDict:
         "objective.beta": 0.01, "sync_ref_model": True, "ref_model_sync_steps": 1, "entropy_target": 2.0,
         "filter_groups.enable": True, "filter_groups.max_num_gen_batches": 3, "overlong_buffer.len": 2,
         "model.moe_backend": "blocked", "critic.enable": True, "old_logps": "learner",
-        "mismatch.stale_rollouts": 1, "log.router_kl": True,
+        "mismatch.stale_rollouts": 1, "log.router_kl": True, "num_iterations": 2,
     } | changes)  # fmt: skip
 
 
@@ -163,7 +164,7 @@ def patch_samplers(patch: pytest.MonkeyPatch, make) -> None:
 def state_of(config: ConfigDict, workdir: Path) -> tuple[int, TrainState]:
     """(step, state) of the last checkpoint of a run of `rl.train`."""
     with Checkpointer(workdir, keep_last=9) as checkpointer:
-        step, state, _ = checkpointer.restore(rl.prepare(build.rl_plan(config)).steps.abstract)
+        step, state, _ = checkpointer.restore(rl.prepare(build.rl_plan(config)).steps.abstract.saved)
     return step, state
 
 

@@ -1,20 +1,18 @@
-"""Examples to rows: the order of a run, prompts and demonstrations in their frames, completions back to text and
-rewards.
+"""Examples to rows: the order of a run, prompts and demonstrations in their frames, completions back to text.
 
 A batch is a function of a cursor, the number of examples that the run consumed before it: epoch after epoch, each in
 another order, all read by random access. The data state of a checkpoint is that one integer. NumPy only; the loops move
 rows to devices."""
 
+import bisect
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import grain
 import numpy as np
-from absl import logging
 
-from gspo.data.example import Example
-from gspo.data.rewards import RewardFunction
+from gspo.data.example import Example, prompt_of
 from gspo.data.tasks import Task
 from gspo.data.tokenizer import Tokenizer
 from gspo.types import UserError
@@ -50,6 +48,19 @@ class DemonstrationBatch:
     completion_lengths_B: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class PackedBatch:
+    """B rows that hold several demonstrations each, one behind the other from column 0 on. tokens_BT int32; segments_BT
+    int32: the number of the demonstration in its row, -1 behind the last; completion_BT bool: the tokens that are
+    imitated; used_B int32: columns before the padding. next_cursor: of the demonstrations that follow."""
+
+    tokens_BT: np.ndarray
+    segments_BT: np.ndarray
+    completion_BT: np.ndarray
+    used_B: np.ndarray
+    next_cursor: int
+
+
 class PromptSource:
     """The prompts of a task, tokenized, in shuffled order.
 
@@ -75,7 +86,7 @@ class PromptSource:
             raise UserError(f"prompt_buckets: {bad[0]} is not between 1 and max_prompt_length={max_prompt_length}")
         self.task, self.tokenizer, self.seed = task, tokenizer, seed
         self.widths = sorted({*prompt_buckets, max_prompt_length})
-        lengths = np.array([len(tokenizer.prompt_ids(example.prompt)) for example in _examples(task)])
+        lengths = np.array([len(tokenizer.prompt_ids(prompt_of(example))) for example in _examples(task)])
         if not lengths.all():
             raise UserError(
                 f"example {int(lengths.argmin())} of task {task.name} has an empty prompt: nothing to continue from"
@@ -96,8 +107,8 @@ class PromptSource:
         longest = max(self._all_lengths[i] for i in indices)
         width = next(width for width in self.widths if width >= longest)
         examples = [self.task[indices[j]] for j in (range(num_prompts) if local_Q is None else local_Q)]
-        ids = [self.tokenizer.prompt_ids(example.prompt) for example in examples]
-        return PromptBatch(examples, _left_padded(ids, width, self.tokenizer.pad_id), _lengths(ids))
+        ids = [self.tokenizer.prompt_ids(prompt_of(example)) for example in examples]
+        return PromptBatch(examples, left_padded(ids, width, self.tokenizer.pad_id), _lengths(ids))
 
 
 class DemonstrationSource:
@@ -120,8 +131,9 @@ class DemonstrationSource:
         self.task, self.tokenizer, self.seed = task, tokenizer, seed
         self.prompt_width, self.completion_width = max_prompt_length, max_completion_length
         lengths = np.array(
-            [(len(tokenizer.prompt_ids(ex.prompt)), len(self._completion_ids(ex))) for ex in _examples(task)]
+            [(len(tokenizer.prompt_ids(prompt_of(ex))), len(self._completion_ids(ex))) for ex in _examples(task)]
         )
+        self._sizes = lengths.sum(axis=1)
         self._kept = np.flatnonzero(
             _fits(lengths[:, 0], max_prompt_length, "prompts", "max_prompt_length", overlong)
             & _fits(lengths[:, 1], max_completion_length, "demonstrations", "max_completion_length", overlong)
@@ -148,17 +160,46 @@ class DemonstrationSource:
         """The rows at positions cursor .. cursor + num_rows - 1 of the run. local_B: which of these rows to read."""
         indices = _indices(self._kept, self.seed, cursor, num_rows)
         examples = [self.task[indices[j]] for j in (range(num_rows) if local_B is None else local_B)]
-        prompts = [self.tokenizer.prompt_ids(example.prompt) for example in examples]
+        prompts = [self.tokenizer.prompt_ids(prompt_of(example)) for example in examples]
         completions = [self._completion_ids(example) for example in examples]
         return frames(prompts, completions, self.prompt_width, self.completion_width, self.tokenizer.pad_id)
+
+    def packed(self, cursor: int, num_rows: int, local_B: Sequence[int] | None = None) -> PackedBatch:
+        """As many demonstrations from position `cursor` on as find room in so many rows of a frame's width: each goes
+        to the first row that has it, and the first that finds none begins the next batch. local_B: which of the rows to
+        read."""
+        width = self.prompt_width + self.completion_width
+        rows, room = [[] for _ in range(num_rows)], [width] * num_rows
+        while True:
+            (index,) = _indices(self._kept, self.seed, cursor, 1)
+            fitting = next((row for row in range(num_rows) if room[row] >= self._sizes[index]), None)
+            if fitting is None:
+                break
+            rows[fitting].append(index)
+            room[fitting] -= self._sizes[index]
+            cursor += 1
+        local = [rows[j] for j in (range(num_rows) if local_B is None else local_B)]
+        tokens_BT = np.full((len(local), width), self.tokenizer.pad_id, np.int32)
+        segments_BT, completion_BT = np.full_like(tokens_BT, -1), np.zeros(tokens_BT.shape, bool)
+        used_B = np.zeros(len(local), np.int32)
+        for b, indices in enumerate(local):
+            for segment, example in enumerate(self.task[index] for index in indices):
+                prompt, completion = self.tokenizer.prompt_ids(prompt_of(example)), self._completion_ids(example)
+                if not prompt:
+                    raise UserError("packing: a demonstration has an empty prompt: nothing to continue from")
+                columns = slice(used_B[b], used_B[b] + len(prompt) + len(completion))
+                tokens_BT[b, columns], segments_BT[b, columns] = prompt + completion, segment
+                completion_BT[b, columns.start + len(prompt) : columns.stop] = True
+                used_B[b] = columns.stop
+        return PackedBatch(tokens_BT, segments_BT, completion_BT, used_B, cursor)
 
 
 def frames(
     prompts: list[list[int]], completions: list[list[int]], prompt_width: int, completion_width: int, pad_id: int
 ) -> DemonstrationBatch:
     """Ids of B prompts and of what follows each of them, in their frames. They have to fit."""
-    left_BP = _left_padded(prompts, prompt_width, pad_id)
-    right_BC = _left_padded([ids[::-1] for ids in completions], completion_width, pad_id)[:, ::-1]
+    left_BP = left_padded(prompts, prompt_width, pad_id)
+    right_BC = left_padded([ids[::-1] for ids in completions], completion_width, pad_id)[:, ::-1]
     return DemonstrationBatch(np.concatenate([left_BP, right_BC], axis=1), _lengths(prompts), _lengths(completions))
 
 
@@ -174,7 +215,8 @@ def _lengths(ids: list[list[int]]) -> np.ndarray:
     return np.array([len(row) for row in ids], np.int32)
 
 
-def _left_padded(ids: list[list[int]], width: int, pad_id: int) -> np.ndarray:
+def left_padded(ids: list[list[int]], width: int, pad_id: int) -> np.ndarray:
+    """[rows, width] int32: ids of unequal lengths, none longer than `width`, each at the right end of its row."""
     rows = np.full((len(ids), width), pad_id, np.int32)
     for row, tokens in zip(rows, ids, strict=True):
         row[width - len(tokens) :] = tokens
@@ -196,51 +238,34 @@ def _fits(lengths: np.ndarray, limit: int, what: str, field: str, policy: str) -
 
 
 def completion_texts(
-    tokenizer: Tokenizer, tokens_BT: np.ndarray, prompt_width: int, lengths_B: np.ndarray
+    tokenizer: Tokenizer, tokens_BT: np.ndarray, prompt_width: int, lengths_B: np.ndarray, stop: Sequence[str] = ()
 ) -> list[str]:
-    """The text of each row's completion: `lengths_B` tokens from column `prompt_width` on, special tokens skipped."""
+    """The text of each row's completion: `lengths_B` tokens from column `prompt_width` on, special tokens skipped, cut
+    after the first of the stop strings in it."""
     rows = np.asarray(tokens_BT)[:, prompt_width:].tolist()
-    return [tokenizer.decode(row[:length]) for row, length in zip(rows, np.asarray(lengths_B).tolist(), strict=True)]
+    texts = [tokenizer.decode(row[:length]) for row, length in zip(rows, np.asarray(lengths_B).tolist(), strict=True)]
+    return [text[: end_of_stop(text, stop)] for text in texts]
 
 
-def score_completions(
-    texts: Sequence[str],
-    examples: Sequence[Example],
-    functions: Sequence[RewardFunction],
-    weights: Sequence[float] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards of B completions, each with its example: (rewards_B, parts_BR), float32.
-
-    parts_BR[:, r] is what functions[r] returned; rewards_B is the sum of the parts, weighted (weights default to 1). A
-    function that raises, or returns what is no finite number, counts as 0 for that completion and is named in the log:
-    one odd completion does not end a run, but a reward that fails often will be seen.
-    """
-    weights = [1.0] * len(functions) if weights is None else weights
-    if len(weights) != len(functions):
-        raise UserError(f"reward_weights has {len(weights)} numbers for {len(functions)} rewards: give one for each")
-    parts_BR = np.zeros((len(texts), len(functions)), np.float32)
-    for r, function in enumerate(functions):
-        parts_BR[:, r] = _score(function, texts, examples)
-    return parts_BR @ np.asarray(weights, np.float32), parts_BR
+def end_of_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first of the stop strings ends in a text; None where there is none of them."""
+    return min((at + len(string) for string in stop if (at := text.find(string)) >= 0), default=None)
 
 
-def _score(function: Callable[[str, Example], float], texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
-    scores, failures = [], []
-    for text, example in zip(texts, examples, strict=True):
-        try:
-            score = float(function(text, example))
-            if not np.isfinite(score):
-                raise ValueError(f"returned {score}")
-        except Exception as error:  # whatever a user's function may raise
-            score = 0.0
-            failures.append(error)
-        scores.append(score)
-    if failures:
-        logging.warning(
-            "reward %s failed on %d of %d completions, which count as 0: %r",
-            getattr(function, "__name__", function),
-            len(failures),
-            len(texts),
-            failures[0],
-        )
-    return scores
+def stopped_lengths(
+    tokenizer: Tokenizer, tokens_BT: np.ndarray, prompt_width: int, lengths_B: np.ndarray, stop: Sequence[str]
+) -> np.ndarray:
+    """[B] int32: the lengths of completions that end with the first token after which their text contains one of the
+    stop strings; as given where it contains none.
+
+    The tokens decide, by what they decode to, since a stop string may begin and end in the middle of one. A text that
+    contains it goes on containing it as tokens are added, so the first such token is found by bisection."""
+    new_B = np.array(lengths_B, np.int32)
+    for b, row in enumerate(np.asarray(tokens_BT)[:, prompt_width:].tolist()):
+        ids = row[: new_B[b]]
+        if end_of_stop(tokenizer.decode(ids), stop) is not None:
+            counts = range(1, len(ids) + 1)
+            new_B[b] = 1 + bisect.bisect_left(
+                counts, True, key=lambda n, ids=ids: end_of_stop(tokenizer.decode(ids[:n]), stop) is not None
+            )
+    return new_B

@@ -4,7 +4,7 @@ import datetime
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import jinja2.sandbox
 import tokenizers
 from absl import logging
 
+from gspo.data.example import Message
 from gspo.types import UserError
 
 FILES = (  # all that is read
@@ -140,18 +141,18 @@ class HFTokenizer:
         known = [int(i) for i in ids if 0 <= i < self.vocab_size and int(i) not in skip]
         return self._tokenizer.decode(known, skip_special_tokens=True)
 
-    def format_prompt(self, text: str) -> str:
+    def format_prompt(self, prompt: str | Sequence[Message]) -> str:
         if self._template is None:
-            return text
+            return plain_prompt(prompt, self.spec)
         special = {key: value for key, value in self._special.items() if value is not None}
         try:
-            messages = [{"role": "user", "content": text}]
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
             return self._template.render(messages=messages, add_generation_prompt=True, **special)
         except Exception as error:  # a template is a program of the model's authors: it may fail in any way
             raise UserError(f"the tokenizer's chat template failed: {_first_line(error)}") from None
 
-    def prompt_ids(self, text: str) -> list[int]:
-        ids = self.encode(self.format_prompt(text))
+    def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        ids = self.encode(self.format_prompt(prompt))
         begun = self._template is not None or tuple(ids[: len(self.prefix_ids)]) == self.prefix_ids
         return ids if begun else [*self.prefix_ids, *ids]
 
@@ -162,6 +163,16 @@ class HFTokenizer:
             "prefix_ids": list(self.prefix_ids),
             "chat_template": self._template_source,
         }
+
+
+def plain_prompt(prompt: str | Sequence[Message], spec: str) -> str:
+    """The prompt of a tokenizer without a chat template."""
+    if isinstance(prompt, str):
+        return prompt
+    raise UserError(
+        f"tokenizer={spec!r} has no chat template, and so no way to write messages or task.system_prompt: give prompts "
+        "as texts, or take a chat model's tokenizer"
+    )
 
 
 def _first_line(error: Exception) -> str:

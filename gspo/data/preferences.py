@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from gspo.data.batches import DemonstrationBatch, frames, shuffled_index
+from gspo.data.example import Example, prompt_of, with_system_prompt
 from gspo.data.tasks import running_sum, tfds
 from gspo.data.tasks.task import check_options, first, suggest
 from gspo.data.tokenizer import Tokenizer
@@ -206,7 +207,8 @@ class PairSource:
 
     All pairs are looked at once, here. Pairs that teach nothing (equal texts, an empty prompt or text) are left out.
     overlong: "error" or "drop", for pairs of which the prompt or a text does not fit. Pairs that stand in the data the
-    other way round, too, are kept: two people may disagree. notes: lines for the log, which count them all.
+    other way round, too, are kept: two people may disagree. system_prompt: what conversations begin with. notes: lines
+    for the log, which count them all.
     """
 
     def __init__(
@@ -218,10 +220,12 @@ class PairSource:
         max_completion_length: int,
         overlong: str = "error",
         seed: int = 0,
+        system_prompt: str = "",
     ) -> None:
         if overlong not in ("error", "drop"):
             raise UserError(f"overlong_prompts={overlong!r} should be 'error' or 'drop'")
         self.preferences, self.tokenizer, self.seed = preferences, tokenizer, seed
+        self.system_prompt = system_prompt
         self.prompt_width, self.completion_width = max_prompt_length, max_completion_length
         left_out: dict[str, list[int]] = {}
         seen: dict[tuple[str, str, str], int] = {}
@@ -268,7 +272,9 @@ class PairSource:
 
     def _ids(self, pair: Preference) -> tuple[list[int], list[int], list[int]]:
         encode, end = self.tokenizer.encode, self.tokenizer.eos_ids[0]
-        prompt = self.tokenizer.prompt_ids(pair.prompt)
+        example = Example(pair.prompt, answer="")
+        example = with_system_prompt(example, self.system_prompt) if self.system_prompt else example
+        prompt = self.tokenizer.prompt_ids(prompt_of(example))
         return prompt, [*encode(pair.chosen), end], [*encode(pair.rejected), end]
 
     def batch(self, cursor: int, num_pairs: int, local_Q: Sequence[int] | None = None) -> PairBatch:

@@ -13,11 +13,12 @@ A checkpoint holds the `fingerprint` of its tokenizer and, from `save_files`, th
 folder; `make_tokenizer` makes it again from these, or from the fingerprint's own words."""
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from gspo.data.hf_tokenizer import FILES, HFTokenizer, now
+from gspo.data.example import Message
+from gspo.data.hf_tokenizer import FILES, HFTokenizer, now, plain_prompt
 from gspo.types import UserError
 
 __all__ = [
@@ -51,11 +52,11 @@ class Tokenizer(Protocol):
         """Text of the ids. Special tokens and ids outside of the vocabulary are skipped; broken UTF-8 becomes
         U+FFFD."""
 
-    def format_prompt(self, text: str) -> str:
-        """A user's message as the model wants to see it: through the chat template where there is one, else
-        unchanged."""
+    def format_prompt(self, prompt: str | Sequence[Message]) -> str:
+        """A user's message, or a conversation, as the model wants to see it: through the chat template where there is
+        one. Without one a text stays as it is, and a conversation is a UserError."""
 
-    def prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
         """Ids of that, behind a beginning-of-sequence token where the model wants one."""
 
     def contents(self) -> dict[str, Any]:
@@ -75,11 +76,11 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
-    def format_prompt(self, text: str) -> str:
-        return text
+    def format_prompt(self, prompt: str | Sequence[Message]) -> str:
+        return plain_prompt(prompt, self.spec)
 
-    def prompt_ids(self, text: str) -> list[int]:
-        return self.encode(self.format_prompt(text))
+    def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        return self.encode(self.format_prompt(prompt))
 
     def contents(self) -> dict[str, Any]:
         return {}
@@ -113,11 +114,11 @@ class CharTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.alphabet[int(i)] for i in ids if 0 <= i < len(self.alphabet))
 
-    def format_prompt(self, text: str) -> str:
-        return text
+    def format_prompt(self, prompt: str | Sequence[Message]) -> str:
+        return plain_prompt(prompt, self.spec)
 
-    def prompt_ids(self, text: str) -> list[int]:
-        return self.encode(self.format_prompt(text))
+    def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        return self.encode(self.format_prompt(prompt))
 
     def contents(self) -> dict[str, Any]:
         return {"alphabet": self.alphabet}

@@ -1,87 +1,63 @@
-"""The families of models that Hugging Face folders hold, as data: names of tensors, and config.json <-> ModelSpec.
+"""The families of models that Hugging Face folders hold, as data: which tensors, and config.json <-> ModelSpec.
 
-A row of a table pairs a leaf of our tree with the name of their tensors. Their kernels are [out, in] and one file entry
-per layer and expert; ours are [in, out] and stacked, [L, ...] and [L, E, ...]. Heads need no splitting: in both, column
-n · H + h of a projection is entry h of head n, and rotary positions pair entry i with i + H/2. `gspo.hf.folder` reads
-the same rows for import and for export.
+`gspo.hf.folder` reads the same rows (`gspo.hf.rows`) for import and for export.
 
-Sources: the configuration and modelling files of transformers 5, the tensor names of the published checkpoints.
+Source: the configuration and modelling files of transformers 5.
 """
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
+from gspo.hf.derived import (
+    MULTI_TOKEN,
+    ROTARY_SHARE,
+    fits_deepseek,
+    fits_glm,
+    read_deepseek,
+    read_glm,
+    read_sparse,
+    write_deepseek,
+    write_glm,
+    write_sparse,
+)
+from gspo.hf.rope import scaling_from_hf, scaling_to_hf
+from gspo.hf.rows import (
+    DECODER,
+    MIXTRAL_MOE,
+    MLP,
+    MOE,
+    QK_NORM,
+    SELECTION,
+    SHARED,
+    SHARED_GATED,
+    Row,
+    with_dense_layers,
+)
 from gspo.model.spec import ModelSpec
 from gspo.types import UserError
 
 # ---------------------------------------------------------------------------------------------------- the tables
 
 
-class Row(NamedTuple):
-    """path: leaf of our tree. name: of their tensors, with {layer} and {expert} where there is one for each: the
-    leading axes of the leaf. transposed: theirs is [out, in].
-    """
-
-    path: str
-    name: str
-    transposed: bool = False
-
-    def positions(self, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        """Indices of the stacked axes, one per tensor of theirs, of a leaf of this shape."""
-        return np.ndindex(shape[: self.name.count("{")])
-
-    def tensor(self, at: tuple[int, ...]) -> str:
-        return self.name.format(**dict(zip(("layer", "expert"), at, strict=False)))
-
-
-LAYER = "model.layers.{layer}."
-DECODER = (
-    Row("embedding", "model.embed_tokens.weight"),
-    Row("blocks/attention_norm/scale", LAYER + "input_layernorm.weight"),
-    Row("blocks/attention/query", LAYER + "self_attn.q_proj.weight", True),
-    Row("blocks/attention/key", LAYER + "self_attn.k_proj.weight", True),
-    Row("blocks/attention/value", LAYER + "self_attn.v_proj.weight", True),
-    Row("blocks/attention/out", LAYER + "self_attn.o_proj.weight", True),
-    Row("blocks/mlp_norm/scale", LAYER + "post_attention_layernorm.weight"),
-    Row("final_norm/scale", "model.norm.weight"),
-    Row("head", "lm_head.weight", True),  # left out where the embeddings are tied
-)
-QK_NORM = (
-    Row("blocks/attention/query_norm/scale", LAYER + "self_attn.q_norm.weight"),
-    Row("blocks/attention/key_norm/scale", LAYER + "self_attn.k_norm.weight"),
-)
-MLP = tuple(Row(f"blocks/mlp/{kind}", LAYER + f"mlp.{kind}_proj.weight", True) for kind in ("gate", "up", "down"))
-MOE = (
-    Row("blocks/moe/router", LAYER + "mlp.gate.weight", True),
-    *(
-        Row(f"blocks/moe/{kind}", LAYER + f"mlp.experts.{{expert}}.{kind}_proj.weight", True)
-        for kind in ("gate", "up", "down")
-    ),
-)
-MIXTRAL_MOE = (
-    Row("blocks/moe/router", LAYER + "block_sparse_moe.gate.weight", True),
-    Row("blocks/moe/gate", LAYER + "block_sparse_moe.experts.{expert}.w1.weight", True),
-    Row("blocks/moe/up", LAYER + "block_sparse_moe.experts.{expert}.w3.weight", True),
-    Row("blocks/moe/down", LAYER + "block_sparse_moe.experts.{expert}.w2.weight", True),
-)
-
-
 @dataclasses.dataclass(frozen=True)
 class Family:
     """model_type: of config.json. fixed: what all models of the family have in common, by ModelSpec field. keys:
     ModelSpec field -> key of config.json, besides KEYS. defaults: what a config.json that leaves a key out means
-    (transformers' class defaults)."""
+    (transformers' class defaults). read, write: fields from keys and keys from fields that do not go one to one; fits:
+    whether the keys that are written say what the spec does."""
 
     model_type: str
     rows: tuple[Row, ...]
     fixed: Mapping[str, Any]
     keys: Mapping[str, str]
     defaults: Mapping[str, Any]
+    read: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
+    write: Callable[[ModelSpec], dict[str, Any]] = lambda spec: {}
+    fits: Callable[[ModelSpec], bool] = lambda spec: True
 
 
 KEYS = dict(
@@ -90,59 +66,126 @@ KEYS = dict(
     tie_embeddings="tie_word_embeddings",
 )  # fmt: skip
 EXPERTS = dict(num_experts="num_experts", experts_per_token="num_experts_per_tok")
+BIAS = dict(qkv_bias="attention_bias", out_bias="attention_bias")
+NO_BIAS = dict(qkv_bias=False, out_bias=False)
+WHOLE_HEAD = dict(rotary_width=0)
+SOFTMAX = dict(router="softmax", routed_scale=1.0)
+ALL_MOE = dict(dense_layers=())
+SPARSE = dict(decoder_sparse_step=1, mlp_only_layers=())
+DEEPSEEK = dict(
+    num_experts="n_routed_experts", experts_per_token="num_experts_per_tok", d_expert="moe_intermediate_size",
+    norm_topk_prob="norm_topk_prob", routed_scale="routed_scaling_factor",
+)  # fmt: skip
+PLAIN = WHOLE_HEAD | SOFTMAX | dict(d_shared=0, shared_gate=False)
 COMMON = dict(rope_theta=1e4, rms_norm_eps=1e-6, tie_word_embeddings=False, num_key_value_heads=None, head_dim=None)
 
 FAMILIES = {
     "Qwen3ForCausalLM": Family(
-        "qwen3", DECODER + QK_NORM + MLP, dict(qk_norm=True, qk_norm_over="head", num_experts=0),
-        dict(d_ff="intermediate_size"), COMMON | dict(head_dim=128, num_key_value_heads=32, use_sliding_window=False),
+        "qwen3", DECODER + QK_NORM + MLP, WHOLE_HEAD | dict(qk_norm=True, qk_norm_over="head", num_experts=0),
+        BIAS | dict(d_ff="intermediate_size"),
+        COMMON | dict(head_dim=128, num_key_value_heads=32, use_sliding_window=False, attention_bias=False),
     ),
     "Qwen3MoeForCausalLM": Family(
-        "qwen3_moe", DECODER + QK_NORM + MOE, dict(qk_norm=True, qk_norm_over="head"),
-        EXPERTS | dict(d_expert="moe_intermediate_size", norm_topk_prob="norm_topk_prob"),
-        COMMON | dict(num_key_value_heads=4, norm_topk_prob=False, use_sliding_window=False),
+        "qwen3_moe", DECODER + QK_NORM + MOE, PLAIN | dict(qk_norm=True, qk_norm_over="head"),
+        BIAS | EXPERTS | dict(d_expert="moe_intermediate_size", norm_topk_prob="norm_topk_prob"),
+        COMMON | dict(num_key_value_heads=4, norm_topk_prob=False, use_sliding_window=False, attention_bias=False,
+                      **SPARSE, intermediate_size=6144),
+        read_sparse, write_sparse,
     ),
     "MixtralForCausalLM": Family(
-        "mixtral", DECODER + MIXTRAL_MOE, dict(qk_norm=False, norm_topk_prob=True),
+        "mixtral", DECODER + MIXTRAL_MOE, NO_BIAS | PLAIN | ALL_MOE | dict(qk_norm=False, norm_topk_prob=True),
         EXPERTS | dict(num_experts="num_local_experts", d_expert="intermediate_size"),
         COMMON | dict(rope_theta=1e6, rms_norm_eps=1e-5, num_key_value_heads=8),
     ),
     "LlamaForCausalLM": Family(
-        "llama", DECODER + MLP, dict(qk_norm=False, num_experts=0), dict(d_ff="intermediate_size"), COMMON
+        "llama", DECODER + MLP, WHOLE_HEAD | dict(qk_norm=False, num_experts=0), BIAS | dict(d_ff="intermediate_size"),
+        COMMON | dict(attention_bias=False),
     ),
     "OlmoeForCausalLM": Family(
-        "olmoe", DECODER + QK_NORM + MOE, dict(qk_norm=True, qk_norm_over="projection"),
-        EXPERTS | dict(d_expert="intermediate_size", norm_topk_prob="norm_topk_prob"),
-        COMMON | dict(rms_norm_eps=1e-5, norm_topk_prob=False),
+        "olmoe", DECODER + QK_NORM + MOE, PLAIN | ALL_MOE | dict(qk_norm=True, qk_norm_over="projection"),
+        BIAS | EXPERTS | dict(d_expert="intermediate_size", norm_topk_prob="norm_topk_prob"),
+        COMMON | dict(rms_norm_eps=1e-5, norm_topk_prob=False, attention_bias=False),
+    ),
+    "Qwen2ForCausalLM": Family(
+        "qwen2", DECODER + MLP, WHOLE_HEAD | dict(qk_norm=False, num_experts=0, qkv_bias=True, out_bias=False),
+        dict(d_ff="intermediate_size"), COMMON | dict(num_key_value_heads=32, use_sliding_window=False),
+    ),
+    "Qwen2MoeForCausalLM": Family(
+        "qwen2_moe", DECODER + MOE + SHARED_GATED,
+        WHOLE_HEAD | SOFTMAX | dict(qk_norm=False, out_bias=False, shared_gate=True),
+        EXPERTS | dict(d_expert="moe_intermediate_size", d_shared="shared_expert_intermediate_size",
+                       norm_topk_prob="norm_topk_prob", qkv_bias="qkv_bias"),
+        COMMON | dict(num_key_value_heads=16, norm_topk_prob=False, use_sliding_window=False, qkv_bias=True,
+                      shared_expert_intermediate_size=5632, **SPARSE, intermediate_size=5632),
+        read_sparse, write_sparse,
+    ),
+    "Dots1ForCausalLM": Family(
+        "dots1", DECODER + QK_NORM + MOE + SELECTION + SHARED,
+        WHOLE_HEAD | dict(qk_norm=True, qk_norm_over="head", router="sigmoid", shared_gate=False),
+        BIAS | DEEPSEEK,
+        COMMON | dict(norm_topk_prob=False, routed_scaling_factor=1.0, attention_bias=False, sliding_window=4096,
+                      max_window_layers=62, first_k_dense_replace=0, intermediate_size=10944),
+        read_deepseek, write_deepseek, fits_deepseek,
+    ),
+    "Glm4MoeForCausalLM": Family(
+        "glm4_moe", DECODER + QK_NORM + MOE + SELECTION + SHARED,
+        dict(out_bias=False, qk_norm_over="head", router="sigmoid", shared_gate=False),
+        DEEPSEEK | dict(qkv_bias="attention_bias", qk_norm="use_qk_norm"),
+        COMMON | dict(rms_norm_eps=1e-5, num_key_value_heads=8, norm_topk_prob=True, routed_scaling_factor=1.0,
+                      attention_bias=False, use_qk_norm=False, n_shared_experts=1, first_k_dense_replace=1,
+                      intermediate_size=10944, **{ROTARY_SHARE: 0.5, MULTI_TOKEN: 1}),
+        read_glm, write_glm, fits_glm,
     ),
 }  # fmt: skip
 ALIASES = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
 
 # Keys that change what is computed, and the values under which it is what we compute; left out, they have such a value.
+# Those that a family has a default for, it reads.
 COMPUTED = dict(
     hidden_act=("silu",), attention_bias=(False, None), mlp_bias=(False, None), clip_qkv=(None,),
     decoder_sparse_step=(1,),
-    mlp_only_layers=(None, []), quantization_config=(None,),
+    mlp_only_layers=(None, []), quantization_config=(None,), first_k_dense_replace=(0, None), n_group=(1, None),
+    topk_group=(1, None), scoring_func=("sigmoid",), topk_method=("noaux_tc",), partial_rotary_factor=(1.0, None),
 )  # fmt: skip
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# Fields of a spec by which families differ.
+TELLING = (
+    "num_experts", "qk_norm", "qk_norm_over", "qkv_bias", "out_bias", "norm_topk_prob", "d_shared", "shared_gate",
+    "router", "routed_scale", "dense_layers", "rotary_width",
+)  # fmt: skip
+
+
+def surplus_layers(spec: ModelSpec) -> bool:
+    """Whether folders of the spec's family may hold layers after the last one, which are no part of the policy."""
+    return MULTI_TOKEN in FAMILIES[family_of(spec)].defaults
 
 
 def family_of(spec: ModelSpec) -> str:
     """Architecture name of a spec. Raises UserError where no family computes what it says."""
     for name, family in FAMILIES.items():
         moe_fits = bool(spec.num_experts) == ("num_experts" in family.keys)
-        if moe_fits and all(getattr(spec, field) == value for field, value in family.fixed.items()):
+        if not moe_fits or not family.fits(spec):
+            continue
+        keys = _keys(family, spec)  # fields that share one must agree
+        said = dict(family.fixed) | {field: keys[key] for field, key in family.keys.items()}
+        if all(getattr(spec, field) == value for field, value in said.items()):
             return name
-    raise UserError(
-        f"no Hugging Face architecture has model.num_experts={spec.num_experts}, model.qk_norm={spec.qk_norm}, "
-        f"model.qk_norm_over={spec.qk_norm_over!r} and model.norm_topk_prob={spec.norm_topk_prob} together; known are "
-        f"{', '.join(FAMILIES)}"
-    )
+    fields = ", ".join(f"model.{field}={getattr(spec, field)!r}" for field in TELLING)
+    raise UserError(f"no Hugging Face architecture has {fields} together; known are {', '.join(FAMILIES)}")
+
+
+def _keys(family: Family, spec: ModelSpec) -> dict[str, Any]:
+    """The keys of a config.json that describe the spec."""
+    return {key: getattr(spec, field) for field, key in (KEYS | dict(family.keys)).items()} | family.write(spec)
 
 
 def table(spec: ModelSpec) -> tuple[Row, ...]:
-    """The rows of the spec's family; no head where the embeddings are tied."""
-    return tuple(row for row in FAMILIES[family_of(spec)].rows if not (spec.tie_embeddings and row.path == "head"))
+    """The rows of the spec's family: those that it has."""
+
+    def there(row: Row) -> bool:
+        return not (row.needs and not getattr(spec, row.needs)) and not (spec.tie_embeddings and row.path == "head")
+
+    rows = tuple(row for row in FAMILIES[family_of(spec)].rows if there(row))
+    return with_dense_layers(rows, spec) if spec.num_experts and spec.dense_layers else rows
 
 
 # ---------------------------------------------------------------------------------------------------- config.json
@@ -161,11 +204,13 @@ def spec_from_hf(config: Mapping[str, Any], **fields: Any) -> ModelSpec:
     if name not in FAMILIES:
         raise UserError(f"config.json: architecture {name!r} is not known; known are {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    config = dict(family.defaults) | dict(config)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    partly = {ROTARY_SHARE: rope[ROTARY_SHARE]} if ROTARY_SHARE in rope else {}  # where transformers 5 keeps it
+    config = dict(family.defaults) | dict(config) | partly
     for key, allowed in COMPUTED.items():
-        if key in config and config[key] not in allowed:
+        if key not in family.defaults and key in config and config[key] not in allowed:
             raise UserError(f"config.json: {key}={config[key]!r} is not supported, only {allowed[0]!r}")
-    if config.get("sliding_window") and config.get("use_sliding_window", True):
+    if _slides(config, family):
         raise UserError(
             f"config.json: sliding_window={config['sliding_window']!r} is not supported, only full attention"
         )
@@ -176,11 +221,12 @@ def spec_from_hf(config: Mapping[str, Any], **fields: Any) -> ModelSpec:
         return config[key] if key in config else config[ALIASES[key]]
 
     found = {field: value(key) for field, key in (KEYS | dict(family.keys)).items()}
+    found |= {field: bool(found[field]) for field in BIAS if field in found}  # null: none
     found["num_kv_heads"] = found["num_kv_heads"] or found["num_heads"]
     found["head_width"] = found["head_width"] or found["d_model"] // found["num_heads"]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     found["rope_theta"] = float(rope.get("rope_theta", config["rope_theta"]))
-    return ModelSpec(**(found | dict(family.fixed) | dict(rope_scaling=_rope_scaling(rope)) | fields))
+    found |= family.read(config)
+    return ModelSpec(**(found | dict(family.fixed) | dict(rope_scaling=scaling_from_hf(config)) | fields))
 
 
 def _decoder(architecture: Any) -> str:
@@ -188,14 +234,14 @@ def _decoder(architecture: Any) -> str:
     return str(architecture).replace("ForSequenceClassification", "ForCausalLM")
 
 
-def _rope_scaling(rope: Mapping[str, Any]) -> tuple[float, ...]:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise UserError(f"config.json: rope type {kind!r} is not supported, only 'default' and 'llama3'")
-    missing = [key for key in LLAMA3 if kind == "llama3" and key not in rope]
-    if missing:
-        raise UserError(f"config.json: rope type 'llama3' needs {missing[0]!r}")
-    return tuple(float(rope[key]) for key in LLAMA3) if kind == "llama3" else ()
+def _slides(config: Mapping[str, Any], family: Family) -> bool:
+    """Whether some layer sees a window of the sequence alone."""
+    if not config.get("sliding_window") or not config.get("use_sliding_window", True):
+        return False
+    if config.get("layer_types") is not None:
+        return "sliding_attention" in config["layer_types"]
+    begin = config["max_window_layers"] if "max_window_layers" in family.defaults else 0
+    return begin < config.get("num_hidden_layers", math.inf)
 
 
 def hf_config(spec: ModelSpec, *, dtype: str = "float32", base: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -213,16 +259,13 @@ def hf_config(spec: ModelSpec, *, dtype: str = "float32", base: Mapping[str, Any
     kept = dict(base or dict(max_position_embeddings=32768, bos_token_id=None, eos_token_id=None, pad_token_id=None))
     for key in ("rope_parameters", "rope_scaling", "dtype", "num_local_experts", "num_experts"):
         kept.pop(key, None)
-    config = kept | {key: getattr(spec, field) for field, key in (KEYS | dict(family.keys)).items()}
-    rope = (
-        dict(zip(LLAMA3, (*spec.rope_scaling[:3], int(spec.rope_scaling[3])), strict=True)) if spec.rope_scaling else {}
-    )
+    config = kept | _keys(family, spec)
     return config | dict(
         architectures=[name],
         model_type=family.model_type,
         hidden_act="silu",
         rope_theta=spec.rope_theta,
-        rope_scaling=dict(rope_type="llama3") | rope if rope else None,
+        rope_scaling=scaling_to_hf(spec.rope_scaling),
         torch_dtype=dtype,
     )
 

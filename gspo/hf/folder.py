@@ -6,6 +6,7 @@ checkpoints are. Only safetensors are read: a pickle is a program.
 """
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from gspo.data.hf_tokenizer import FILES
-from gspo.hf.families import Row, family_of, hf_config, read_config, table
+from gspo.hf.families import family_of, hf_config, read_config, surplus_layers, table
+from gspo.hf.rows import Row
 from gspo.model.spec import ModelSpec
 from gspo.model.transformer import Transformer, abstract_params
 from gspo.parallel import distributed
@@ -38,6 +40,8 @@ CARRIED = (  # files that an export takes over from the folder it was imported f
     "tokenizer.model",
 )
 DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # what is read, and its bytes; float32 holds each of them exactly
+OF_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+log = logging.getLogger(__name__)
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # a constant that some Llama 2 folders carry
 
 
@@ -67,11 +71,21 @@ def import_params(folder: str | Path, spec: ModelSpec, abstract: Params, besides
     Raises: UserError that names every tensor that is missing, surplus, of another shape or of another kind than DTYPES;
     or if there are no safetensors, or damaged ones. Pickled weights are never opened.
     """
+    tensors = {name: file for name, file in _open(Path(folder)).items() if name not in besides}
+    return read_params(table(spec), spec, abstract, tensors, where=folder)
+
+
+def read_params(
+    rows: tuple[Row, ...], spec: ModelSpec, abstract: Params, tensors: dict[str, Any], *, where: str | Path
+) -> Params:
+    """`import_params` from tensors that are open: {name: what has get_slice(name)}, as safetensors' files have it.
+
+    rows: the table of the spec, under the names of these tensors. where: what errors call their source.
+    """
     wanted = _flat(spec, abstract)
-    tensors = _open(Path(folder))
-    _check(Path(folder), spec, wanted, {name: file for name, file in tensors.items() if name not in besides})
+    _check(where, rows, spec, wanted, tensors)
     params = {}
-    for row in table(spec):
+    for row in rows:
         leaf = wanted[row.path]
         sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
         read = partial(_read, row, leaf, tensors, {})
@@ -123,14 +137,21 @@ def _open(folder: Path) -> dict[str, Any]:
     return tensors
 
 
-def _check(folder: Path, spec: ModelSpec, wanted: Mapping[str, Any], tensors: dict[str, Any]) -> None:
+def _check(
+    where: str | Path, rows: tuple[Row, ...], spec: ModelSpec, wanted: Mapping[str, Any], tensors: dict[str, Any]
+) -> None:
     expected = {}
-    for row in table(spec):
+    for row in rows:
         shape = tuple(wanted[row.path].shape)
         for at in row.positions(shape):
             one = shape[len(at) :]
             expected[row.tensor(at)] = list(reversed(one)) if row.transposed else list(one)
     surplus = {name for name in tensors if name not in expected and not IGNORED.fullmatch(name)}
+    if surplus_layers(spec):
+        later = {name for name in surplus if (at := OF_LAYER.match(name)) and int(at[1]) >= spec.num_layers}
+        surplus -= later
+        if later:
+            log.info("%s: %d tensors of layers that predict further tokens are left out", where, len(later))
     if (
         spec.tie_embeddings
         and "lm_head.weight" in surplus
@@ -149,7 +170,7 @@ def _check(folder: Path, spec: ModelSpec, wanted: Mapping[str, Any], tensors: di
     found = [f"{kind}: {'; '.join(names[:20])}" + f" and {len(names) - 20} more" * (len(names) > 20)
              for kind, names in problems.items() if names]  # fmt: skip
     if found:
-        raise UserError(f"{folder} does not hold the {family_of(spec)} of its config.json. {'. '.join(found)}")
+        raise UserError(f"{where} does not hold the {family_of(spec)} that it describes. {'. '.join(found)}")
 
 
 def _same(tensors: dict[str, Any], one: str, other: str, rows: int = 4096) -> bool:
@@ -197,9 +218,10 @@ def export_params(
     carried over.
 
     params: of one or many devices or processes; every process must call. dtype: "float32" loses nothing; "bfloat16"
-    halves the folder, and is exact only for parameters that are bfloat16 numbers. source: folder whose tokenizer files,
-    and other keys of config.json, are taken over. The config.json is written last, so that a folder that was cut short
-    does not load. besides: further tensors, on the host. config_keys: laid over the config.json.
+    halves the folder, and is exact only for parameters that are bfloat16 numbers (biases of sigmoid routers stay
+    float32). source: folder whose tokenizer files, and other keys of config.json, are taken over. The config.json is
+    written last, so that a folder that was cut short does not load. besides: further tensors, on the host. config_keys:
+    laid over the config.json.
     Raises: UserError if `out` is not an empty or new folder, cannot be written, or if the spec is of no known family.
     """
     out, kind = Path(out), np.dtype(jnp.dtype(dtype))
@@ -207,7 +229,8 @@ def export_params(
     config = hf_config(spec, dtype=dtype, base=base) | dict(config_keys or {})
     besides = {name: np.ascontiguousarray(tensor.astype(kind)) for name, tensor in (besides or {}).items()}
     leaves = _flat(spec, params)
-    shards = _plan(table(spec), leaves, kind.itemsize, shard_bytes)
+    rows = table(spec)
+    shards = _plan(rows, leaves, kind, shard_bytes)
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     primary, fetch, carried = distributed.is_primary(), _fetcher(leaves), []
     try:
@@ -219,13 +242,15 @@ def export_params(
             tensors = {}
             for row, at in shard:
                 tensor = fetch(row, at)
-                tensors[row.tensor(at)] = np.ascontiguousarray((tensor.T if row.transposed else tensor).astype(kind))
+                tensor = (tensor.T if row.transposed else tensor).astype(_kept(row, kind))
+                tensors[row.tensor(at)] = np.ascontiguousarray(tensor)
             if file == files[-1]:
                 tensors |= besides
             if primary:
                 safetensors.numpy.save_file(tensors, out / file, metadata={"format": "pt"})
         if primary:
-            total = (sum(leaf.size for leaf in leaves.values()) + sum(x.size for x in besides.values())) * kind.itemsize
+            total = sum(leaves[row.path].size * _kept(row, kind).itemsize for row in rows)
+            total += sum(tensor.nbytes for tensor in besides.values())
             weight_map = {row.tensor(at): file for file, shard in zip(files, shards, strict=True) for row, at in shard}
             weight_map |= dict.fromkeys(besides, files[-1])
             (out / INDEX).write_text(
@@ -240,20 +265,25 @@ def export_params(
     return carried
 
 
+def _kept(row: Row, kind: np.dtype) -> np.dtype:
+    """The dtype of a row's tensors in an export of this one."""
+    return np.dtype(np.float32) if row.float32 else kind
+
+
 def _plan(
-    rows: tuple[Row, ...], leaves: Mapping[str, Any], itemsize: int, limit: int
+    rows: tuple[Row, ...], leaves: Mapping[str, Any], kind: np.dtype, limit: int
 ) -> list[list[tuple[Row, tuple[int, ...]]]]:
     """All tensors, layer by layer, cut into shards of at most `limit` bytes (a tensor that is larger has its own)."""
     entries = [(row, at) for row in rows for at in row.positions(leaves[row.path].shape)]
-    last = max(at[0] for _, at in entries if at) + 1
+    last = max(row.layer(at) for row, at in entries if at) + 1
     place = {"embedding": -1, "final_norm/scale": last, "head": last}
     entries.sort(
-        key=lambda entry: entry[1][0] if entry[1] else place[entry[0].path]
+        key=lambda entry: entry[0].layer(entry[1]) if entry[1] else place[entry[0].path]
     )  # stable: the experts of a leaf stay neighbours
     shards: list[list] = [[]]
     room = limit
     for row, at in entries:
-        size = int(np.prod(leaves[row.path].shape[len(at) :])) * itemsize
+        size = int(np.prod(leaves[row.path].shape[len(at) :])) * _kept(row, kind).itemsize
         if size > room and shards[-1]:
             shards.append([])
             room = limit

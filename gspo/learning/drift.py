@@ -7,7 +7,7 @@ import chex
 import jax.numpy as jnp
 
 from gspo.learning.scores import Scores
-from gspo.masked import Last, Mean, Metrics, over_updates
+from gspo.masked import Last, Mean, Metrics, masked_mean, over_updates
 from gspo.model.routing import by_layer, changed, experts_changed, load_by_layer, recorded, variance_share
 from gspo.types import Batch
 
@@ -18,7 +18,8 @@ DISTANCES = ("routing/experts_changed", "routing/tokens_changed")
 
 def router_metrics(num_experts: int, scores: Scores, batch: Batch) -> Metrics:
     """Drift of the free choices from the rollout's, expert load and margins, over the real tokens of the batch, whole
-    and by layer. Of values by layer a rollout has those of its last update."""
+    and by layer. Of values by layer a rollout has those of its last update. And the losses of the routers, before their
+    weights, where they are trained on."""
     T, C = batch.tokens_BT.shape[1], batch.inputs.mask_BC.shape[1]
     P, column_T = T - C, jnp.arange(T)
     real_BT = (column_T >= (P - batch.prompt_lengths_B)[:, None]) & (
@@ -49,6 +50,10 @@ def router_metrics(num_experts: int, scores: Scores, batch: Batch) -> Metrics:
     if scores.router_kl_LBT is not None:
         kl_L = by_layer(scores.router_kl_LBT, real_BT)
         metrics |= {"routing/kl": _over_tokens(kl_L, real_BT), "routing/kl_by_layer": Last(kl_L)}
+    if scores.balance_B is not None:
+        rows_B = jnp.any(batch.inputs.mask_BC, axis=1)
+        metrics["routing/balance_loss"] = masked_mean(scores.balance_B, rows_B)
+        metrics["routing/z_loss"] = masked_mean(scores.z_loss_B, rows_B)
     return metrics
 
 

@@ -53,6 +53,9 @@ class UpdatePlan:
     def __post_init__(self):
         if self.chunk <= 0:
             raise UserError(f"logp_chunk={self.chunk}: must be positive")
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)}: must not be negative (0: no such loss)")
 
     def check_rows(self, rows: int, what: str) -> None:
         """Raises UserError unless `rows`, those of one update, come out even."""
@@ -107,9 +110,10 @@ def make_train_step(
 def train_step(update: Update, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One update: scores, gradient, optimizer, metrics."""
     objective, plan, inputs = update.objective, update.plan, batch.inputs
-    loss_fn = partial(
+    of_part = partial(
         loss_of_part, update, entropy_coef=state.entropy_coef, count_per_row=_count_per_row(update, inputs)
     )
+    loss_fn = lambda params, part: of_part(state.full(params), part)  # noqa: E731
     shardings = None if update.shardings is None else update.shardings.params
     grads, scores = accumulated_gradient(
         loss_fn, state.params, batch, plan.micro_batch_size, shardings, update.rows_per_prompt
@@ -145,6 +149,7 @@ def loss_of_part(
         chunk=plan.chunk,
         replayed_routes_LBTX=part.replayed_routes_LBTX,
         rows_per_prompt=update.rows_per_prompt,
+        segments_BT=part.segments_BT,
     )
     scores = beside_old_routers(scores, part, "router_logp_LBCX" in objective.needs)
     with jax.named_scope("loss"):
@@ -153,7 +158,9 @@ def loss_of_part(
         if plan.entropy_target is not None:
             total -= entropy_coef * objective.aggregate(scores.entropy_BC, part.inputs.mask_BC).total
         if plan.router_losses:
-            total += count_per_row * _router_loss(plan, scores, part)
+            scores = with_router_losses(scores, part)
+            losses_B = plan.router_aux_loss_coef * scores.balance_B + plan.router_z_loss_coef * scores.z_loss_B
+            total += count_per_row * jnp.sum(losses_B)
     return total, (loss.count, scores.replace(router_logits_LBTE=None))
 
 
@@ -190,13 +197,12 @@ def _adapted(plan: UpdatePlan, coef: chex.Array, entropy: chex.Array) -> chex.Ar
     return jnp.maximum(coef + step, 0.0)
 
 
-def _router_loss(plan: UpdatePlan, scores: Scores, part: Batch) -> chex.Array:
-    """Sum over rows of the weighted router losses on completion tokens."""
+def with_router_losses(scores: Scores, part: Batch) -> Scores:
+    """Scores with the load-balance and z losses of each row's completion tokens."""
     mask_BC = part.inputs.mask_BC
     mask_BT = jnp.pad(mask_BC, ((0, 0), (part.tokens_BT.shape[1] - mask_BC.shape[1], 0)))
     balance_B = balance_loss(scores.router_logits_LBTE, scores.free_routes_LBTX, mask_BT)
-    z_loss_B = z_loss(scores.router_logits_LBTE, mask_BT)
-    return jnp.sum(plan.router_aux_loss_coef * balance_B + plan.router_z_loss_coef * z_loss_B)
+    return scores.replace(balance_B=balance_B, z_loss_B=z_loss(scores.router_logits_LBTE, mask_BT))
 
 
 def jit_update(step: Callable, state_shardings: Any | None) -> Callable:

@@ -52,6 +52,15 @@ def shared_rows(rows_at_a_time: int, devices: int, num_generations: int) -> int:
     return math.gcd(rows_at_a_time // devices, num_generations)
 
 
+def shuffled_units(batch: Batch, key: chex.PRNGKey, unit: int) -> Batch:
+    """The rows of a rollout batch in an order that the key draws. Units of so many neighbours stay whole, and in the
+    places of units: rows that have their prompt in common go on having it, wherever rows are cut."""
+    rows = batch.tokens_BT.shape[0]
+    order = jax.random.permutation(key, rows // unit)
+    order_B = (order[:, None] * unit + jnp.arange(unit)).reshape(-1)
+    return map_arrays(lambda dims, x: jnp.take(x, order_B, row_axis(dims)), batch)
+
+
 def minibatch(batch: Batch, index: int, count: int) -> Batch:
     """The index-th of `count` equal, contiguous parts of a rollout batch."""
     return map_arrays(lambda dims, x: jnp.split(x, count, row_axis(dims))[index], batch)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from gspo.model.adapters import merged_params
 from gspo.types import Params
 
 
@@ -36,8 +37,9 @@ def to_int8(x: jax.Array) -> jax.Array:
 ROUNDINGS = {"float32": lambda x: x, "bfloat16": to_bfloat16, "int8": to_int8}
 
 
-def make_rounding(kind: str) -> Callable[[Params], Params]:
-    """Returns the jitted map from the learner's parameters to the sampler's; the identity for "float32"."""
+def make_rounding(kind: str, adapter_scale: float | None = None) -> Callable[[Params], Params]:
+    """Returns the jitted map from the learner's parameters to the sampler's; the identity for "float32". adapter_scale:
+    of adapters that are merged first, where there are any."""
     if kind == "float32":
         return lambda params: params
-    return jax.jit(lambda params: jax.tree.map(ROUNDINGS[kind], params))
+    return jax.jit(lambda params: jax.tree.map(ROUNDINGS[kind], merged_params(params, adapter_scale)))

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 
 from gspo.learning.decoded import DecodeState, Decoding, cache_widths, empty_state, rollout_of
 from gspo.model.cache import Caches
-from gspo.model.transformer import Output, layers_of
+from gspo.model.layers import layers_of
+from gspo.model.transformer import Output
 from gspo.parallel.sharding import ONE_DEVICE, Layout
 from gspo.types import Params, Rollout, UserError, array, map_arrays
 
@@ -111,7 +112,7 @@ def _sample(
     chex.assert_shape(prompt_lengths_Q, (Q,))
     widths = cache_widths(C)
     out, prompts = model.apply({"params": params}, prompt_QP, first_Q, 0, widths[0], method="prefill")
-    layers = None if model.spec.scanned else layers_of(params["blocks"], model.spec.num_layers)
+    layers = None if model.spec.scanned else layers_of(params, model.spec)
     refill = _refill_of(how, params, key, first_row, first_Q, out.hidden_BTD[:, -1], prompts)
     decode = _decode_of(how, params, layers, B, P)
     least = max(1, S // ENDED_SHARE)

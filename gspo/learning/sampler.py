@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from gspo.learning.decoded import DecodeState, Decoding, append, cache_widths, empty_state, rollout_of
 from gspo.learning.refill import check_slots, sample_in_slots
 from gspo.model.distribution import Sampling
-from gspo.model.transformer import Transformer, layers_of
+from gspo.model.layers import layers_of
+from gspo.model.transformer import Transformer
 from gspo.types import Params, Rollout
 
-FLOAT32 = ("router", "scale")  # names of parameters that are used in float32 whatever the compute dtype
+FLOAT32 = ("router", "scale", "bias")  # names of parameters that are used in float32 whatever the compute dtype
 
 
 def in_compute_dtype(params: Params, dtype: jnp.dtype) -> Params:
@@ -78,7 +79,7 @@ def make_sampler(
         state = append(how, state, *how.next_token(params, key_B, last_BD, state.step))
 
         # Decode: feed the last token, draw the next.
-        layers = None if spec.scanned else layers_of(params["blocks"], spec.num_layers)  # cut once, not for each token
+        layers = None if spec.scanned else layers_of(params, spec)  # cut once, not for each token
         seen_QP = jnp.arange(P) >= first_Q[:, None]
 
         def body(state: DecodeState) -> DecodeState:

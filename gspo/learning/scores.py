@@ -11,7 +11,7 @@ from gspo.learning.microbatch import merge_record, num_parts, split_record
 from gspo.model.distribution import Sampling
 from gspo.model.head import token_scores
 from gspo.model.packing import Packing
-from gspo.model.routing import router_margin
+from gspo.model.routing import compared, router_margin
 from gspo.model.transformer import Output, Transformer
 from gspo.types import Params, array
 
@@ -21,10 +21,11 @@ class Scores:
     """Completion log-probs and entropies (nats), float32 [B, C]. For MoE models also, None where not asked for:
 
     free_routes_LBTX    the routers' free choices, also where others were replayed
-    margin_LBT          distance in logits from the last chosen expert to the next
-    router_logits_LBTE  the routers' logits, float32
+    margin_LBT          distance from the last chosen expert to the next, in what the router compares
+    router_logits_LBTE  the routers' logits, float32; log σ(z) of sigmoid routers
     router_logp_LBCX    log-probs the routers give to the experts that ran, where a token is predicted
     router_kl_LBT       KL from the old routers' softmax to theirs: left to who knows the old ones
+    balance_B, z_loss_B the routers' load-balance and z losses of each row: left to who knows which tokens count
     """
 
     logp_BC: chex.Array = array("BC")
@@ -34,6 +35,8 @@ class Scores:
     router_logp_LBCX: chex.Array | None = array("LBCX", default=None)
     router_logits_LBTE: chex.Array | None = array("LBTE", default=None)
     router_kl_LBT: chex.Array | None = array("LBT", default=None)
+    balance_B: chex.Array | None = array("B", default=None)
+    z_loss_B: chex.Array | None = array("B", default=None)
 
 
 @flax.struct.dataclass
@@ -56,6 +59,7 @@ def score_completions(
     chunk: int = 128,
     replayed_routes_LBTX: chex.Array | None = None,
     rows_per_prompt: int = 1,
+    segments_BT: chex.Array | None = None,
 ) -> Scores:
     """Log-prob of every completion column under `params`, shaped as the sampler shapes it. Values past a row's end are
     junk: mask them.
@@ -65,11 +69,14 @@ def score_completions(
     never computed under jit.
 
     rows_per_prompt: so many neighbours have their prompt in common, and the routes that run in it. It runs once for
-    them, forward and backward (`gspo.model.packing`); the scores are the same.
+    them, forward and backward (`gspo.model.packing`); the scores are the same. segments_BT: as in `Batch`, for rows
+    that share no prompt.
     """
     T = tokens_BT.shape[1]
     P = T - completion_width
-    out, hidden_BCD = _run(model, params, tokens_BT, P, prompt_lengths_B, replayed_routes_LBTX, rows_per_prompt)
+    out, hidden_BCD = _run(
+        model, params, tokens_BT, P, prompt_lengths_B, replayed_routes_LBTX, rows_per_prompt, segments_BT
+    )
     target_BC = tokens_BT[:, P:]
 
     kernel_DV = model.apply({"params": params}, method="head_kernel")
@@ -83,24 +90,31 @@ def score_completions(
     ran_LBTX = out.free_routes_LBTX if replayed_routes_LBTX is None else replayed_routes_LBTX
     return scores.replace(
         free_routes_LBTX=out.free_routes_LBTX,
-        margin_LBT=router_margin(out.router_logits_LBTE, model.spec.experts_per_token),
+        margin_LBT=router_margin(_compared(params, out.router_logits_LBTE), model.spec.experts_per_token),
         router_logp_LBCX=router_logp(out.router_logits_LBTE, ran_LBTX, completion_width),
         router_logits_LBTE=out.router_logits_LBTE,
     )
 
 
-def _run(model: Transformer, params: Params, tokens_BT, P: int, prompt_lengths_B, routes_LBTX, rows_per_prompt: int):
+def _run(model: Transformer, params, tokens_BT, P: int, prompt_lengths_B, routes_LBTX, rows_per_prompt, segments_BT):
     """The model on frames, prompts shared or not -> (Output of the frames but for its hidden states, [B, C, D] hidden
     states that predict the completion)."""
     first_B = P - prompt_lengths_B
     if rows_per_prompt == 1:
-        out = model.apply({"params": params}, tokens_BT, first_B, routes_LBTX)
+        out = model.apply({"params": params}, tokens_BT, first_B, routes_LBTX, segments_BT=segments_BT)
         return out, out.hidden_BTD[:, P - 1 : -1]  # column t predicts column t + 1
+    assert segments_BT is None, "rows that hold several examples share no prompt"
     packing = Packing(P, rows_per_prompt)
     routes = None if routes_LBTX is None else packing.pack(routes_LBTX, 1)
     out = model.apply({"params": params}, packing.pack(tokens_BT), first_B[::rows_per_prompt], routes, packing=packing)
     routers = (None if x is None else packing.unpack(x, 1) for x in (out.free_routes_LBTX, out.router_logits_LBTE))
     return Output(None, *routers), packing.predicting(out.hidden_BTD)
+
+
+def _compared(params: Params, logits_LBTE: chex.Array) -> chex.Array:
+    """What each layer's router compares, [L, B, T, E]."""
+    selection = params["blocks"]["moe"].get("selection")
+    return compared(logits_LBTE, None if selection is None else selection["bias"][:, None, None])
 
 
 def router_logp(logits_LBTE: chex.Array, routes_LBTX: chex.Array, completion_width: int) -> chex.Array:

@@ -9,20 +9,22 @@ import jax.numpy as jnp
 import optax
 
 from gspo.learning.critic import Critic
+from gspo.model.adapters import LoRA, abstract_adapters, init_adapters
 from gspo.model.transformer import Transformer, abstract_params
 from gspo.parallel.sharding import Layout, with_shardings
 from gspo.types import Params, TrainState
+
+ADAPTER_STREAM = 2  # of the key of a state; 1 is the critic's
 
 
 class Start(NamedTuple):
     """How a state begins. Both functions are jitted, and their arrays are born on their devices, never whole on one."""
 
     init: Callable[[jax.Array], TrainState]  # from a random key
-    begin: Callable[[Params], TrainState]  # from given parameters, whose buffers it takes
+    # From given weights, whose buffers it takes; the key is for what is made beside them.
+    begin: Callable[[Params, jax.Array], TrainState]
     abstract: TrainState  # the state as ShapeDtypeStructs with shardings, which a checkpoint is restored into
-    begins_with: Params | None = (
-        None  # what `begin` takes, likewise: a policy's. None: parameters as those of the state
-    )
+    begins_with: Params | None = None  # what `begin` takes, likewise: a policy's. None: weights as those of the state
 
 
 def state_on_mesh(
@@ -30,22 +32,33 @@ def state_on_mesh(
     model: Transformer | Critic,
     optimizer: optax.GradientTransformation,
     *,
+    lora: LoRA | None = None,
     with_ref: bool = False,
     entropy_coef: float | None = None,
     num_stale: int = 0,
 ) -> Start:
     """The state of a policy or a critic: its parameters, and beside them a reference and the parameters of the last
-    `num_stale` rollouts, each in buffers of its own: the train step donates the policy's.
+    `num_stale` rollouts, each in buffers of its own: the train step donates the policy's. With lora, all of these are
+    adapters, and there is one copy of the weights: adapters that have not moved are the base, and its reference.
     """
     abstract = abstract_params(model, layout)
-    param_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    weight_shardings = param_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    if lora:
+        param_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_adapters(lora, abstract))
 
-    def begin(params: Params) -> TrainState:
-        coef = None if entropy_coef is None else jnp.float32(entropy_coef)
-        ref_params, stale_params = params if with_ref else None, (params,) * num_stale
-        return TrainState(jnp.int32(0), params, optimizer.init(params), ref_params, coef, stale_params=stale_params)
+    def begin(weights: Params, key: jax.Array) -> TrainState:
+        params = init_adapters(lora, weights, jax.random.fold_in(key, ADAPTER_STREAM)) if lora else weights
+        return TrainState(
+            step=jnp.int32(0),
+            params=params,
+            opt_state=optimizer.init(params),
+            ref_params=params if with_ref else None,
+            entropy_coef=None if entropy_coef is None else jnp.float32(entropy_coef),
+            stale_params=(params,) * num_stale,
+            frozen=weights if lora else None,
+        )
 
-    shapes = jax.eval_shape(begin, abstract)
+    shapes = jax.eval_shape(begin, abstract, jax.random.key(0))
     everywhere = layout.sharding()
     shardings = TrainState(
         step=everywhere,
@@ -60,9 +73,10 @@ def state_on_mesh(
         ref_params=param_shardings if with_ref else None,
         entropy_coef=None if entropy_coef is None else everywhere,
         stale_params=(param_shardings,) * num_stale,
+        frozen=weight_shardings if lora else None,
     )
     return Start(
-        init=jax.jit(lambda key: begin(nn.unbox(model.init_params(key))), out_shardings=shardings),
+        init=jax.jit(lambda key: begin(nn.unbox(model.init_params(key)), key), out_shardings=shardings),
         begin=jax.jit(begin, donate_argnums=0, out_shardings=shardings),
         abstract=with_shardings(shapes, shardings),
     )
@@ -75,10 +89,10 @@ def add_critic(layout: Layout, critic: Critic, optimizer: optax.GradientTransfor
     own = state_on_mesh(layout, critic, optimizer)
     zeros, body = own.abstract.params["value"], own.abstract.params["body"]
 
-    def begin(params: Params) -> TrainState:
+    def begin(params: Params, key: jax.Array) -> TrainState:
         copied = {name: copy_tree(params[name]) for name in body}
         value = jnp.zeros(zeros.shape, zeros.dtype, device=zeros.sharding)
-        return policy.begin(params).replace(critic=own.begin({"body": copied, "value": value}))
+        return policy.begin(params, key).replace(critic=own.begin({"body": copied, "value": value}, key))
 
     return Start(
         init=lambda key: policy.init(key).replace(critic=own.init(jax.random.fold_in(key, 1))),
@@ -97,9 +111,9 @@ def reward_model_start(
         return own
     zeros, body = own.abstract.params["value"], own.abstract.params["body"]
 
-    def begin(params: Params) -> TrainState:
+    def begin(params: Params, key: jax.Array) -> TrainState:
         value = jnp.zeros(zeros.shape, zeros.dtype, device=zeros.sharding)
-        return own.begin({"body": {name: params[name] for name in body}, "value": value})
+        return own.begin({"body": {name: params[name] for name in body}, "value": value}, key)
 
     return own._replace(begin=begin, begins_with=policy)
 

@@ -1,4 +1,4 @@
-"""RMSNorm, rotary positions and grouped-query attention.
+"""RMSNorm and grouped-query attention.
 
 What differs between whole frames, packed groups and decoding is how queries find their keys: `Attention` is given a
 function for it, a `Mix`.
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gspo.model.columns import cut_columns, join_columns
+from gspo.model.rope import apply_rope
 from gspo.parallel.sharding import ONE_DEVICE, Layout
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives a mean and not NaN
@@ -36,30 +37,15 @@ class RMSNorm(nn.Module):
         return (x32 * scale).astype(x.dtype)
 
 
-def rope_tables(
-    positions_BT: chex.Array, head_width: int, theta: float, scaling: tuple[float, ...] = ()
-) -> tuple[chex.Array, chex.Array]:
-    """Positions -> float32 (cos, sin), each [B, T, H/2]: angle p · θ^(-2i/H) (Su et al. 2021, "rotate half" layout of
-    Llama).
+class Bias(nn.Module):
+    """A vector that starts at zero, float32, under the name "bias", to which no weight decay applies. axis: its logical
+    name."""
 
-    scaling: () or (factor, low, high, trained_length), the rule of Llama 3.1: waves that turn more than `high` times
-    within the trained length stay, those that turn less than `low` times are slowed down by `factor`, and those between
-    are interpolated."""
-    frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-    if scaling:
-        factor, low, high, trained_length = scaling
-        turns = trained_length * frequency / (2 * jnp.pi)
-        kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-        frequency = frequency * (kept + (1 - kept) / factor)
-    angle = positions_BT[:, :, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    axis: str
 
-
-def apply_rope(x_BTNH: chex.Array, cos_BTh: chex.Array, sin_BTh: chex.Array) -> chex.Array:
-    """Rotates the pairs (x_i, x_{i+H/2}) by their angle; float32 inside, dtype of x outside."""
-    left, right = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_BTh[:, :, None, :], sin_BTh[:, :, None, :]
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_BTNH.dtype)
+    @nn.compact
+    def __call__(self, width: int):
+        return self.param("bias", nn.with_partitioning(nn.initializers.zeros, (self.axis,)), (width,), jnp.float32)
 
 
 def visible(first_B: chex.Array, start: chex.Array | int, queries: int, keys: int) -> chex.Array:
@@ -69,6 +55,15 @@ def visible(first_B: chex.Array, start: chex.Array | int, queries: int, keys: in
     key_S = jnp.arange(keys)
     seen_BTS = (key_S >= first_B[:, None, None]) & (key_S <= query_T[None, :, None])
     return seen_BTS | (key_S == query_T[:, None])[None]
+
+
+def within(segments_BT: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """Rows that hold several sequences, one behind the other, numbered by column: (positions [B, T] int32 in their own
+    sequence, [B, T, S] bool whether two columns are of one sequence)."""
+    column_T = jnp.arange(segments_BT.shape[1])
+    begins_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
+    first_BT = jax.lax.cummax(jnp.where(begins_BT, column_T, 0), axis=1)
+    return column_T - first_BT, segments_BT[:, :, None] == segments_BT[:, None, :]
 
 
 def attend(
@@ -95,7 +90,8 @@ def attend(
 
 class Attention(nn.Module):
     """Grouped-query attention with optional RMSNorm on queries and keys before RoPE: over each head (Qwen3), or over
-    the whole projection, all heads together (OLMoE).
+    the whole projection, all heads together (OLMoE). Optional biases: on queries, keys and values (Qwen2), and on the
+    output.
     """
 
     num_heads: int
@@ -106,14 +102,18 @@ class Attention(nn.Module):
     dtype: jnp.dtype
     qk_norm_over: str = "head"
     layout: Layout = ONE_DEVICE
+    qkv_bias: bool = False
+    out_bias: bool = False
 
     def _project(self, name: str, x_BTD, heads: int, axis: str):
         kernel_init_ = nn.with_partitioning(kernel_init, ("embed", axis))
         kernel = self.param(name, kernel_init_, (x_BTD.shape[-1], heads * self.head_width), jnp.float32).astype(
             self.dtype
         )
-        y = (x_BTD @ self.layout.gathered(kernel, "embed", axis)).reshape(*x_BTD.shape[:2], heads, self.head_width)
-        return self.layout.constrain(y, "rows", None, axis, None)
+        y = x_BTD @ self.layout.gathered(kernel, "embed", axis)
+        if self.qkv_bias:
+            y += Bias(axis, name=f"{name}_bias")(y.shape[-1]).astype(self.dtype)
+        return self.layout.constrain(y.reshape(*y.shape[:2], heads, self.head_width), "rows", None, axis, None)
 
     def _norm(self, name: str, x_BTNH):
         norm = RMSNorm(self.rms_eps, name=name)
@@ -135,4 +135,6 @@ class Attention(nn.Module):
         shape = (self.num_heads * self.head_width, x_BTD.shape[-1])
         kernel = self.param("out", kernel_init_, shape, jnp.float32).astype(self.dtype)
         out_BTD = mixed_BTNH.reshape(*x_BTD.shape[:2], -1) @ self.layout.gathered(kernel, "heads", "embed")
+        if self.out_bias:
+            out_BTD += Bias("norm", name="out_bias")(shape[1]).astype(self.dtype)
         return out_BTD, kept

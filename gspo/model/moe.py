@@ -5,16 +5,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gspo.model.attention import kernel_init
+from gspo.model.attention import Bias, kernel_init
 from gspo.model.dispatch import dispatch
 from gspo.model.experts import BACKENDS
-from gspo.model.routing import route, swap_experts, top_k_experts
+from gspo.model.routing import compared, route, swap_experts, top_k_experts
 from gspo.parallel.sharding import ONE_DEVICE, Layout
 
 
 class MoE(nn.Module):
     """Router (float32) and SwiGLU experts. x_BTD, given routes [B, T, X] or None -> (y_BTD, free_BTX, router_logits_BTE
-    float32)."""
+    float32, log σ(z) of a sigmoid router). routed_scale: factor on all gates."""
 
     num_experts: int
     experts_per_token: int
@@ -25,6 +25,8 @@ class MoE(nn.Module):
     layout: Layout = ONE_DEVICE
     noise: float = 0.0
     swap: float = 0.0
+    router: str = "softmax"
+    routed_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x_BTD, given_BTX=None):
@@ -45,10 +47,16 @@ class MoE(nn.Module):
         logits_ME = jnp.matmul(x_MD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
         if self.noise:  # mismatch injection: a router that is not the learner's
             logits_ME += self.noise * jax.random.normal(self.make_rng("router"), logits_ME.shape)
+        bias_E = None
+        if self.router == "sigmoid":
+            logits_ME, bias_E = jax.nn.log_sigmoid(logits_ME), Bias("norm", name="selection")(E)
         given_MX = None if given_BTX is None else given_BTX.reshape(B * T, X)
         if self.swap:
-            given_MX = swap_experts(self.make_rng("router"), top_k_experts(logits_ME, X), E, self.swap)
-        gates_MX, used_MX, free_MX = route(logits_ME, X, renormalise=self.norm_topk_prob, given_MX=given_MX)
+            own_MX = top_k_experts(compared(logits_ME, bias_E), X)
+            given_MX = swap_experts(self.make_rng("router"), own_MX, E, self.swap)
+        gates_MX, used_MX, free_MX = route(
+            logits_ME, X, renormalise=self.norm_topk_prob, given_MX=given_MX, bias_E=bias_E, scale=self.routed_scale
+        )
         if self.swap:
             free_MX = used_MX  # the swapped experts are the choice of this router
         chex.assert_shape(gates_MX, (B * T, X))

@@ -6,7 +6,12 @@ Routing replay: the given indices fix WHICH experts run, the gates always come f
 
 so the gradient reaches router and experts alike. -1 in a token's given routes means "not recorded": that token routes
 freely. R2 replays what the learner's own pass over the rollout chose, R3 what the sampler chose (arXiv 2510.11370,
-2512.01374)."""
+2512.01374).
+
+A sigmoid router (DeepSeek-V3, 2412.19437) scores each expert by itself, σ(z), and chooses by score and a bias that no
+gradient reaches. Its "logits" are log σ(z), here and in all that comes after: their softmax is the score normalised
+over the experts, σ(z_e) / Σ σ(z), so that renormalised gates, balance loss, drift and log-probs of routers are one
+formula for both kinds."""
 
 import chex
 import jax
@@ -35,18 +40,31 @@ def top_k_experts(logits_ME: chex.Array, k: int) -> chex.Array:
     return largest(logits_ME, k)[1]
 
 
+def compared(logits: chex.Array, bias: chex.Array | None = None) -> chex.Array:
+    """[..., E] what a router compares when it chooses: its logits, or the scores of a sigmoid router with their bias,
+    which broadcasts."""
+    return logits if bias is None else jnp.exp(logits) + bias
+
+
 def route(
-    logits_ME: chex.Array, k: int, *, renormalise: bool, given_MX: chex.Array | None = None
+    logits_ME: chex.Array,
+    k: int,
+    *,
+    renormalise: bool,
+    given_MX: chex.Array | None = None,
+    bias_E: chex.Array | None = None,
+    scale: float = 1.0,
 ) -> tuple[chex.Array, chex.Array, chex.Array]:
     """Chooses k experts per token.
 
-    logits_ME: float32. given_MX: int, any width of integer; a token with a negative entry routes freely. Returns
+    logits_ME: float32. given_MX: int, any width of integer; a token with a negative entry routes freely. bias_E: of a
+    sigmoid router, whose gates are its scores at the chosen experts, renormalised or not. scale: of all gates. Returns
     (gates_MX float32, used_MX int32, free_MX int32): `used` are the experts that run, `free` those the router would
     choose now. Without given routes the two are the same.
     """
     chex.assert_rank(logits_ME, 2)
     chex.assert_type(logits_ME, jnp.float32)
-    free_MX = top_k_experts(jax.lax.stop_gradient(logits_ME), k)
+    free_MX = top_k_experts(jax.lax.stop_gradient(compared(logits_ME, bias_E)), k)
     used_MX = free_MX
     if given_MX is not None:
         chex.assert_shape(given_MX, free_MX.shape)
@@ -54,8 +72,12 @@ def route(
         used_MX = jnp.where(recorded_M1, given_MX.astype(jnp.int32), free_MX)
     chosen_MX = jnp.take_along_axis(logits_ME, used_MX, axis=-1)
     if renormalise:
-        return jax.nn.softmax(chosen_MX, axis=-1), used_MX, free_MX
-    return jnp.exp(chosen_MX - jax.nn.logsumexp(logits_ME, axis=-1, keepdims=True)), used_MX, free_MX
+        gates_MX = jax.nn.softmax(chosen_MX, axis=-1)
+    elif bias_E is not None:
+        gates_MX = jnp.exp(chosen_MX)
+    else:
+        gates_MX = jnp.exp(chosen_MX - jax.nn.logsumexp(logits_ME, axis=-1, keepdims=True))
+    return gates_MX if scale == 1 else scale * gates_MX, used_MX, free_MX
 
 
 def swap_experts(key: chex.PRNGKey, experts_MX: chex.Array, num_experts: int, rate: float) -> chex.Array:
@@ -104,12 +126,12 @@ def by_layer(x_LBT: chex.Array, mask_BT: chex.Array) -> chex.Array:
     return jnp.sum(jnp.where(mask_BT, x_LBT, 0.0), axis=(1, 2)) / jnp.maximum(jnp.sum(mask_BT), 1)
 
 
-def router_margin(logits: chex.Array, k: int) -> chex.Array:
-    """[..., E] -> [...] distance between the k-th largest router logit and the next: how far a choice is from changing.
-    0 for k = E."""
-    if k == logits.shape[-1]:
-        return jnp.zeros(logits.shape[:-1], logits.dtype)
-    found = largest(logits, k + 1)[0]
+def router_margin(scores: chex.Array, k: int) -> chex.Array:
+    """[..., E] -> [...] distance between the k-th largest of what a router compares and the next: how far a choice is
+    from changing. 0 for k = E."""
+    if k == scores.shape[-1]:
+        return jnp.zeros(scores.shape[:-1], scores.dtype)
+    found = largest(scores, k + 1)[0]
     return found[..., k - 1] - found[..., k]
 
 

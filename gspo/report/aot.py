@@ -124,18 +124,18 @@ def lowerables(plan: RLPlan, layout: Layout) -> list[Lowerable]:
     prompts = (jax.ShapeDtypeStruct((Q, P), "int32", sharding=rows), jax.ShapeDtypeStruct((Q,), "int32", sharding=rows))
     key = with_shardings(jax.eval_shape(lambda: jax.random.key(0)), layout.sharding())
     rollout_layout = make_rollout_layout(plan.mesh, layout)
-    params = jax.eval_shape(steps.rollout_params, state.params)
+    params = jax.eval_shape(steps.rollout_params, state.policy)
     params = with_shardings(params, param_shardings(steps.model, rollout_layout))
     rollout = layout.map_fields(with_shardings, jax.eval_shape(steps.sampler, params, *prompts, key))
     held = bytes_per_device(state)
     found = []
     beside = held
-    if jax.tree.leaves(params) == jax.tree.leaves(state.params):
-        beside -= bytes_per_device(state.params)  # rollouts read the learner's own
+    if jax.tree.leaves(params) == jax.tree.leaves(state.policy):
+        beside -= bytes_per_device(state.policy)  # rollouts read the learner's own
     else:
         found.append(
             Lowerable(
-                "reshard", steps.rollout_params, (state.params,), 1, 1, 1.0, held - bytes_per_device(state.params)
+                "reshard", steps.rollout_params, (state.policy,), 1, 1, 1.0, held - bytes_per_device(state.policy)
             )
         )
     found.append(
@@ -146,11 +146,11 @@ def lowerables(plan: RLPlan, layout: Layout) -> list[Lowerable]:
     batch = _batch_of(layout, rollout, C, plan.experience.replay != "disabled")
     if plan.experience.old_logps == "learner" or plan.experience.replay == "R2":
         arguments = (
-            state.params,
+            state.policy,
             batch.tokens_BT,
             batch.prompt_lengths_B,
         )  # R3 gives routes too, which changes no matmul
-        beside = held - bytes_per_device(state.params) + bytes_per_device(batch)
+        beside = held - bytes_per_device(state.policy) + bytes_per_device(batch)
         found.append(Lowerable("log-probs", steps.scorer, arguments, 1, 1, ragged_rows(steps, layout), beside))
     parts = jax.eval_shape(steps.minibatches, batch)
     part = layout.map_fields(with_shardings, parts[0])

@@ -69,7 +69,13 @@ class Run(NamedTuple):
 
     @property
     def ended(self) -> bool:
-        return self.done >= self.length or self.diverged
+        return self.done >= self.length or self.diverged or self._reached
+
+    @property
+    def _reached(self) -> bool:
+        """Whether it is a cold start whose target ended it early: then its last line says so."""
+        target, lines = None if self.cold else self.config.get("target_pass_at_1"), self.lines
+        return target is not None and bool(lines) and lines[-1].get("eval/pass@1", -1.0) >= target
 
 
 def _last_step(lines: tables.Lines) -> int:

@@ -140,7 +140,7 @@ def logprob(works: Works, repeats: int, small: bool) -> tuple[list[Record], Reco
 
     def scored(work: Work) -> Callable:
         rows = work.written()
-        return lambda: work.steps.scorer(work.state.params, rows.tokens_BT, rows.prompt_lengths_B).logp_BC
+        return lambda: work.steps.scorer(work.state.policy, rows.tokens_BT, rows.prompt_lengths_B).logp_BC
 
     seconds, machine = measured({name: scored(work) for name, work in works.items()}, works, repeats, small)
     return [_part_record(name, works[name], "old_logps", seconds[name], machine) for name in works], machine
@@ -211,7 +211,7 @@ def moe(works: Works, repeats: int, small: bool) -> tuple[list[Record], Record]:
     installed = [name for name in BACKENDS if name != "tokamax" or importlib.util.find_spec(name)]
     for backend in installed:
         layer = MoE(spec.num_experts, spec.experts_per_token, spec.d_expert, spec.norm_topk_prob, backend,
-                    spec.compute_dtype)  # fmt: skip
+                    spec.compute_dtype, router=spec.router, routed_scale=spec.routed_scale)  # fmt: skip
         params = nn.unbox(jax.jit(layer.init)(jax.random.key(0), x_BTD))
         functions[backend] = functools.partial(jax.jit(jax.grad(_squares, argnums=(1, 2)), static_argnums=0),
                                                layer, params, x_BTD)  # fmt: skip
@@ -235,7 +235,7 @@ def losses(works: Works, repeats: int, small: bool) -> tuple[list[Record], Recor
     work = next(iter(works.values()))
     batch = work.steps.minibatches(work.batch())[0]
     inputs = batch.inputs
-    L, X = work.spec.num_layers, max(work.spec.experts_per_token, 1)
+    L, X = work.spec.moe_layers or work.spec.num_layers, max(work.spec.experts_per_token, 1)
     inputs = inputs.replace(
         ref_logp_BC=inputs.old_logp_BC,
         router_logp_LBCX=jnp.full((L, *inputs.mask_BC.shape, X), -1.9),

@@ -4,7 +4,7 @@ Counted are matrix products, 2 FLOPs per multiply-add, of what has to be compute
 no padding, no recomputation (remat), no router's softmax. Formulas, for one token and one layer:
 
     projections   2 D (N + 2 K) H + 2 N H D
-    feed-forward  6 D F dense;  X 6 D F + 2 D E with experts
+    feed-forward  6 D F dense;  X 6 D F + 2 D E with experts, and 6 D F of a shared one, 2 D of its gate
     attention     4 N H s, s the columns that the token sees, itself included
     head          2 D V, where a token is predicted
     backward      twice the forward
@@ -32,18 +32,25 @@ class Sizes(NamedTuple):
         return self.prompts * self.group
 
 
-def layer_weights(spec: ModelSpec, experts: float) -> float:
-    """Numbers in the matrices of one layer, where so many of its experts count."""
+def layer_weights(spec: ModelSpec, experts: float, dense: bool = False) -> float:
+    """Numbers in the matrices of one layer, where so many of its experts count. dense: of a layer without any."""
     D, H = spec.d_model, spec.head_width
     attention = D * (spec.num_heads + 2 * spec.num_kv_heads) * H + spec.num_heads * H * D
-    if spec.num_experts:
-        return attention + 3 * D * spec.d_expert * experts + D * spec.num_experts
-    return attention + 3 * D * spec.d_ff
+    if dense or not spec.num_experts:
+        return attention + 3 * D * spec.d_ff
+    shared = 3 * D * spec.d_shared + D * spec.shared_gate
+    return attention + 3 * D * spec.d_expert * experts + D * spec.num_experts + shared
+
+
+def all_weights(spec: ModelSpec, experts: float) -> float:
+    """Numbers in the matrices of all layers, embedding and head aside, where so many experts of each count."""
+    dense = spec.num_layers - spec.moe_layers
+    return spec.moe_layers * layer_weights(spec, experts) + dense * layer_weights(spec, experts, dense=True)
 
 
 def active_weights(spec: ModelSpec) -> float:
     """Numbers in the matrices that one token meets, embedding and head aside."""
-    return spec.num_layers * layer_weights(spec, spec.experts_per_token)
+    return all_weights(spec, spec.experts_per_token)
 
 
 def attention_flops(spec: ModelSpec, first: float, tokens: float) -> float:
@@ -81,7 +88,7 @@ def decode_bytes(spec: ModelSpec, sizes: Sizes) -> float:
     Q, B, P, C = sizes.prompts, sizes.rows, sizes.prompt, sizes.completion
     E, X = spec.num_experts, spec.experts_per_token
     touched = E * (1 - (1 - X / E) ** B) if E else 0
-    weights = spec.num_layers * layer_weights(spec, touched) + spec.d_model * spec.vocab_size
+    weights = all_weights(spec, touched) + spec.d_model * spec.vocab_size
     columns = (C - 1) * Q * P + B * (C - 1) * C / 2
     cache = 2 * spec.num_layers * spec.num_kv_heads * spec.head_width * columns
     return spec.compute_dtype.itemsize * ((C - 1) * weights + cache)

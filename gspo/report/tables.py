@@ -5,7 +5,7 @@ without evaluations during training nothing is known from before it. Its cell ho
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gspo.run.writers import read_jsonl
+from gspo.types import UserError
 
 Lines = list[dict[str, Any]]
 
@@ -50,6 +51,25 @@ def cell(over_seeds: Sequence[float | None], form: str) -> str:
     if len(known) > 1:
         text += f" [{form.format(min(known))}, {form.format(max(known))}]"
     return text if len(known) == len(over_seeds) else f"{text} ({len(known)} of {len(over_seeds)} seeds)"
+
+
+def load_by_layer(runs: Mapping[str, Lines]) -> tuple[list[list[str]], list[str]]:
+    """(rows, columns): how much more than the mean the busiest expert of each layer has to do, 1 where the load is
+    even, with the coefficient of variation over the experts in brackets; at the first and the last update of each named
+    run. The last row is the mean over layers. Raises UserError for a run whose metrics tell no load."""
+    peak, variation = "routing/load_max_over_mean_by_layer", "routing/load_cv_by_layer"
+    columns, loads = ["layer"], []
+    for name, lines in runs.items():
+        known = [line for line in lines if isinstance(line.get(peak), list)]
+        if not known:
+            raise UserError(f"{name}: its metrics tell no load of experts; give a run of a Mixture of Experts")
+        for when, line in (("first", known[0]), ("last", known[-1])):
+            columns.append(f"{name}, {when} update")
+            layers = list(zip(line[peak], line[variation], strict=True))
+            means = [statistics.mean(values) for values in zip(*layers, strict=True)]
+            loads.append([f"{1 + most:.2f} ({spread:.2f})" for most, spread in (*layers, means)])
+    labels = [*map(str, range(1, max(map(len, loads), default=1))), "mean"]
+    return [list(cells) for cells in zip(labels, *loads, strict=True)], columns
 
 
 def markdown(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> str:

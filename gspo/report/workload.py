@@ -118,7 +118,7 @@ class Work:
         """The sampler alone, on the next prompts."""
         self.index += 1
         prompts, key = self.plan.rollout.num_prompts, jax.random.fold_in(self.key, self.index)
-        params = self.steps.rollout_params(self.state.params)
+        params = self.steps.rollout_params(self.state.policy)
         rollout = self.collector.generate(params, (self.index - 1) * prompts, prompts, key).rollout
         self.lengths_B = rollout.completion_lengths_B
         return rollout

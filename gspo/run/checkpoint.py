@@ -8,6 +8,8 @@ On disk, under <workdir>/checkpoints, one folder per step:
     <step>/meta/    JSON: the caller's meta, the metrics, and the dtype and shape of every array
     <step>/SEAL.*   digests of all files, one seal per process that wrote some (gspo.run.seal)
 
+Of a run with adapters they hold these; the weights under them are saved once, in <workdir>/base, the same way.
+
 A folder takes its final name only when it is complete, so a killed process leaves at worst a temporary folder, which
 the next run removes, or a complete folder without a seal, which is read unchecked. A folder that was damaged later is
 passed over with a warning and kept as <step>.broken.
@@ -29,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from gspo.model.adapters import LoRA, abstract_adapters, merge_into
 from gspo.parallel import distributed
 from gspo.run import disk, stored
 from gspo.run.seal import write_seal
@@ -84,19 +87,52 @@ def restore_params(path: str | os.PathLike, abstract_params: Any, check: Check |
     """The parameters of another run, for `init_from` and for evaluation: (step, params). Reads only, changes nothing on
     disk.
 
-    path             a workdir, its checkpoints folder, or the folder of one step
+    path             a workdir, its checkpoints folder, or the folder of one step; runs/x@best or runs/x@120 for one
+                     that is not the latest
     abstract_params  tree of jax.ShapeDtypeStruct; the arrays come back with its dtypes (cast where they were saved in
                      another) and its shardings (the first device where it names none)
     check            called with the folder and the identity that was saved there, before anything is read
+    Of a run with adapters they are the weights that it began with, and the adapters merged into them.
     Raises: UserError if there is no checkpoint, none can be read, or the latest one is of another model shape.
     """
+    lora = stored.adapters_at(path)
+    if lora is None:
+        return _restore(path, abstract_params, check)
+    step, adapters = _restore(path, abstract_adapters(lora, abstract_params), check)
+    return step, merge_into(restore_base(path, abstract_params), adapters, lora.scale)
+
+
+def restore_adapters(path: str | os.PathLike, abstract_params: Any) -> tuple[int, LoRA | None, Any]:
+    """As `restore_params`, of a run with adapters these alone: (step, what they are, adapters). Of another: (0, None,
+    None)."""
+    lora = stored.adapters_at(path)
+    if lora is None:
+        return 0, None, None
+    step, adapters = _restore(path, abstract_adapters(lora, abstract_params), None)
+    return step, lora, adapters
+
+
+def _restore(path: str | os.PathLike, abstract_params: Any, check: Check | None) -> tuple[int, Any]:
     stored.quieten_orbax()
     path = Path(path).absolute()
     step_dirs = stored.steps_at(path)
     if not step_dirs:
-        raise UserError(f"no checkpoint in {path}: " + ("it holds none yet" if path.exists() else "no such folder"))
+        raise UserError(f"no checkpoint in {path}: {stored.why_none(path, empty='it holds none yet')}")
     step_dir, params, _, _ = _read_latest(step_dirs, abstract_params, prefix="params/", cast=True, check=check)
     return int(step_dir.name), params
+
+
+def save_base(workdir: str | os.PathLike, weights: Any, identity: dict[str, Any]) -> None:
+    """Saves the weights under the adapters of a run that begins, once, as a checkpoint of their own in
+    <workdir>/base: what they were read from may go on, or go away."""
+    own = {name: value for name, value in identity.items() if name != "lora"}
+    with Checkpointer(Path(workdir) / stored.BASE, keep_last=1, identity=own, async_save=False) as checkpointer:
+        checkpointer.save(0, {"params": weights}, {}, force=True)
+
+
+def restore_base(path: str | os.PathLike, abstract_params: Any) -> Any:
+    """The weights under the adapters of a run, given as for `restore_params`."""
+    return _restore(stored.root_at(path) / stored.BASE, abstract_params, None)[1]
 
 
 # ---------------------------------------------------------------------------- the checkpoints of a run
@@ -181,7 +217,7 @@ class Checkpointer:
         replaced = self._set_aside(target, "replaced") if target.exists() else None
         content = {"meta": meta, "metrics": {name: float(value) for name, value in (metrics or {}).items()},
                    "arrays": {name: stored.describe(leaf) for name, leaf in named.items()},
-                   "identity": self._identity}  # fmt: skip
+                   "identity": self._identity, "best_metric": self._best_metric}  # fmt: skip
         content = json.loads(json.dumps(content))  # a copy: the caller may change `meta` while the writer runs
         self._score(step, content["metrics"])
         self._needs = step, sum(leaf.nbytes for leaf in named.values())

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from gspo.data.tokenizer import Tokenizer, difference, fingerprint, make_tokenizer, now
+from gspo.model.adapters import LoRA
 from gspo.model.spec import ModelSpec
 from gspo.parallel import distributed
-from gspo.run.stored import read_content
+from gspo.run.stored import read_content, split_step
 from gspo.types import UserError
 
 log = logging.getLogger(__name__)
@@ -28,21 +29,21 @@ POLICY, REWARD_MODEL = "policy", "reward model"  # kinds of weights; an identity
 TOKENIZER = "tokenizer"  # the folder of a run that holds a copy of its tokenizer's files
 
 
-def identity(spec: ModelSpec, tokenizer: Tokenizer | None, kind: str = POLICY) -> dict[str, Any]:
+def identity(
+    spec: ModelSpec, tokenizer: Tokenizer | None, *, kind: str = POLICY, lora: LoRA | None = None
+) -> dict[str, Any]:
     """JSON values: {"model": the fields of the spec that give weights their meaning, "tokenizer": its fingerprint,
     "date": the day that its chat template writes}. Without a tokenizer the last two are None. "kind": what the weights
-    are, where they are no policy."""
-    fields = {name: value for name, value in dataclasses.asdict(spec).items() if name not in HOW_IT_RUNS}
-    fields["rope_scaling"] = list(fields["rope_scaling"])
+    are, where they are no policy. "lora": what gives adapters their meaning, where it is they that are saved."""
+    fields = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(spec).items()
+        if name not in HOW_IT_RUNS
+    }
     known = None if tokenizer is None else fingerprint(tokenizer)
     own = {"model": fields, "tokenizer": known, "date": getattr(tokenizer, "date", None)}
-    return own if kind == POLICY else own | {"kind": kind}
-
-
-def spec_of(saved: Mapping[str, Any]) -> ModelSpec:
-    """The model of a saved identity, run as a spec does by default."""
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["model"].items()}
-    return ModelSpec(**fields)
+    own |= {} if kind == POLICY else {"kind": kind}
+    return own if lora is None else own | {"lora": dataclasses.asdict(lora)}
 
 
 def kind_of(saved: Mapping[str, Any] | None) -> str:
@@ -73,11 +74,32 @@ def check_identity(where: str | os.PathLike, saved: Mapping[str, Any] | None, no
             )
 
 
+def spec_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a ModelSpec in a saved identity; JSON has lists for tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in saved["model"].items()}
+
+
+def check_adapters(where: str | os.PathLike, saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
+    """Raises UserError where the adapters of a run that goes on are not those that its config asks for."""
+    began, wanted = ((each or {}).get("lora") or {"rank": 0} for each in (saved, now))
+    for name in wanted.keys() & began.keys():
+        if saved is not None and wanted[name] != began[name]:
+            raise UserError(
+                f"lora.{name}={wanted[name]}: the run in {where} began with {began[name]}; keep it, or start another "
+                "run from this one (init_from)"
+            )
+
+
 def saved_identity(path: str | os.PathLike) -> dict[str, Any] | None:
     """What the latest checkpoint of a workdir (or a folder of checkpoints, or that of one step) says of its model; None
     where there is none, or where it does not say."""
     content = read_content(path)
     return None if content is None else content.get("identity")
+
+
+def spec_of(saved: Mapping[str, Any]) -> ModelSpec:
+    """The model of a saved identity; how it runs is left at its defaults."""
+    return ModelSpec(**spec_fields(saved))
 
 
 def tokenizer_of(saved: Mapping[str, Any], path: str | os.PathLike) -> str | None:
@@ -96,6 +118,6 @@ def dated_tokenizer(spec: str, date: str | None) -> Tokenizer:
 
 
 def run_folder(path: str | os.PathLike) -> Path:
-    """The workdir of a checkpoint: of itself, of its folder of checkpoints, or of one step in it."""
-    path = Path(path).absolute()
+    """The workdir of a checkpoint: of itself, of its folder of checkpoints, or of one step in it (runs/x@best too)."""
+    path, _ = split_step(Path(path).absolute())
     return next((p for p in (path, *path.parents[:2]) if (p / "checkpoints").is_dir()), path)

@@ -3,6 +3,7 @@ layout is told in `gspo.run.checkpoint`, which writes it.
 """
 
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
+from gspo.model.adapters import LoRA
 from gspo.parallel import distributed
 from gspo.run import disk
 from gspo.run.seal import check_seal
 from gspo.types import UserError
+
+BEST_METRIC = "eval/pass@1"  # ranks the checkpoints of a run, unless they name another
+BASE = "base"  # the folder of a run with adapters that holds the weights under them, as a workdir of its own
 
 # ---------------------------------------------------------------------------------------------------- trees by name
 
@@ -105,7 +110,7 @@ def read_arrays(step_dir: Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
 
 def read_content(path: str | os.PathLike) -> dict[str, Any] | None:
     """What the latest readable checkpoint of a workdir, its checkpoints folder, or the folder of one step holds
-    beside its arrays; None where there is none."""
+    beside its arrays; None where there is none. The path may choose one: see `steps_at`."""
     quieten_orbax()
     for step_dir in steps_at(Path(path).absolute()):
         try:
@@ -116,9 +121,62 @@ def read_content(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def steps_at(path: Path) -> list[Path]:
-    """The folders of the steps of a workdir or its checkpoints folder, latest first; or that of the one step given."""
+    """The folders of the steps of a workdir or its checkpoints folder, latest first; or that of the one step given, as
+    its folder or as runs/x@120; or that of the best, runs/x@best."""
+    path, step = split_step(path)
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if step == "best":
+        return _best(step_dirs(root))
+    if step:
+        return [step_dir for step_dir in step_dirs(root) if step_dir.name == step]
     return [path] if path.name.isdecimal() and (path / "meta").exists() else step_dirs(root)
+
+
+def split_step(path: Path) -> tuple[Path, str]:
+    """runs/x@best -> (runs/x, "best"); (path, "") where it chooses no step, or is there as it stands."""
+    folder, _, step = path.name.rpartition("@")
+    chosen = bool(folder) and (step == "best" or step.isdecimal()) and not path.exists()
+    return (path.with_name(folder), step) if chosen else (path, "")
+
+
+def _best(step_dirs: list[Path]) -> list[Path]:
+    """The one with the best score, of several the latest; none where none was saved with a score."""
+    scores = []
+    for step_dir in step_dirs:
+        try:
+            content = read_meta(step_dir)
+            score = content["metrics"].get(content.get("best_metric") or BEST_METRIC, math.nan)
+        except Exception:  # damaged
+            continue
+        if not math.isnan(score):
+            scores.append((score, int(step_dir.name), step_dir))
+    return [max(scores)[-1]] if scores else []
+
+
+def why_none(path: str | os.PathLike, empty: str = "no checkpoint can be read in it") -> str:
+    """Why `steps_at` finds nothing that could be read, for a message. empty: what it says of a folder without steps."""
+    folder, step = split_step(Path(path).absolute())
+    if not folder.exists():
+        return "no such folder"
+    kept = [step_dir.name for step_dir in reversed(steps_at(folder))]
+    if not step or not kept:
+        return empty
+    have = (
+        "no checkpoint was saved with an evaluation" if step == "best" else f"no checkpoint of step {step} can be read"
+    )
+    return f"{have}; there are steps {', '.join(kept)}"
+
+
+def adapters_at(path: str | os.PathLike) -> LoRA | None:
+    """What the parameters of a checkpoint are adapters of; None where they are the weights themselves."""
+    content = read_content(path) or {}
+    lora = (content.get("identity") or {}).get("lora")
+    return lora and LoRA(**lora)
+
+
+def root_at(path: str | os.PathLike) -> Path:
+    """The workdir of a workdir, of its checkpoints folder, or of the folder of one step that is there."""
+    return steps_at(Path(path).absolute())[0].parents[1]
 
 
 def quieten_orbax() -> None:

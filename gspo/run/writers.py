@@ -61,7 +61,8 @@ class MetricsWriter:
 
     workdir      folder of the run, made if absent
     tensorboard  event files in <workdir>/tensorboard, by the tensorboardX package
-    wandb        a Weights & Biases run, `project` and `config` given on; resumed runs continue it
+    wandb        a Weights & Biases run, `project`, `name` ("": the workdir's) and `config` given on; resumed runs
+                 continue it
     Raises: UserError if a package that was asked for is not installed.
     """
 
@@ -72,6 +73,7 @@ class MetricsWriter:
         tensorboard: bool = False,
         wandb: bool = False,
         project: str = "gspo",
+        name: str = "",
         config: dict[str, Any] | None = None,
     ):
         self._workdir = Path(workdir).absolute()
@@ -79,7 +81,7 @@ class MetricsWriter:
         self._tensorboardX = _require("tensorboardX", "tensorboard") if tensorboard else None
         self._wandb = _require("wandb", "wandb") if wandb else None
         self._event_writer = self._wandb_run = None
-        self._wandb_options = {"project": project, "config": config}
+        self._wandb_options = {"project": project, "name": name or self._workdir.name, "config": config}
         if self._primary:
             self._workdir.mkdir(parents=True, exist_ok=True)
             self._files = {name: (self._workdir / name).open("ab", buffering=0) for name in FILES}
@@ -158,7 +160,6 @@ class MetricsWriter:
                 self._wandb_run = self._wandb.init(
                     **self._wandb_options,
                     dir=str(self._workdir),
-                    name=self._workdir.name,
                     id=id_file.read_text(),
                     resume="allow",
                 )

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gspo.data.batches import DemonstrationSource, PromptSource, completion_texts, score_completions, shuffled_index
+from gspo.data.batches import (
+    DemonstrationSource,
+    PromptSource,
+    completion_texts,
+    shuffled_index,
+    stopped_lengths,
+)
 from gspo.data.example import Example
 from gspo.data.rewards import exact_match
 from gspo.data.tasks import Task, make_task
@@ -170,32 +176,44 @@ def test_the_text_of_a_completion_ends_where_its_length_says():
     assert completion_texts(BYTES, tokens_BT, 2, np.array([4, 6, 1, 0])) == ["abc", "acdef", "", ""]
 
 
-def test_rewards_are_the_weighted_sum_of_their_parts():
-    # Catches: weights that are normalised, dropped or applied to the parts, which are logged as they came.
-    examples = [Example("", "7"), Example("", "8")]
-    rewards_B, parts_BR = score_completions(
-        ["7", "7"], examples, [exact_match, lambda text, _: len(text) / 2], [1.0, 0.5]
-    )
-    assert rewards_B.dtype == parts_BR.dtype == np.float32
-    np.testing.assert_allclose(parts_BR, [[1, 0.5], [0, 0.5]])
-    np.testing.assert_allclose(rewards_B, [1.25, 0.25])
-    np.testing.assert_allclose(score_completions(["7"], examples[:1], [exact_match])[0], [1])
-    with pytest.raises(UserError, match="reward_weights has 1 numbers for 2 rewards"):
-        score_completions(["7"], examples[:1], [exact_match, exact_match], [1.0])
-    with pytest.raises(ValueError):
-        score_completions(["7"], examples, [exact_match])  # rows and examples must come in pairs
+def test_a_completion_ends_with_the_token_that_completes_a_stop_string():
+    # Catches: a length that counts characters, a stop string missed because it begins in one token and ends in the
+    # next, the last one found instead of the first, one found behind the end of the row, text left after it.
+    class Words:
+        """Ids are the numbers of pieces of text."""
+
+        pieces = ("a", "b<", "/", "x>c", "</x>", "")
+
+        def decode(self, ids):
+            return "".join(self.pieces[i] for i in ids)
+
+    rows = [
+        ([0, 1, 2, 3, 0], 5, 4, "ab</x>"),  # b< + / + x>c: complete with the third of them, which says more
+        ([0, 4, 0, 4, 5], 5, 2, "a</x>"),
+        ([4, 0, 0, 0, 0], 5, 1, "</x>"),
+        ([0, 0, 0, 4, 0], 3, 3, "aaa"),  # not within the row
+        ([0, 1, 2, 0, 3], 5, 5, "ab</ax>c"),
+        ([0, 1, 2, 3, 5], 3, 3, "ab</"),
+    ]
+    tokens_BT = np.array([[0, 0, *ids] for ids, *_ in rows])
+    lengths_B = np.array([length for _, length, *_ in rows])
+    new_B = stopped_lengths(Words(), tokens_BT, 2, lengths_B, ("</x>", "<never>"))
+    assert new_B.tolist() == [new for *_, new, _ in rows] and new_B.dtype == np.int32
+    assert completion_texts(Words(), tokens_BT, 2, new_B, ("</x>",)) == [text for *_, text in rows]
+    assert lengths_B.tolist() == [5, 5, 5, 3, 5, 3]  # as they were
+    first = stopped_lengths(Words(), tokens_BT[:1], 2, lengths_B[:1], ("x>", "<", "c"))
+    assert first.tolist() == [2]  # whichever comes first
 
 
-def test_a_reward_that_fails_counts_as_zero_and_is_named_in_the_log(caplog):
-    # Catches: one odd completion that ends a run, or a NaN that poisons the advantages of its group.
-    def fragile(text: str, example: Example) -> float:
-        return {"bad": 1 / 0 if text == "bad" else 1, "nan": float("nan"), "none": None}.get(text, 1.0)
-
-    texts = ["fine", "bad", "nan", "none"]
-    with caplog.at_level("WARNING", logger="absl"):
-        rewards_B, _ = score_completions(texts, [Example("", "")] * 4, [fragile, exact_match], [1.0, 1.0])
-    np.testing.assert_array_equal(rewards_B, [1, 0, 0, 0])
-    assert "fragile" in caplog.text and "3 of 4" in caplog.text
+@settings(deadline=None)
+@given(st.text("ab<>", max_size=12), st.lists(st.text("ab<>", min_size=1, max_size=3), min_size=1, max_size=3))
+def test_a_stop_string_is_found_where_a_scan_finds_it(text, stop):
+    # Catches: a bisection that is off by one.
+    tokens_BT = np.array([[0, *text.encode(), *[BYTES.pad_id] * (12 - len(text))]])
+    scan = next((n for n in range(1, len(text) + 1) if any(s in text[:n] for s in stop)), len(text))
+    assert stopped_lengths(BYTES, tokens_BT, 1, np.array([len(text)]), stop).tolist() == [scan]
+    (cut,) = completion_texts(BYTES, tokens_BT, 1, np.array([len(text)]), stop)
+    assert cut == text[:scan]
 
 
 def test_prompts_from_a_file_reach_their_rows(tmp_path):

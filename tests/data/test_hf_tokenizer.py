@@ -112,6 +112,13 @@ def test_a_prompt_goes_through_the_chat_template_where_there_is_one(tmp_path, hf
     assert hf.format_prompt("2 < 3?") == "2 < 3?" == ByteTokenizer().format_prompt("2 < 3?")
     quoting = write_folder(tmp_path / "json", jinja="{{ messages[0].content | tojson }}{{ eos_token }}")
     assert make_tokenizer(str(quoting)).format_prompt("é < 3") == '"é < 3"<eos>'
+    # A conversation is written as it stands; one user's message is the same as its text.
+    talk = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 < 3?"})
+    assert in_file.format_prompt(talk) == "<|start|>system\nBe brief.<|end|>\n" + expected
+    assert in_file.prompt_ids(talk[1:]) == in_file.prompt_ids("2 < 3?")
+    for plain in (hf, ByteTokenizer()):
+        with pytest.raises(UserError, match="has no chat template, and so no way to write messages"):
+            plain.prompt_ids(talk)
     # The template's special tokens are single ids, not their letters.
     ids = in_file.encode(expected)
     assert ids[0] == 2 and ids.count(3) == 1

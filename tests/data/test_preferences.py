@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gspo.data.preferences import PairSource, Preference, make_preferences, preference_of
-from gspo.data.tokenizer import make_tokenizer
+from gspo.data.tokenizer import CharTokenizer, make_tokenizer
 from gspo.types import UserError
 
 TOKENIZER = make_tokenizer("chars:01 =")
@@ -27,6 +27,18 @@ def source_of(tmp_path, rows, **changes):
     preferences = make_preferences(written(tmp_path, rows), split="train")
     sizes = dict(max_prompt_length=4, max_completion_length=4) | changes
     return PairSource(preferences, TOKENIZER, **sizes)
+
+
+def test_the_system_prompt_stands_before_the_prompts_of_pairs(tmp_path):
+    # Catches a reward model that reads other prompts than the policy that it is to judge.
+    class Chat(CharTokenizer):
+        def prompt_ids(self, prompt):
+            return self.encode(" ".join(message["content"] for message in prompt))
+
+    preferences = make_preferences(written(tmp_path, GOOD[:1]), split="train")
+    tokenizer = Chat("01 =")
+    source = PairSource(preferences, tokenizer, max_prompt_length=6, max_completion_length=4, system_prompt="00")
+    assert source.batch(0, 1).rows.tokens_BT[0, :6].tolist() == tokenizer.encode("00 01=")
 
 
 def test_a_pair_is_two_rows_the_chosen_text_first_behind_one_prompt(tmp_path):

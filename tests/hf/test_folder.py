@@ -82,6 +82,18 @@ def test_bfloat16_folders_are_read_exactly_and_written_back_unchanged(tmp_path):
     assert_bit_equal(hf.import_params(tmp_path / "a", spec, abstract_params(Transformer(spec))), params)
 
 
+def test_the_bias_of_a_sigmoid_router_stays_float32_in_a_bfloat16_export(tmp_path):
+    # Catches a bias that is rounded, after which other experts are chosen; published folders keep it in float32 too.
+    spec, params, folder = exported(tmp_path, "Dots1ForCausalLM", dtype="bfloat16")
+    kept = {name for name, x in read_all(folder).items() if x.dtype == np.float32}
+    assert kept == {f"model.layers.{i}.mlp.gate.e_score_correction_bias" for i in (1, 2)}
+    again = hf.import_params(folder, spec, abstract_params(Transformer(spec)))
+    bias = [tree["blocks"]["moe"]["selection"]["bias"] for tree in (again, params)]
+    np.testing.assert_array_equal(*bias)
+    sizes = sum(x.nbytes for x in read_all(folder).values())
+    assert json.loads((folder / hf.INDEX).read_text())["metadata"]["total_size"] == sizes
+
+
 def test_an_import_onto_eight_devices_reads_no_more_than_the_part_of_one_device_at_a_time(tmp_path, monkeypatch):
     # Catches an import that is whole on the host before it is cut, parts that land on the wrong device, parts that are
     # read twice.
@@ -170,6 +182,19 @@ def test_missing_surplus_and_misshapen_tensors_are_all_named_in_one_error(tmp_pa
     assert "surplus: model.layers.0.self_attn.q_proj.bias." in text
     assert "model.layers.0.self_attn.o_proj.weight is [24, 16] instead of [16, 24]" in text
     assert "model.layers.0.mlp.gate.weight is I8" in text
+
+
+def test_layers_that_predict_further_tokens_are_left_out_and_no_others(tmp_path):
+    # Catches a published GLM-4.5, which has one such layer, that is refused; and a layer too many that is dropped.
+    spec, params, folder = exported(tmp_path / "glm", "Glm4MoeForCausalLM")
+    more = {"model.layers.3.eh_proj.weight": np.zeros((2, 2), np.float32)}
+    rewrite(folder, lambda t: t.update(more))
+    assert_bit_equal(hf.import_params(folder, spec, abstract_params(Transformer(spec))), params)
+    rewrite(folder, lambda t: t.update({"model.layers.2.eh_proj.weight": np.zeros(2, np.float32)}))
+    assert "surplus: model.layers.2.eh_proj.weight" in error_of(folder, spec)
+    spec, _, folder = exported(tmp_path / "dots", "Dots1ForCausalLM")
+    rewrite(folder, lambda t: t.update(more))
+    assert "surplus: model.layers.3.eh_proj.weight" in error_of(folder, spec)
 
 
 def test_a_tied_folder_may_repeat_its_head_but_not_change_it(tmp_path):

@@ -20,12 +20,15 @@ from tests.hf_folders import assert_bit_equal, needs_transformers
 LLAMA3 = dict(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64, rope_type="llama3"
 )
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
 SHAPE = dict(
     vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     max_position_embeddings=256,
     bos_token_id=None, eos_token_id=None, pad_token_id=None,
 )  # fmt: skip
 MOE = dict(num_experts=6, num_experts_per_tok=2)
+
+DEEPSEEK = dict(n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=20, routed_scaling_factor=2.5)
 
 
 def case(name, family, *, kv, tied=False, theta=100.0, scaling=None, slow=True, **fields):
@@ -35,7 +38,17 @@ def case(name, family, *, kv, tied=False, theta=100.0, scaling=None, slow=True, 
                         marks=[pytest.mark.slow] if slow else [])  # fmt: skip
 
 
-Q, QM, MX, LL, OL = "Qwen3", "Qwen3Moe", "Mixtral", "Llama", "Olmoe"
+Q, QM, MX, LL, OL, Q2, Q2M, D1, G4 = (
+    "Qwen3",
+    "Qwen3Moe",
+    "Mixtral",
+    "Llama",
+    "Olmoe",
+    "Qwen2",
+    "Qwen2Moe",
+    "Dots1",
+    "Glm4Moe",
+)
 CASES = [
     case("qwen3-gqa2-untied-wide-head", Q, kv=2, head_dim=12, slow=False),
     case(
@@ -51,6 +64,69 @@ CASES = [
     case("mixtral-gqa2", MX, kv=2, num_local_experts=4, num_experts_per_tok=2, slow=False),
     case("llama3-gqa2-tied-scaled", LL, kv=2, tied=True, scaling=LLAMA3, slow=False),
     case("olmoe-gqa1-not-renormalised", OL, kv=4, norm_topk_prob=False, **MOE, slow=False),
+    case("qwen2-gqa2-tied", Q2, kv=2, tied=True, slow=False),
+    case("qwen2-gqa1-untied", Q2, kv=4),
+    case("qwen3-yarn", Q, kv=2, head_dim=12, scaling=YARN | dict(beta_fast=4, beta_slow=0.5), slow=False),
+    case("qwen2-yarn-mscale", Q2, kv=2, scaling=YARN | dict(mscale=2.0, mscale_all_dim=0.5, truncate=False)),
+    case("llama-linear", LL, kv=2, scaling=dict(rope_type="linear", factor=4.0)),
+    case("llama-biased", LL, kv=2, attention_bias=True),
+    case("qwen3moe-biased", QM, kv=2, attention_bias=True, norm_topk_prob=True, moe_intermediate_size=20, **MOE),
+    case("qwen2moe-gqa2", Q2M, kv=2, moe_intermediate_size=20, shared_expert_intermediate_size=28, **MOE, slow=False),
+    case(
+        "qwen2moe-unbiased-renormalised-tied",
+        Q2M,
+        kv=4,
+        tied=True,
+        qkv_bias=False,
+        norm_topk_prob=True,
+        moe_intermediate_size=20,
+        shared_expert_intermediate_size=28,
+        **MOE,
+    ),
+    case(
+        "dots1-gqa2-dense-first",
+        D1,
+        kv=2,
+        norm_topk_prob=True,
+        n_shared_experts=2,
+        first_k_dense_replace=1,
+        **DEEPSEEK,
+        slow=False,
+    ),
+    case(
+        "qwen3moe-dense-between",
+        QM,
+        kv=2,
+        norm_topk_prob=True,
+        moe_intermediate_size=20,
+        num_hidden_layers=4,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+        **MOE,
+    ),
+    case(
+        "qwen2moe-dense-between",
+        Q2M,
+        kv=2,
+        moe_intermediate_size=20,
+        shared_expert_intermediate_size=28,
+        num_hidden_layers=3,
+        mlp_only_layers=[1],
+        **MOE,
+        slow=False,
+    ),
+    case("glm4moe-gqa2-biased", G4, kv=2, head_dim=12, attention_bias=True, **DEEPSEEK, slow=False),
+    case(
+        "glm4moe-gqa1-qk-norm-quarter",
+        G4,
+        kv=4,
+        use_qk_norm=True,
+        partial_rotary_factor=0.25,
+        n_shared_experts=2,
+        first_k_dense_replace=0,
+        **DEEPSEEK,
+    ),
+    case("dots1-gqa1-tied-biased", D1, kv=4, tied=True, attention_bias=True, n_shared_experts=1, **DEEPSEEK),
     case("qwen3-gqa1-tied", Q, kv=4, tied=True, head_dim=8, rms_norm_eps=1e-2),
     case("qwen3-gqa4-narrow-head", Q, kv=1, head_dim=4, theta=1e6),
     case(
@@ -91,7 +167,8 @@ few_cases = pytest.mark.parametrize(
 
 @functools.cache
 def torch_model(family, fields):
-    """transformers' own model with random weights; norm scales are not 1, so that a forgotten one shows."""
+    """transformers' own model with random weights; norm scales are not 1 and biases not 0, so that a forgotten one
+    shows."""
     import torch
     import transformers
 
@@ -100,9 +177,13 @@ def torch_model(family, fields):
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for param in model.parameters():
+        for name, param in model.named_parameters():
             noise = torch.randn(param.shape, generator=generator)
-            param.copy_(1 + 0.2 * noise if param.ndim == 1 else noise * param.shape[-1] ** -0.5 * 1.5)
+            small = 0.2 * noise + (not name.endswith("bias"))
+            param.copy_(small if param.ndim == 1 else noise * param.shape[-1] ** -0.5 * 1.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     return model
 
 

@@ -10,7 +10,7 @@ import pytest
 from gspo.learning.learner import UpdatePlan, make_train_step
 from gspo.masked import values
 from gspo.model.transformer import Transformer
-from gspo.objectives import preset
+from gspo.objectives import negative_log_likelihood, preset
 from tests import model_oracle as oracle
 from tests import oracles
 from tests.few_rows import (
@@ -98,6 +98,37 @@ def test_micro_batches_and_chunks_do_not_change_gradient_and_metrics(spec, objec
     )
     assert_same_gradients(found, expected)
     assert_same_metrics(other, metrics)
+
+
+def test_router_losses_of_fine_tuning_equal_those_of_the_float64_model_in_value_and_gradient():
+    # Catches losses over prompts or padding, a mean over tokens where one over rows is meant, a weight that the token
+    # count of the likelihood scales, a gradient through the shares f, and one that stops before the router.
+    exact, balance, z = oracle.float64(oracle.build(MOE)[1]), 0.5, 0.1
+    batch = make_batch().replace(old_routes_LBTX=None, replayed_routes_LBTX=None, old_router_logits_LBTE=None)
+    plan = UpdatePlan(2, 4, router_aux_loss_coef=balance, router_z_loss_coef=z)
+    step = make_train_step(Transformer(MOE), OPTIMIZER, negative_log_likelihood, plan, sampling=WARM)
+    state, metrics = step(fresh_state(MOE), batch)
+    metrics = values(jax.device_get(metrics))
+    chosen = [oracle.decoder(exact, MOE, [*prompt, *completion])[1] for prompt, completion in rows_of()]
+
+    def parts(params):
+        """(negative log-likelihood, balance loss, z-loss); the shares of the experts stay those of `exact`."""
+        logps, losses = [], []
+        for routes, (prompt, completion) in zip(chosen, rows_of(), strict=True):
+            logits, _, router = oracle.decoder(params, MOE, [*prompt, *completion])
+            rows = [oracle.distribution(row, 0.8) for row in logits[len(prompt) - 1 : -1]]
+            logps += [np.log(row[token]) for row, token in zip(rows, completion, strict=True)]
+            losses.append(oracle.router_losses(router[:, len(prompt) :], routes[:, len(prompt) :]))
+        return -np.mean(logps), *np.mean(losses, axis=0)
+
+    names = ("loss", "routing/balance_loss", "routing/z_loss")
+    np.testing.assert_allclose([metrics[name] for name in names], parts(exact), rtol=1e-5)
+    checks = oracle.directional_derivatives(
+        lambda params: np.dot((1, balance, z), parts(params)), exact, np.random.default_rng(3)
+    )
+    for (name, direction, expected), grad in zip(checks, jax.tree.leaves(state.opt_state[0]), strict=True):
+        found = np.sum(np.asarray(grad, np.float64) * direction)
+        assert found == pytest.approx(expected, rel=1e-3, abs=2e-6), name
 
 
 @pytest.mark.slow

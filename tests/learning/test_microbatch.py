@@ -12,6 +12,7 @@ from gspo.learning.microbatch import (
     merge_rows,
     minibatch,
     num_parts,
+    shuffled_units,
     split_rows,
 )
 from gspo.types import Batch, LossInputs, array
@@ -148,3 +149,22 @@ def test_the_number_of_parts_is_rows_over_size_and_one_for_zero():
     assert [num_parts(12, size) for size in (0, 12, 4, 1)] == [1, 1, 3, 12]
     aux = Aux(jnp.arange(6).reshape(3, 2), jnp.arange(12).reshape(3, 1, 2, 2, 1))
     assert merge_record(aux).logp_BC.shape == (6,) and merge_record(aux).routes_LBTX.shape == (1, 6, 2, 1)
+
+
+@pytest.mark.parametrize("unit", [1, 3])
+def test_shuffled_rows_are_all_there_with_all_that_belongs_to_them(unit):
+    # Catches rows that lose their advantage or their old log-probs, a row twice, groups torn apart, an order that does
+    # not depend on the key.
+    batch, rows = make_batch(12), np.arange(12)
+    places = []
+    for seed in range(3):
+        mixed = arrays_of(shuffled_units(batch, jax.random.key(seed), unit))
+        first = np.asarray(mixed["prompt_lengths_B"])
+        order = np.array([int(np.flatnonzero(batch.prompt_lengths_B == x)[0]) for x in first])
+        assert sorted(order) == rows.tolist()
+        units = order.reshape(-1, unit)
+        assert (units % unit == np.arange(unit)).all() and (np.diff(units, axis=1) == 1).all()
+        for name, x in arrays_of(batch).items():
+            np.testing.assert_array_equal(mixed[name], np.take(x, order, row_axis(name)))
+        places.append(order.tolist())
+    assert len(set(map(tuple, places))) == 3 and rows.tolist() not in places

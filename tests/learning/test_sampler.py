@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from gspo.learning import decoded
-from gspo.learning.sampler import make_sampler
+from gspo.learning.sampler import in_compute_dtype, make_sampler
 from gspo.learning.scores import score_completions
 from gspo.model.distribution import Sampling
 from gspo.model.transformer import Transformer
 from tests import model_oracle as oracle
 
-DENSE, MOE = oracle.DENSE, oracle.MOE
+DENSE, MOE, FULL = oracle.DENSE, oracle.MOE, oracle.FULL
 Q, G, P, C, V = 3, 4, 5, 6, 11
 B, T = Q * G, P + C
 CUTS = Sampling(temperature=0.7, top_k=7, top_p=0.9, min_p=0.02)
@@ -60,7 +60,7 @@ BOTH = pytest.mark.parametrize("case", [PLAIN, CUT], ids=["moe-pad-is-eos", "den
 
 @pytest.mark.parametrize(
     "case",
-    [PLAIN, CUT]
+    [PLAIN, CUT, (FULL, Sampling(), (1,), 0)]
     + [
         pytest.param(case, marks=pytest.mark.slow)
         for case in (
@@ -72,7 +72,7 @@ BOTH = pytest.mark.parametrize("case", [PLAIN, CUT], ids=["moe-pad-is-eos", "den
             (MOE, Sampling(min_p=0.3), (), 0),
         )
     ],
-    ids=["moe", "dense-cuts", "moe-cuts", "dense", "moe-ragged", "moe-top-k", "moe-top-p", "moe-min-p"],
+    ids=["moe", "dense-cuts", "full", "moe-cuts", "dense", "moe-ragged", "moe-top-k", "moe-top-p", "moe-min-p"],
 )
 def test_log_probs_equal_those_of_the_learner(case):
     # Catches a temperature that only one of the two applies, cuts that reach a log-prob, positions that differ under
@@ -151,7 +151,7 @@ def test_replaying_the_routes_of_a_sampler_with_another_router_restores_its_log_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("spec", [DENSE, MOE, FULL], ids=["dense", "moe", "full"])
 def test_bfloat16_log_probs_stay_within_the_tolerance_of_the_first_minibatch(spec):
     # Catches a sampler that computes in another dtype than the learner says: bf16 costs some hundredths of a nat and no
     # more.
@@ -164,6 +164,17 @@ def test_bfloat16_log_probs_stay_within_the_tolerance_of_the_first_minibatch(spe
     mask_BC = np.arange(C) < rollout.completion_lengths_B[:, None]
     gap = np.abs(np.asarray(scores.logp_BC) - rollout.logp_BC)[mask_BC]
     assert gap.max() < 0.2
+
+
+def test_what_decides_routes_stays_float32_in_the_parameters_of_a_rollout():
+    # Catches a router, or the bias by which it chooses, that is rounded for the sampler alone: other experts would run.
+    params = oracle.build(FULL)[1]
+    cast = in_compute_dtype(params, jnp.bfloat16)
+    for name in ("router", "selection"):
+        one, other = (jax.tree.leaves(tree["blocks"]["moe"][name])[0] for tree in (cast, params))
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == jnp.float32
+    assert cast["blocks"]["moe"]["gate"].dtype == cast["blocks"]["shared"]["gate"].dtype == jnp.bfloat16
 
 
 # ---------------------------------------------------------------- lengths, ends, padding

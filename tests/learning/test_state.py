@@ -107,13 +107,15 @@ def test_init_from_makes_no_second_copy_of_the_weights(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("experts", [4, 0])
 def test_the_log_counts_all_parameters_and_those_that_run(tmp_path, experts):
-    # Catches embeddings left out, or routers and attention counted among the experts.
+    # Catches embeddings left out, or routers, attention, biases and shared experts counted among the experts.
     changes = {"model.num_experts": experts, "model.d_ff": 24, "model.num_layers": 3, "model.experts_per_token": 3}
+    changes |= {"model.dense_layers": (1,), "model.d_shared": 8, "model.shared_gate": True, "model.qkv_bias": True}
     layout, model, optimizer = parts(rl_config(tmp_path, **changes))
     text = describe(model, state_on_mesh(layout, model, optimizer).abstract)
     total = sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(jax.eval_shape(model.init_params, jax.random.key(0)))))
-    idle = 3 * (experts - 3) * 3 * 16 * 8  # layers x experts that do not run x matrices x D x F
+    idle = 2 * (experts - 3) * 3 * 16 * 8  # layers x experts that do not run x matrices x D x F
     if experts:
-        assert text == f"MoE model, 3 layers, 4 experts of which 3 run, {total:,} parameters, {total - idle:,} active"
+        size = f"{total:,} parameters, {total - idle:,} active"
+        assert text == f"MoE model, 3 layers of which 1 dense, 4 experts of which 3 run, {size}"
     else:
         assert text == f"dense model, 3 layers, {total:,} parameters"

@@ -1,14 +1,14 @@
-"""RMSNorm, rotary positions, grouped-query attention and visibility, each against loops."""
+"""RMSNorm, grouped-query attention and visibility, each against loops."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gspo.model.attention import RMSNorm, apply_rope, attend, rope_tables, visible
+from gspo.model.attention import RMSNorm, attend, visible
 from tests import model_oracle as oracle
 
-attend, apply_rope, rope_tables = jax.jit(attend), jax.jit(apply_rope), jax.jit(rope_tables, static_argnums=(1, 2, 3))
+attend = jax.jit(attend)
 
 
 def draws(seed, *shapes):
@@ -35,44 +35,6 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32():
     np.testing.assert_array_equal(
         np.asarray(y, np.float32), np.asarray(jnp.asarray(expected, jnp.bfloat16), np.float32)
     )
-
-
-def test_rope_turns_the_pairs_half_a_head_apart():
-    # Catches the interleaved layout (pairs 2i, 2i + 1), a turn in the other sense, and frequencies over H/2 instead of
-    # H.
-    (x_BTNH,) = draws(2, (2, 3, 2, 6))
-    positions = np.array([[0, 1, 7], [0, 0, 30]])
-    turned = apply_rope(x_BTNH, *rope_tables(jnp.asarray(positions), 6, 100.0))
-    for b, t, n in np.ndindex(2, 3, 2):
-        expected = oracle.rope(x_BTNH[b, t, n].astype(np.float64), positions[b, t], 100.0)
-        np.testing.assert_allclose(turned[b, t, n], expected, atol=1e-5)
-
-
-def test_scaled_rope_slows_down_long_waves_and_leaves_short_ones():
-    # Catches low and high swapped, a jump where Llama 3.1 interpolates, and wave lengths without their 2π.
-    (x,) = draws(11, (1, 1, 1, 16))
-    scaling = (8.0, 1.0, 4.0, 64.0)
-    frequency = 100.0 ** (-np.arange(0, 16, 2) / 16)
-    turns = 64 * frequency / (2 * np.pi)
-    assert (turns > 4).any() and (turns < 1).any() and ((turns > 1) & (turns < 4)).any()
-    turned = apply_rope(x, *rope_tables(np.array([[23]]), 16, 100.0, scaling))
-    np.testing.assert_allclose(
-        turned[0, 0, 0], oracle.rope(x[0, 0, 0].astype(np.float64), 23, 100.0, scaling), atol=1e-5
-    )
-
-
-def test_rope_makes_scores_depend_on_the_distance_alone():
-    # Catches queries and keys that are turned by different angles at the same position.
-    q, k = draws(3, (1, 1, 1, 8), (1, 1, 1, 8))
-
-    def score(q_at, k_at):
-        def turned(x, p):
-            return apply_rope(x, *rope_tables(jnp.array([[p]]), 8, 100.0))
-
-        return float(jnp.sum(turned(q, q_at) * turned(k, k_at)))
-
-    assert score(9, 4) == pytest.approx(score(25, 20), abs=1e-5)
-    assert abs(score(9, 4) - score(9, 5)) > 1e-3
 
 
 def test_visible_shows_the_past_from_the_first_real_column_and_nothing_else():

@@ -22,7 +22,7 @@ from gspo.model.routing import (
 from tests import model_oracle as oracle
 
 RENORMALISE = pytest.mark.parametrize("renormalise", [True, False])
-route = jax.jit(route, static_argnums=1, static_argnames="renormalise")
+route = jax.jit(route, static_argnums=1, static_argnames=("renormalise", "scale"))
 experts_changed, load_by_layer = jax.jit(experts_changed), jax.jit(load_by_layer, static_argnums=2)
 M, E, X = 6, 5, 2
 
@@ -114,6 +114,37 @@ def test_the_router_learns_under_replay_even_from_experts_it_would_no_longer_cho
         expected = (exact(z + step) - exact(z - step)) / 2e-5
         assert grad[m, e] == pytest.approx(expected, rel=1e-3, abs=1e-6)
         assert (abs(grad[m, e]) > 1e-6) or (renormalise and e not in given[m])
+
+
+@RENORMALISE
+def test_a_sigmoid_router_chooses_by_score_and_bias_and_weighs_by_score_alone(renormalise):
+    # Catches a bias that gets into the gates, a choice by logit and bias, a softmax over the chosen logits in place of
+    # their scores, a scale that is renormalised away, and given routes that the bias overrules.
+    z, rng = logits_of(16), np.random.default_rng(17)
+    bias = np.array([0.8, -0.8, 0.3, 0.0, -0.2], np.float32)
+    given = np.stack([rng.permutation(E)[:X] for _ in range(M)]).astype(np.int8)
+    given[0] = -1
+
+    def gates_at(z, given):
+        return route(jax.nn.log_sigmoid(z), X, renormalise=renormalise, given_MX=given, bias_E=bias, scale=2.5)
+
+    for routes in (None, given):
+        gates, used, free = gates_at(z, routes)
+        for m in range(M):
+            chosen = oracle.top_k(1 / (1 + np.exp(-z[m].astype(np.float64))) + bias, X)
+            np.testing.assert_array_equal(free[m], chosen)
+            np.testing.assert_array_equal(used[m], chosen if routes is None or m == 0 else given[m])
+            wanted = oracle.gates_of(z[m].astype(np.float64), used[m], renormalise, sigmoid=True, scale=2.5)
+            np.testing.assert_allclose(gates[m], wanted, rtol=1e-5)
+    assert any(set(oracle.top_k(z[m], X)) != set(np.asarray(free[m]).tolist()) for m in range(M)), "no bias decides"
+
+    weight = rng.standard_normal((M, X))
+    grad = np.asarray(jax.grad(lambda z: jnp.sum(weight * gates_at(z, given)[0]))(z))
+    for m, e in np.ndindex(M, E):
+        step = 1e-5 * np.eye(E)[e]
+        used = np.asarray(gates_at(z, given)[1])[m]
+        high, low = (oracle.gates_of(z[m] + s, used, renormalise, sigmoid=True, scale=2.5) for s in (step, -step))
+        assert grad[m, e] == pytest.approx(weight[m] @ (np.array(high) - low) / 2e-5, rel=1e-3, abs=1e-6)
 
 
 def test_router_logits_that_are_not_float32_are_refused():
@@ -245,15 +276,9 @@ def test_router_losses_equal_loops_over_rows():
     z = rng.normal(size=(L, B, T, E)).astype(np.float32)
     routes = np.argsort(-z, axis=-1)[..., :X]
     mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], bool)
-    balance, square = np.zeros(B), np.zeros(B)
-    for b in range(B):
-        real = [t for t in range(T) if mask[b, t]]
-        for layer in range(L if real else 0):
-            p = [np.exp(z[layer, b, t].astype(np.float64)) for t in real]
-            for e in range(E):
-                f = sum(e in routes[layer, b, t] for t in real) / (X * len(real))
-                balance[b] += E * f * np.mean([row[e] / row.sum() for row in p]) / L
-            square[b] += np.mean([np.log(row.sum()) ** 2 for row in p]) / L
+    exact = z.astype(np.float64)
+    rows = [oracle.router_losses(exact[:, b, mask[b]], routes[:, b, mask[b]]) for b in range(B)]
+    balance, square = np.array(rows).T
     np.testing.assert_allclose(balance_loss(z, routes, mask), balance, rtol=1e-5)
     np.testing.assert_allclose(z_loss(z, mask), square, rtol=1e-5)
 

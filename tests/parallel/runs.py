@@ -12,7 +12,14 @@ DIVIDED = {
     "filter_groups.max_num_gen_batches": 2, "optimizer.learning_rate": 0.01, "log.num_samples": 4,
     "model.moe_backend": "blocked",
     "router_replay.mode": "R2", "checkpoint.every": 2,
+    "num_iterations": 2, "stop_strings": ("11",), "rewards": ("numeric_answer", "tests.parallel.runs:alike"),
 }  # fmt: skip
+
+
+def alike(completions, answer, **_):
+    """A reward in TRL's form that is another one if a group is cut."""
+    return [0.1 * completions.count(text) + 0.01 * (text == answer[0]) for text in completions]
+
 
 # The config of the runs below. It is read in every process, where it also notes how many completions the process
 # scores, and, at the call that DIE names, ends it.
@@ -22,26 +29,26 @@ from pathlib import Path
 
 import jax
 
-from gspo.data import batches
+from gspo.data.scoring import Scorer
 from tests.tiny_runs import rl_config
 
 FOLDER = Path({folder!r})
-score = batches.score_completions
+score = Scorer.__call__
 process, at, number = (int(word) for word in os.environ.get("DIE", "-1 0 0").split())
 calls = []
 
 
-def watched(texts, *rest):
+def watched(scorer, texts, *rest):
     calls.append(len(texts))
     with open(FOLDER / f"scored-{{jax.process_count()}}-{{jax.process_index()}}", "a") as file:
         print(len(texts), file=file)
     if (jax.process_index(), len(calls)) == (process, at):
         os.kill(os.getpid(), number)
-    return score(texts, *rest)
+    return score(scorer, texts, *rest)
 
 
 if score.__name__ != "watched":
-    batches.score_completions = watched
+    Scorer.__call__ = watched
 
 
 def get_config():

@@ -20,12 +20,12 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint._src.checkpointers import async_checkpointer
 
-from gspo.data import batches
+from gspo.data.scoring import Scorer
 from gspo.run import checkpoint, stored, writers
 from tests.tiny_runs import rl_config
 
 PLACES = {{
-    "rollout": (batches, "score_completions"),
+    "rollout": (Scorer, "__call__"),
     "write": (async_checkpointer, "_background_wait_for_commit_futures"),
     "finalize": (ocp.PyTreeCheckpointHandler, "finalize"),
     "seal": (checkpoint, "write_seal"),

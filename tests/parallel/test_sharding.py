@@ -13,7 +13,9 @@ from jax.sharding import PartitionSpec
 from gspo.learning.learner import UpdatePlan, make_train_step
 from gspo.learning.microbatch import shared_rows
 from gspo.learning.sampler import make_sampler
+from gspo.learning.state import state_on_mesh
 from gspo.masked import values
+from gspo.model.adapters import LoRA, merge_into
 from gspo.model.distribution import Sampling
 from gspo.model.spec import ModelSpec
 from gspo.model.transformer import Transformer
@@ -28,6 +30,11 @@ DENSE = ModelSpec(
 MOE = ModelSpec(
     vocab_size=16, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_width=4, rope_theta=100.0,
     num_experts=8, experts_per_token=2, d_expert=8,
+)  # fmt: skip
+# All that a block may have besides: dense layers, biases, a sigmoid router, a shared expert with its gate.
+FULL = dataclasses.replace(
+    MOE, num_layers=3, dense_layers=(0,), d_ff=16, router="sigmoid", routed_scale=2.5, d_shared=16, shared_gate=True,
+    qkv_bias=True, out_bias=True,
 )  # fmt: skip
 LAYOUTS = {  # mesh sizes, rules, rules of rollouts, dispatch
     "data8": ({"data": 8}, "tensor", "tensor", "all_gather"),
@@ -45,6 +52,7 @@ LAYOUTS = {  # mesh sizes, rules, rules of rollouts, dispatch
 KEPT = {
     "moe": ("fsdp2-expert2-tensor2", "fsdp2-expert4-spread-all-to-all"),
     "dense": (),
+    "full": (),
 }
 Q, G, P, C = 8, 2, 4, 5
 B, T = Q * G, P + C
@@ -100,7 +108,7 @@ def test_logical_names_become_mesh_axes():
 def test_no_table_cuts_two_axes_of_a_parameter_along_one_mesh_axis(rules):
     # Catches a table that works for one family and collides on another's weights.
     layout = Layout(make_mesh({}, jax.devices()[:1]), rules)
-    for spec in (MOE, DENSE):
+    for spec in (MOE, DENSE, FULL):
         tree_shardings(layout, jax.eval_shape(Transformer(spec).init_params, jax.random.key(0)))
 
 
@@ -241,8 +249,9 @@ def assert_same_updates(found, expected):
     ("spec", "name"),
     [
         pytest.param(spec, layout, id=f"{name}-{layout}", marks=() if layout in KEPT[name] else pytest.mark.slow)
-        for name, spec in (("dense", DENSE), ("moe", MOE))
+        for name, spec in (("dense", DENSE), ("moe", MOE), ("full", FULL))
         for layout in LAYOUTS
+        if name != "full" or layout in ("fsdp2-expert2-tensor2", "data2-expert4-all-to-all", "fsdp-rules")
     ],
 )
 def test_every_mesh_gives_the_loss_gradients_and_tokens_of_one_device(spec, name):
@@ -296,3 +305,39 @@ def test_a_bfloat16_update_runs_on_a_mesh():
     for recorded, (grads, metrics) in found.items():
         assert float(metrics["loss"]) == pytest.approx(float(expected[recorded][1]["loss"]), abs=0.05)
         assert all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
+
+
+ADAPTED = dataclasses.replace(MOE, moe_backend="dense", scan_layers=True)
+
+
+def adapted_on(layout):
+    """(adapters, merged weights) after two updates: A moves from the second on."""
+    spec, lora = ADAPTED, LoRA(2, 4.0, "attention/, moe")
+    model, optimizer = Transformer(spec, layout=layout, adapter_scale=lora.scale), optax.sgd(1.0)
+    start = state_on_mesh(layout, model, optimizer, lora=lora)
+    shardings = jax.tree.map(lambda x: x.sharding, start.abstract)
+    step = make_train_step(
+        model, optimizer, preset("gspo", epsilon=0.3, epsilon_high=0.3), UpdatePlan(micro_batch_size=8),
+        state_shardings=shardings if layout.several else None, rows_per_prompt=1,
+    )  # fmt: skip
+    weights = jax.tree.map(jnp.copy, oracle.build(spec)[1])
+    state = start.begin(jax.device_put(weights, shardings.frozen), jax.random.key(0))
+    for _ in range(2):
+        state, _ = step(state, place(layout, batch_of(spec, True)))
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    return jax.device_get((state.params, merge_into(state.frozen, state.params, lora.scale)))
+
+
+@needs_eight
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp2-expert2-tensor2", "data2-expert4-all-to-all", "fsdp-rules"])
+def test_every_mesh_trains_the_adapters_of_one_device(name):
+    # Catches a product of a part of A with a part of B, a gradient summed over the rows of one device, and adapters
+    # that an update moves elsewhere.
+    sizes, rules, _, dispatch = LAYOUTS[name]
+    expected = adapted_on(Layout(make_mesh({}, jax.devices()[:1])))
+    found = adapted_on(Layout(make_mesh(sizes), rules, dispatch))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), found, expected)
+    moved = jax.tree.map(lambda merged, weight: np.abs(merged - weight).max(), found[1], oracle.build(ADAPTED)[1])
+    assert moved["blocks"]["moe"]["up"] > 1e-4 and moved["embedding"] == 0

@@ -1,5 +1,7 @@
 """FLOPs and bytes by hand, against loops over tokens and against the products of a traced program."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -10,19 +12,24 @@ from gspo.report.flops import Sizes, decode_bytes, forward_flops, phase_flops
 from gspo.report.workload import Work
 
 DENSE, MOE = (build.rl_plan(benchmark.get_config(name)).model.spec(1) for name in ("dense", "moe"))
+SHARED = dataclasses.replace(MOE, d_shared=48, shared_gate=True)
 SIZES = Sizes(prompts=3, group=4, prompt=5, completion=7, updates=2)
 
 
+MIXED = dataclasses.replace(MOE, dense_layers=(0,), d_ff=48)
+
+
 def token_flops(spec, columns):
-    """One token in one layer that sees so many columns, product by product."""
+    """One token in one layer that sees so many columns, product by product; of a dense one, with num_experts=0."""
     D, N, K, H, X = spec.d_model, spec.num_heads, spec.num_kv_heads, spec.head_width, spec.experts_per_token
     products = [(D, N * H), (D, K * H), (D, K * H), (N * H, D)]
     products += X * 2 * [(D, spec.d_expert)] + X * [(spec.d_expert, D)] if spec.num_experts else []
+    products += 2 * [(D, spec.d_shared)] + [(spec.d_shared, D)] + [(D, 1)] * spec.shared_gate
     products += [(D, spec.num_experts)] if spec.num_experts else 2 * [(D, spec.d_ff)] + [(spec.d_ff, D)]
     return sum(2 * a * b for a, b in products) + 2 * N * 2 * H * columns
 
 
-@pytest.mark.parametrize("spec", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("spec", [DENSE, MOE, SHARED, MIXED], ids=["dense", "moe", "shared-expert", "mixed"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_forward_pass_is_the_sum_over_its_tokens(spec, shared):
     # Catches attention counted on the whole frame, a prompt counted for each row of its group, a head on prompt tokens.
@@ -32,7 +39,9 @@ def test_a_forward_pass_is_the_sum_over_its_tokens(spec, shared):
         seen += [P + t + 1 for _ in range(Q * G) for t in range(C - 1)]
     else:
         seen = [t + 1 for _ in range(Q * G) for t in range(P + C)]
-    want = spec.num_layers * sum(token_flops(spec, s) for s in seen)
+    dense = dataclasses.replace(spec, num_experts=0, experts_per_token=0, d_shared=0, shared_gate=False, d_ff=48)
+    layers = [dense if spec.stack_of(i) == "dense_blocks" else spec for i in range(spec.num_layers)]
+    want = sum(token_flops(layer, s) for layer in layers for s in seen)
     want += Q * G * C * 2 * spec.d_model * spec.vocab_size
     assert forward_flops(spec, SIZES, shared=shared) == pytest.approx(want, rel=1e-12)
 

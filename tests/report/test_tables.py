@@ -1,8 +1,12 @@
 """Tables of runs: which lines a number comes from, and what stands where there is none."""
 
+import json
+
 import pytest
 
 from gspo.report import tables
+from gspo.types import UserError
+from scripts import expert_load
 
 
 @pytest.mark.parametrize(
@@ -46,3 +50,20 @@ def test_a_file_that_a_run_has_not_written_has_no_lines(tmp_path):
 def test_a_bar_in_a_cell_does_not_end_it():
     # Catches a heading such as max |x| that gives the table two columns more.
     assert tables.markdown([["1", "2"]], ["a", "max |x|"]) == "| a | max \\|x\\| |\n| --- | --- |\n| 1 | 2 |\n"
+
+
+def test_the_load_of_experts_is_shown_by_layer_for_the_first_and_the_last_update(tmp_path, capsys):
+    # Catches max/mean - 1 shown as max/mean, the last evaluation (which has no load) taken for the last update, and a
+    # traceback for a dense run.
+    peak, variation = "routing/load_max_over_mean_by_layer", "routing/load_cv_by_layer"
+    lines = [{peak: [0.5, 3.0], variation: [0.25, 1.0]}, {peak: [0.0, 1.0], variation: [0.0, 0.5]}, {"eval/loss": 1}]
+    (tmp_path / "moe").mkdir()
+    (tmp_path / "moe" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert expert_load.main([str(tmp_path / "moe")]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| 1 | 1.50 (0.25) | 1.00 (0.00) |",
+        "| 2 | 4.00 (1.00) | 2.00 (0.50) |",
+        "| mean | 2.75 (0.62) | 1.50 (0.25) |",
+    ]
+    with pytest.raises(UserError, match=r"^dense: its metrics tell no load of experts"):
+        tables.load_by_layer({"dense": lines[2:]})

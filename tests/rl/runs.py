@@ -31,7 +31,7 @@ def watch_updates(monkeypatch, before):
     def made(*args):
         steps, whole = make(*args), []
 
-        def minibatches(batch):
+        def minibatches(batch):  # once for each pass over a rollout
             whole[:] = [batch]
             return steps.minibatches(batch)
 

@@ -191,7 +191,7 @@ def steps_that_die(*args):
     steps = make_steps(*args)
 
     def train_step(state, part):
-        die_at(8, "minibatch")  # before the second update of the fourth rollout
+        die_at(14, "minibatch")  # before the second update of the fourth rollout
         return steps.train_step(state, part)
 
     return steps._replace(train_step=train_step)
@@ -239,15 +239,15 @@ def test_SIGTERM_saves_says_so_and_leaves_and_the_resumed_run_ends_the_same(
     # rollout, or that a scheduler takes for a success.
     cuts = []
 
-    def terminated_at_the_fifth(_, part):
+    def terminated_at_the_ninth(_, part):
         cuts.append(part)
-        if len(cuts) == 5:
+        if len(cuts) == 9:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    watch_updates(monkeypatch, terminated_at_the_fifth)
+    watch_updates(monkeypatch, terminated_at_the_ninth)
     with pytest.raises(SystemExit) as stopped:
         rl.train(build.rl_plan(stateful_config(folder)), tmp_path)
-    assert stopped.value.code == 143 and len(cuts) == 6
+    assert stopped.value.code == 143 and len(cuts) == 12
     assert f"stopped by SIGTERM: saved rollout 3 in {tmp_path}" in capsys.readouterr().err
     assert state_of(stateful_config(folder), tmp_path)[0] == 3
     rl.train(build.rl_plan(stateful_config(folder)), tmp_path)

@@ -116,6 +116,34 @@ def test_rows_decoded_some_at_a_time_train_the_same_policy(folder, tmp_path, mon
             np.testing.assert_allclose(line[field], value, rtol=1e-3, atol=1e-5, err_msg=field)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["R2", "R3"])
+def test_replay_and_router_metrics_hold_for_sigmoid_routers_shared_experts_and_dense_layers(folder, tmp_path, mode):
+    # Catches routes that are counted over all layers where only some have a router, a drift that is not measured on
+    # free choices, a bias that an update moves.
+    changes = FAST | {
+        "model.num_layers": 3, "model.dense_layers": (1,), "model.d_ff": 8, "model.router": "sigmoid",
+        "model.routed_scale": 2.5, "model.d_shared": 8, "model.shared_gate": True, "model.qkv_bias": True,
+        "router_replay.mode": mode, "router_aux_loss_coef": 0.01, "log.router_kl": True, "checkpoint.every": 2,
+        "optimizer.weight_decay": 0.1,
+    }  # fmt: skip
+    config = rl_config(folder, **changes)
+    rl.train(build.rl_plan(config), tmp_path / mode)
+    lines = read_jsonl(tmp_path / mode / "metrics.jsonl")[:2]
+    for line in lines:
+        assert line["log_ratio/first_abs_max"] < 1e-5 < line["log_ratio/abs_max"]
+        assert line["routing/experts_changed"] > 0 and line["routing/kl"] > 0 and line["routing/margin"] > 0
+        assert len(line["routing/load_cv_by_layer"]) == len(line["routing/kl_by_layer"]) == 2
+    trained, before = (
+        state_of(config, tmp_path / mode)[1].params,
+        initial_state(build.rl_plan(config), rl.prepare(build.rl_plan(config)).steps.start).params,
+    )
+    moved = jax.tree.map(lambda x, y: bool((np.asarray(x) != np.asarray(y)).any()), trained, before)
+    assert not moved["blocks"]["moe"]["selection"]["bias"]
+    assert moved["blocks"]["moe"]["router"] and moved["blocks"]["shared"]["up"] and moved["dense_blocks"]["mlp"]["up"]
+    assert moved["blocks"]["attention"]["query_bias"]["bias"] and moved["blocks"]["shared_gate"]
+
+
 def test_the_metrics_of_a_rollout_sum_up_its_updates(updates):
     # Catches a mean of means (the updates hold 1, 2 and 5 rows), a mean of maxima, a minimum that is averaged, drift
     # per update taken from the first minibatch (always 0).
@@ -171,7 +199,8 @@ def test_the_first_lines_of_the_log_say_what_runs(plain):
     assert "2 updates per rollout of 4 x 4 completions" in lines[1] and "ratio of the sequence" in lines[1]
     assert "[1 - 0.0003, 1 + 0.0004]" in lines[1]
     assert lines[2].startswith("RL: evaluation reads training examples: task.eval_split='train'")
-    assert lines[3].startswith("RL 1/3") and not any("warning" in line for line in lines)
+    assert lines[3] == "RL: evaluation counts what exact_match gives 1 as solved"
+    assert lines[4].startswith("RL 1/3") and not any("warning" in line for line in lines)
 
 
 @pytest.mark.parametrize(("changes", "words"), [

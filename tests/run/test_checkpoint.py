@@ -15,6 +15,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from gspo.run import stored
 from gspo.run.checkpoint import Checkpointer, restore_params
 from gspo.types import TrainState, UserError
 
@@ -284,3 +285,28 @@ def test_orbax_is_silent_below_a_warning(tmp_path, capfd, caplog):
     assert [
         record for record in caplog.records if "orbax" in record.pathname and record.levelno < logging.WARNING
     ] == []
+
+
+def test_a_path_may_choose_a_step_or_the_best_one(tmp_path):
+    # Catches the latest taken for the best, the worst for the best, an unscored step among them, a folder whose name
+    # has an @ of its own.
+    root = tmp_path / "run"
+    with Checkpointer(root, keep_last=5, async_save=False) as checkpointer:
+        for step, score in ((1, 0.2), (2, 0.7), (3, 0.7), (4, 0.1), (5, None)):
+            metrics = {} if score is None else {stored.BEST_METRIC: score}
+            checkpointer.save(step, {"params": {"w": jnp.full(2, step)}}, {}, metrics)
+    tree = {"w": jax.ShapeDtypeStruct((2,), jnp.int32)}
+    for chosen, step in (("", 5), ("@best", 3), ("@2", 2)):
+        found, params = restore_params(f"{root}{chosen}", tree)
+        assert found == step and params["w"].tolist() == [step, step]
+    assert stored.read_content(f"{root}@1")["metrics"] == {stored.BEST_METRIC: 0.2}
+    for chosen, words in (("@9", "no checkpoint of step 9 can be read; there are steps 1, 2, 3, 4, 5"),):
+        with pytest.raises(UserError, match=words):
+            restore_params(f"{root}{chosen}", tree)
+    odd = root.rename(tmp_path / "run@2")
+    assert restore_params(odd, tree)[0] == 5 and restore_params(f"{odd}@4", tree)[0] == 4
+    unscored = tmp_path / "unscored"
+    with Checkpointer(unscored, async_save=False) as checkpointer:
+        checkpointer.save(1, {"params": {"w": jnp.zeros(2)}}, {})
+    with pytest.raises(UserError, match="no checkpoint was saved with an evaluation; there are steps 1"):
+        restore_params(f"{unscored}@best", tree)

@@ -12,7 +12,7 @@ import pytest
 from orbax.checkpoint._src.checkpointers import async_checkpointer
 
 from gspo import build, rl
-from gspo.data import batches
+from gspo.data.scoring import Scorer
 from gspo.run import disk
 from gspo.run.checkpoint import Checkpointer
 from gspo.run.writers import MetricsWriter, read_jsonl
@@ -162,7 +162,7 @@ def test_a_run_on_a_disk_that_fills_up_stops_with_one_line_and_goes_on_bit_equal
 ):  # fmt: skip
     # Catches: a traceback, a half line or a broken checkpoint that the resumed run keeps, an exit code of success.
     folder, workdir = Path(config.removeprefix("--config=")).parent, small_disk / "run"
-    reduce, score, calls = rl.update_metrics, batches.score_completions, []
+    reduce, score, calls = rl.update_metrics, Scorer.__call__, []
     monkeypatch.setattr(rl, "update_metrics", lambda steps: reduce(steps) | {"long": [0.5] * 3000})
     rl.train(build.rl_plan(rl_config(folder)), tmp_path / "unbroken")
 
@@ -174,7 +174,7 @@ def test_a_run_on_a_disk_that_fills_up_stops_with_one_line_and_goes_on_bit_equal
             fill(small_disk, leave=60_000 if "checkpoint" in where else 0)
         return score(*args)
 
-    monkeypatch.setattr(batches, "score_completions", filling)
+    monkeypatch.setattr(Scorer, "__call__", filling)
     refused(
         command("rl", config, f"--workdir={workdir}"),
         f"the disk is full: {where} could not be written",

@@ -15,9 +15,9 @@ from gspo.learning.state import Start
 from gspo.model.spec import ModelSpec
 from gspo.resume import open_run, tokenizer_of_run
 from gspo.run.checkpoint import Checkpointer
-from gspo.run.identity import HOW_IT_RUNS, check_identity, identity, saved_identity
+from gspo.run.identity import HOW_IT_RUNS, check_identity, identity, saved_identity, spec_fields
 from gspo.run.stored import read_content
-from gspo.types import UserError
+from gspo.types import TrainState, UserError
 from tests.tiny_runs import (  # noqa: F401 - fixtures
     assert_bit_equal,
     command,
@@ -33,7 +33,9 @@ TEN = "chars:01 ="
 OTHER = {
     "vocab_size": 9, "num_layers": 2, "d_model": 8, "num_heads": 1, "num_kv_heads": 2, "head_width": 4, "d_ff": 8,
     "num_experts": 8, "experts_per_token": 1, "d_expert": 4, "norm_topk_prob": False, "rope_theta": 1e6,
-    "rope_scaling": (8.0, 1.0, 4.0, 64.0), "rms_eps": 1e-5, "qk_norm": False, "qk_norm_over": "projection",
+    "rope_scaling": ("yarn", 4.0, 64.0), "rms_eps": 1e-5, "qk_norm": False, "qk_norm_over": "projection",
+    "dense_layers": (0,), "router": "sigmoid", "routed_scale": 2.5, "d_shared": 8, "shared_gate": True,
+    "rotary_width": 4, "qkv_bias": True, "out_bias": True,
     "tie_embeddings": True,
 }  # fmt: skip
 
@@ -69,9 +71,20 @@ def test_each_field_changed_alone_is_refused_by_name(field):
     saved = json.loads(json.dumps(identity(SPEC, tokenizer)))
     check_identity("runs/cold", saved, identity(SPEC, tokenizer))
     changed = identity(SPEC, tokenizer)
-    changed["model"] |= {field: list(OTHER[field]) if field == "rope_scaling" else OTHER[field]}
+    changed["model"] |= {field: list(OTHER[field]) if isinstance(OTHER[field], tuple) else OTHER[field]}
     with pytest.raises(UserError, match=rf"^model\.{field}=.*the weights in runs/cold were trained with"):
         check_identity("runs/cold", saved, changed)
+
+
+def test_a_field_that_weights_were_saved_without_is_not_compared_and_tuples_come_back():
+    # Catches a checkpoint of an earlier version that no longer loads, and a rule that comes back as a list, which no
+    # jitted function takes.
+    spec = dataclasses.replace(SPEC, rope_scaling=("yarn", 4.0, 64.0, 32.0, 1.0, 1.5))
+    saved = json.loads(json.dumps(identity(spec, None)))
+    assert ModelSpec(**spec_fields(saved)) == spec
+    del saved["model"]["qkv_bias"]
+    check_identity("runs/old", saved, identity(spec, None))
+    assert ModelSpec(**spec_fields(saved)) == spec
 
 
 def test_the_order_of_an_alphabet_is_part_of_a_model():
@@ -168,7 +181,8 @@ def test_the_day_of_a_run_is_that_on_which_it_began_and_its_folder_is_read_once_
     plan = build.rl_plan(config, str(tmp_path / "run"))
     assert tokenizer_of_run(plan).date == tokenizer.date and read == [str(tmp_path / "run")]
     plan = dataclasses.replace(plan, date=None)
-    model, start = ModelSpec(**plan.model.fields), Start(None, None, {"params": {"embedding": jnp.zeros((8, 16))}})
+    model = ModelSpec(**plan.model.fields)
+    start = Start(None, None, TrainState(None, {"embedding": jnp.zeros((8, 16))}, None))
     with pytest.raises(UserError, match=r"the run began on 2026-01-31T23:59:00, not 20.*with its workdir"):
         open_run(plan, tmp_path / "run", start, model, tokenizer_of_run(plan), allow_changed_config=True)
 

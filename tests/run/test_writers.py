@@ -141,13 +141,17 @@ def test_loggers_get_the_scalars_and_a_resumed_run_goes_on_in_the_same_place(tmp
     monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for step in (0, 5):
-        with MetricsWriter(tmp_path, tensorboard=True, wandb=True, project="p", config={"seed": 0}) as writer:
+        with MetricsWriter(tmp_path, tensorboard=True, wandb=True, project="p", name="n", config={"seed": 0}) as writer:
             writer.write(step, {"a": jnp.float32(0.5), "word": "x", "layers": [1, 2], "bad": float("nan")})
             writer.write_timings(step, {"rollout": 2.0})
     assert opened == [(str(tmp_path / "tensorboard"), 0), (str(tmp_path / "tensorboard"), 5)]
     assert events == [("a", 0.5, 0), ("time/rollout", 2.0, 0), ("a", 0.5, 5), ("time/rollout", 2.0, 5)]
     assert logged[:2] == [({"a": 0.5}, 0), ({"time/rollout": 2.0}, 0)]
-    assert started[0]["id"] == started[1]["id"] and started[0]["project"] == "p" and started[0]["config"] == {"seed": 0}
+    assert started[0]["id"] == started[1]["id"] and started[0]["config"] == {"seed": 0}
+    assert (started[0]["project"], started[0]["name"]) == ("p", "n")
+    with MetricsWriter(tmp_path, wandb=True) as writer:
+        writer.write(6, {"a": 1.0})
+    assert (started[-1]["project"], started[-1]["name"]) == ("gspo", tmp_path.name)
 
 
 def test_the_timer_adds_up_phases_and_starts_again_when_taken():

@@ -69,3 +69,45 @@ def test_one_file_for_both_splits_is_refused_unless_they_are_named_alike(tmp_pat
     for name in (one, many):
         line = check_splits(name, train_split="train", eval_split="train")
         assert line.startswith("evaluation reads training examples: task.eval_split='train'")
+
+
+def test_messages_take_the_place_of_a_prompt(tmp_path):
+    # Catches: a conversation as the text of a Python list, the answer given away in the prompt, a system prompt that is
+    # added twice or in the wrong place.
+    user, assistant = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+    rows = [
+        {"prompt": [user], "answer": "x", "level": 1},
+        {"messages": [user, assistant]},
+        {"prompt": "hi", "answer": "x"},
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, two, three = make_task(f"jsonl:{path}", split="train")
+    assert (one.prompt, one.messages, one.answer, one.metadata) == ("user: hi", (user,), "x", {"level": 1})
+    assert (two.messages, two.answer, two.demonstration, two.metadata) == ((user,), "ho", "ho", None)
+    assert three.messages is None
+    system = {"role": "system", "content": "Be brief."}
+    for example in make_task(f"jsonl:{path}", split="train", system_prompt="Be brief."):
+        assert example.messages == (system, user)
+    path.write_text(json.dumps({"prompt": [system, user], "answer": "x"}) + "\n")
+    with pytest.raises(UserError, match=r"task\.system_prompt: the data has system messages of its own"):
+        make_task(f"jsonl:{path}", split="train", system_prompt="Be brief.")[0]
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([], "a conversation of no messages"),
+        (["hi"], "message 0 should have 'role' and 'content'"),
+        ([{"role": "user"}], "message 0 should have texts as 'role' and 'content'"),
+        ([{"role": "user", "content": "a"}, {"role": 1, "content": "b"}], "message 1 should have texts"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "message 0 should have texts"),
+    ],
+)
+def test_messages_that_no_template_can_write_name_their_line(tmp_path, messages, words):
+    # Catches: a template that writes "None", and an error of it in the middle of a run.
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": messages, "answer": "x"}) + "\n")
+    with pytest.raises(UserError) as error:
+        make_task(f"jsonl:{path}", split="train")
+    assert all(word in str(error.value) for word in (f"{path}:1: field 'prompt'", words))
