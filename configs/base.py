@@ -6,6 +6,9 @@ another field."""
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+# Fields of `common` that training on preferences has not: nothing is sampled there, nothing judged.
+OF_SAMPLING = ("stop_strings", "prompt_buckets", "reward_workers", "reward_timeout_s", "rewards_max_errors")
+
 
 def model() -> ConfigDict:
     """A model. None: as the weights of init_from have it, else as the toy Mixture of Experts has (in brackets): 4
@@ -80,7 +83,7 @@ def lora() -> ConfigDict:
 
 
 def common() -> ConfigDict:
-    """What supervised fine-tuning and reinforcement learning share."""
+    """What all kinds of training share."""
     config = ConfigDict()
     config.seed = 0
     config.init_from = ""  # a workdir or checkpoint folder whose parameters to start from
@@ -149,6 +152,35 @@ def sft() -> ConfigDict:
     return config
 
 
+def pairs() -> ConfigDict:
+    """What training on preferences shares. task.name: jsonl:PATH | tfds:NAME, of prompt, chosen, rejected and, where
+    there is one, margin (gspo/data/preferences.py); running_sum is the toy."""
+    config = common()
+    for field in OF_SAMPLING:
+        del config[field]
+    config.num_updates = 300
+    config.batch_size = 64  # pairs per update, two rows each
+    config.eval = ConfigDict(dict(every=50, num_prompts=512))  # updates between evaluations; held-out pairs
+    config.checkpoint.every = 100
+    return config
+
+
+def reward_model() -> ConfigDict:
+    """A reward model."""
+    config = pairs()
+    config.center_rewards_coefficient = 0.0  # weight of the term that keeps scores around zero; 0.01 is usual
+    return config
+
+
+def dpo() -> ConfigDict:
+    """Direct preference optimization of the policy in init_from, which is also the reference."""
+    config = pairs()
+    config.optimizer.learning_rate = 1e-4
+    config.beta = 0.1  # how much the policy is held to the reference
+    config.label_smoothing = 0.0  # rate at which labels are taken to be exchanged
+    return config
+
+
 def rl() -> ConfigDict:
     """Reinforcement learning from verifiable rewards."""
     config = common()
@@ -207,9 +239,13 @@ def rl() -> ConfigDict:
     )
     config.advantage_weight_pos = 1.0
     config.advantage_weight_neg = 1.0
-    # "task" is the task's own; others from gspo.data.rewards; "math_verify"; "module:function" of the working directory
+    # "task" is the task's own; others from gspo.data.rewards; "math_verify"; "module:function" of the working
+    # directory; "reward_model:WORKDIR" is one that was trained
     config.rewards = ("task",)
     config.reward_weights = ()  # one for each; (): 1 each
+    config.reward_model = ConfigDict(  # of all that are named: whether scores are (score - mean) / std of their
+        dict(normalize=True, clip=0.0)  # training data; and the largest |score| after that, 0: no limit
+    )
     config.reward_kl_coef = 0.0  # penalty on log π_old/π_ref, summed over a completion
     config.overlong_buffer = ConfigDict(
         dict(len=0, penalty_factor=1.0)

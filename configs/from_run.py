@@ -11,7 +11,8 @@ from configs import base
 
 def get_config(workdir: str) -> ConfigDict:
     content = json.loads((Path(workdir) / "config.json").read_text())
-    config = base.rl() if "num_rollouts" in content else base.sft()
+    kinds = {"num_rollouts": base.rl, "center_rewards_coefficient": base.reward_model, "label_smoothing": base.dpo}
+    config = next((make for field, make in kinds.items() if field in content), base.sft)()
     config.task.options = ConfigDict(_with_tuples(content["task"].pop("options")))
     config.update(_with_tuples(content))
     config.init_from = workdir  # whose model and tokenizer are those that were saved with its weights

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from gspo import objectives, plans
+from gspo import objectives, plans, supervised_plans
 from gspo.data.scoring import Judging
 from gspo.learning.learner import UpdatePlan
 from gspo.model.adapters import LoRA
@@ -17,6 +17,10 @@ from gspo.model.spec import TOY, TOY_TOKENIZER
 from gspo.run.identity import spec_fields, tokenizer_of
 from gspo.run.stored import read_content, why_none
 from gspo.types import UserError
+
+# Of evaluations that sample nothing.
+UNSAMPLED = {"num_generations_eval": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "reward": ""}
+PAIR_FIELDS = ("center_rewards_coefficient", "label_smoothing")  # by which a reward model's and DPO's are known
 
 flags.disclaim_key_flags()  # --config is a flag of the file that asks for it: --help lists it there
 
@@ -55,8 +59,9 @@ def rows_to_divide(config: ConfigDict) -> tuple[int, ...]:
             minibatch = run.num_prompts * run.num_generations // max(run.updates_per_rollout, 1)
             rows += [run.num_prompts, run.micro_batch_size or minibatch]
             rows += [run.max_num_seqs] * bool(run.max_num_seqs)
-        else:
-            rows += [run.micro_batch_size or run.batch_size]
+        else:  # of preferences, the pairs are shared
+            pairs = any(field in run for field in PAIR_FIELDS)
+            rows += [run.micro_batch_size // (2 if pairs else 1) or run.batch_size]
     return tuple(rows)
 
 
@@ -90,20 +95,34 @@ def rl_plan(config: ConfigDict, workdir: str = "") -> plans.RLPlan:
     )
 
 
-def sft_plan(config: ConfigDict, workdir: str = "") -> plans.SFTPlan:
+def sft_plan(config: ConfigDict, workdir: str = "") -> supervised_plans.SFTPlan:
     """As `rl_plan`."""
-    return plans.SFTPlan(
-        **_common(config, workdir, total_steps=config.num_updates, eval_at_a_time=config.eval.num_prompts),
-        num_updates=config.num_updates,
-        batch_size=config.batch_size,
-        packing=config.packing,
-        target_pass_at_1=config.target_pass_at_1,
+    if any(field in config for field in PAIR_FIELDS):
+        raise UserError("--config: it is one of preferences, for experiments/reward_model.py or experiments/dpo.py")
+    return supervised_plans.SFTPlan(
+        **_supervised(config, workdir), packing=config.packing, target_pass_at_1=config.target_pass_at_1
+    )
+
+
+def reward_model_plan(config: ConfigDict, workdir: str = "") -> supervised_plans.RewardModelPlan:
+    """As `rl_plan`."""
+    return supervised_plans.RewardModelPlan(
+        **_supervised(config, workdir), center_rewards_coefficient=config.center_rewards_coefficient
+    )
+
+
+def dpo_plan(config: ConfigDict, workdir: str = "") -> supervised_plans.DPOPlan:
+    """As `rl_plan`."""
+    return supervised_plans.DPOPlan(
+        **_supervised(config, workdir), beta=config.beta, label_smoothing=config.label_smoothing
     )
 
 
 def run_plan(config: ConfigDict, workdir: str = "") -> plans.RunPlan:
-    """The plan of a run of either kind."""
-    return rl_plan(config, workdir) if "num_rollouts" in config else sft_plan(config, workdir)
+    """The plan of a run of any kind."""
+    kinds = {"num_rollouts": rl_plan, "center_rewards_coefficient": reward_model_plan, "label_smoothing": dpo_plan}
+    plan_of = next((plan_of for field, plan_of in kinds.items() if field in config), sft_plan)
+    return plan_of(config, workdir)
 
 
 def mesh_plan(config: ConfigDict) -> plans.MeshPlan:
@@ -114,6 +133,14 @@ def mesh_plan(config: ConfigDict) -> plans.MeshPlan:
         rollout_rules=config.rollout_mesh_rules,
         rollout_dispatch=config.rollout_expert_dispatch,
     )
+
+
+def _supervised(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """The fields of `supervised_plans.SupervisedPlan`."""
+    return _common(config, workdir, total_steps=config.num_updates, eval_at_a_time=config.eval.num_prompts) | {
+        "num_updates": config.num_updates,
+        "batch_size": config.batch_size,
+    }
 
 
 def _common(config: ConfigDict, workdir: str, *, total_steps: int, eval_at_a_time: int) -> dict[str, Any]:
@@ -141,9 +168,9 @@ def _common(config: ConfigDict, workdir: str, *, total_steps: int, eval_at_a_tim
             router_z_loss_coef=config.router_z_loss_coef,
         ),
         "evaluation": plans.EvaluationPlan(
-            **config.eval.to_dict(), at_a_time=eval_at_a_time, max_num_seqs=config.get("max_num_seqs", 0)
+            **UNSAMPLED | config.eval.to_dict(), at_a_time=eval_at_a_time, max_num_seqs=config.get("max_num_seqs", 0)
         ),
-        "judging": Judging(config.rewards_max_errors, config.reward_workers, config.reward_timeout_s),
+        "judging": _judging(config),
         "checkpoint": plans.CheckpointPlan(**config.checkpoint.to_dict()),
         "log": plans.LogPlan(
             num_samples=config.log.num_samples,
@@ -204,6 +231,12 @@ def _model_and_tokenizer(config: ConfigDict, weights: _Weights) -> tuple[plans.M
     return plans.ModelPlan({**TOY, **given, **begun}), tokenizer
 
 
+def _judging(config: ConfigDict) -> Judging:
+    if "reward_workers" not in config:  # nothing is sampled, nothing judged
+        return Judging()
+    return Judging(config.rewards_max_errors, config.reward_workers, config.reward_timeout_s)
+
+
 def _lora(config: ConfigDict) -> LoRA | None:
     lora = LoRA(**config.lora.to_dict())
     return lora if lora.rank else None
@@ -219,10 +252,10 @@ def _data(config: ConfigDict, tokenizer: str) -> plans.DataPlan:
         max_prompt_length=config.max_prompt_length,
         max_completion_length=config.max_completion_length,
         overlong_prompts=config.overlong_prompts,
-        prompt_buckets=tuple(config.prompt_buckets),
+        prompt_buckets=tuple(config.get("prompt_buckets", ())),
         seed=config.seed,
         system_prompt=config.task.system_prompt,
-        stop=tuple(config.stop_strings),
+        stop=tuple(config.get("stop_strings", ())),
     )
 
 
@@ -230,6 +263,8 @@ def _experience(config: ConfigDict) -> plans.ExperiencePlan:
     return plans.ExperiencePlan(
         rewards=tuple(config.rewards),
         reward_weights=tuple(config.reward_weights),
+        normalize_reward_models=config.reward_model.normalize,
+        clip_reward_models=config.reward_model.clip,
         scale_rewards=config.scale_rewards,
         advantage_weight_pos=config.advantage_weight_pos,
         advantage_weight_neg=config.advantage_weight_neg,

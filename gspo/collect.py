@@ -1,6 +1,6 @@
 """Experience: prompts -> completions -> rewards -> advantages -> the batch that the updates of one rollout share.
 
-    draw      sample G completions for each prompt, score them with verifiable rewards
+    draw      sample G completions for each prompt, score them with verifiable rewards and with reward models
     select    dynamic sampling (DAPO §3.2): keep groups whose rewards differ, draw again for the rest
     shape     what is added to the raw reward: a penalty on length, on the distance to the reference
     compare   advantages of each completion against its group
@@ -26,6 +26,7 @@ from gspo.masked import masked_mean
 from gspo.model.routing import by_layer, changed, recorded
 from gspo.objectives import advantages
 from gspo.parallel import distributed
+from gspo.reward_source import load_reward_models, with_models
 from gspo.run.progress import Timer
 from gspo.steps import Steps
 from gspo.types import Batch, LossInputs, Params, Rollout, TrainState, completion_mask, map_arrays, row_axis
@@ -48,7 +49,9 @@ class Collector:
         self.plan, self.rollout, self.width = plan.experience, plan.rollout, plan.data.max_completion_length
         self.critic, self.steps, self.tokenizer, self.num_samples = plan.critic, steps, tokenizer, plan.log.num_samples
         self.stop = plan.data.stop
-        self.scorer = make_scorer(self.plan.rewards, source.task, self.plan.reward_weights, plan.judging)
+        functions = self.plan.reward_functions
+        self.scorer = make_scorer([*functions], source.task, [*functions.values()], plan.judging)
+        self.models = load_reward_models(plan, steps, tokenizer)
         self.generate = Generator(steps.layout, source, steps.sampler, self.rollout.num_generations, self.stop)
         self.rounding = make_rounding(self.rollout.params, plan.lora and plan.lora.scale)
         self.advantage_fn = advantages.ADVANTAGES[self.plan.scale_rewards]
@@ -87,7 +90,8 @@ class Collector:
         with timer("rollout"):
             completions = self.generate(params, cursor, self.rollout.num_prompts, key)
         with timer("reward"):
-            return judge(completions, self.tokenizer, self.scorer, self.stop)
+            judged = judge(completions, self.tokenizer, self.scorer, self.stop)
+            return with_models(judged, self.plan, self.models)
 
     def _enough(self, draws: list[Judged]) -> bool:
         """Whether the draws hold enough groups with rewards that differ, or are as many as there may be."""
@@ -222,7 +226,7 @@ class Collector:
             "completions/max_length": int(lengths_B.max()),
             "completions/clipped_ratio": float(truncated_B.mean()),
             "num_tokens": int(lengths_B.sum()),
-        } | {f"rewards/{name}": float(parts_BR[:, r].mean()) for r, name in enumerate(self.scorer.names)}
+        } | {f"rewards/{name}": float(parts_BR[:, r].mean()) for r, name in enumerate(self.plan.rewards)}
 
     def samples(self, draw: Judged) -> list[dict[str, Any]]:
         """The first rows among those of this process. With several processes they need not be the first of all."""

@@ -8,7 +8,7 @@ line that names the field, before anything is compiled.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from gspo.data.scoring import Judging
 from gspo.learning.learner import UpdatePlan
@@ -17,7 +17,11 @@ from gspo.model.adapters import LoRA
 from gspo.model.distribution import Sampling
 from gspo.model.spec import ModelSpec
 from gspo.objectives.advantages import ADVANTAGES
+from gspo.run.identity import POLICY
+from gspo.run.stored import BEST_METRIC
 from gspo.types import UserError
+
+REWARD_MODEL_PREFIX = "reward_model:"  # of the rewards that are trained models; what follows names their workdir
 
 
 def need(ok: bool, field: str, value: Any, remedy: str) -> None:
@@ -156,6 +160,8 @@ class ExperiencePlan:
 
     rewards: tuple[str, ...]
     reward_weights: tuple[float, ...]
+    normalize_reward_models: bool
+    clip_reward_models: float  # 0: not at all
     scale_rewards: str
     advantage_weight_pos: float
     advantage_weight_neg: float
@@ -177,6 +183,7 @@ class ExperiencePlan:
                 f"reward_weights: {len(self.reward_weights)} weights for {len(self.rewards)} rewards; give one each, "
                 "or () for 1 each"
             )
+        need(self.clip_reward_models >= 0, "reward_model.clip", self.clip_reward_models, "must be >= 0 (0: no limit)")
         one_of("scale_rewards", self.scale_rewards, tuple(ADVANTAGES))
         one_of("old_logps", self.old_logps, ("sampler", "learner"))
         one_of("router_replay.mode", self.replay, ("disabled", "R2", "R3"))
@@ -184,6 +191,22 @@ class ExperiencePlan:
             raise UserError("advantage_weight_pos and advantage_weight_neg: must not be negative")
         if self.filter_groups:
             positive(self, "max_num_gen_batches", under="filter_groups.")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """One for each of the rewards."""
+        return self.reward_weights or (1.0,) * len(self.rewards)
+
+    @property
+    def reward_models(self) -> tuple[str, ...]:
+        """Those of the rewards that are trained models."""
+        return tuple(name for name in self.rewards if name.startswith(REWARD_MODEL_PREFIX))
+
+    @property
+    def reward_functions(self) -> dict[str, float]:
+        """The others, which read texts, with their weights."""
+        weights = dict(zip(self.rewards, self.weights, strict=True))
+        return {name: weight for name, weight in weights.items() if name not in self.reward_models}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +244,8 @@ class EvaluationPlan:
 
     def __post_init__(self):
         positive(self, "num_prompts", "num_generations_eval", under="eval.")
+        need(not self.reward.startswith(REWARD_MODEL_PREFIX), "eval.reward", self.reward,
+             "its scores have no 1 that says solved; name a reward that has")  # fmt: skip
         try:
             _ = self.drawn
         except UserError as error:
@@ -260,7 +285,7 @@ class LogPlan:
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """What both kinds of training share.
+    """What all kinds of training share. kind: what their checkpoints hold. best_metric: what ranks them.
 
     written  the config as config.json keeps it
     lora     the adapters that are trained; None: the weights are
@@ -283,30 +308,13 @@ class RunPlan:
     judging: Judging
     checkpoint: CheckpointPlan
     log: LogPlan
+    kind: ClassVar[str] = POLICY
+    best_metric: ClassVar[str] = BEST_METRIC
 
     def check_router_losses(self) -> None:
         """Raises UserError where a dense model is to have some."""
         if self.update.router_losses and not self.model.fields["num_experts"]:
             raise UserError("router_aux_loss_coef, router_z_loss_coef: a dense model has no routers; set them to 0")
-
-
-@dataclasses.dataclass(frozen=True)
-class SFTPlan(RunPlan):
-    """Supervised fine-tuning. packing: whether a row holds several demonstrations. target_pass_at_1: what ends the run
-    at an evaluation; None: nothing does."""
-
-    num_updates: int
-    batch_size: int
-    packing: bool
-    target_pass_at_1: float | None
-
-    def __post_init__(self):
-        positive(self, "num_updates", "batch_size")
-        self.update.check_rows(self.batch_size, "a batch (batch_size)")
-        self.check_router_losses()
-        target = self.target_pass_at_1
-        need(target is None or 0 < target <= 1, "target_pass_at_1", target, "must be in (0, 1]; None: no target")
-        need(target is None or self.evaluation.every > 0, "target_pass_at_1", target, "set eval.every, to look at it")
 
 
 @dataclasses.dataclass(frozen=True)

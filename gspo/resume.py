@@ -12,7 +12,6 @@ from gspo.model.spec import ModelSpec
 from gspo.parallel import distributed
 from gspo.run.checkpoint import Checkpointer, restore_base, save_base
 from gspo.run.identity import TOKENIZER, check_adapters, check_identity, dated_tokenizer, identity
-from gspo.run.stored import BEST_METRIC
 from gspo.run.workdir import hold_workdir, keep_config
 from gspo.run.writers import MetricsWriter
 from gspo.steps import initial_state
@@ -50,15 +49,15 @@ def open_run(
     No other run can use the folder until `held` is closed. It is claimed for this config only once nothing can fail any
     more. Raises UserError.
     """
-    written, own = dict(plan.written), identity(model, tokenizer, plan.lora)
-    check = partial(_check, own)
+    written, own = dict(plan.written), identity(model, tokenizer, kind=plan.kind, lora=plan.lora)
+    check = partial(_check, own if start.begins_with is None else identity(model, tokenizer))
     with contextlib.ExitStack() as held:  # given back at once where anything fails
         held.enter_context(hold_workdir(workdir, written, allow_changed_config=allow_changed_config))
         checkpointer = Checkpointer(
             workdir,
             keep_last=plan.checkpoint.keep_last,
             keep_best=plan.checkpoint.keep_best,
-            best_metric=BEST_METRIC,
+            best_metric=plan.best_metric,
             identity=own,
         )
         held.enter_context(checkpointer)

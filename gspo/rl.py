@@ -186,7 +186,7 @@ def prepare(plan: plans.RLPlan, tokenizer: Tokenizer | None = None) -> Run:
     collector = Collector(plan, steps, tokenizer, source)
     evaluate = make_evaluator(plan, steps.model, tokenizer, _shared_writer(plan, steps))
     notes = [describe(steps.model, steps.abstract), _describe_updates(plan), *steps.notes, *split_notes]
-    notes += describe_scorer(plan, source.task, plan.experience.rewards)
+    notes += describe_scorer(plan, source.task, [*plan.experience.reward_functions])
     if plan.lora:
         notes.insert(1, describe_adapters(plan.lora, steps.abstract))
     notes += [f"warning: {text}" for text in _warnings(plan)]

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gspo import plans
+from gspo import plans, supervised_plans
 from gspo.data.batches import DemonstrationSource
 from gspo.data.tokenizer import Tokenizer
 from gspo.evaluate import describe_scorer, make_evaluator
@@ -24,17 +24,14 @@ from gspo.model.transformer import Transformer
 from gspo.objectives import negative_log_likelihood
 from gspo.parallel import distributed
 from gspo.parallel.sharding import Layout
-from gspo.resume import open_run, tokenizer_of_run
-from gspo.run.cli import StopSignal
-from gspo.run.progress import Progress, Timer, is_due
-from gspo.steps import check_rows, describe, describe_adapters, make_layout, make_model, optimizer_of
-from gspo.types import Batch, LossInputs, Params, UserError, completion_mask
-
-STOP_EVERY = 5  # updates between looks at whether any process was asked to stop: they all must take part
+from gspo.resume import tokenizer_of_run
+from gspo.steps import check_rows, make_layout, make_model, optimizer_of
+from gspo.supervised import Course, run
+from gspo.types import Batch, LossInputs, Params, TrainState, UserError, completion_mask
 
 
 def train(
-    plan: plans.SFTPlan, workdir: str, *, allow_changed_config: bool = False, title: str = "SFT"
+    plan: supervised_plans.SFTPlan, workdir: str, *, allow_changed_config: bool = False, title: str = "SFT"
 ) -> dict[str, Any]:
     """Runs, or resumes, supervised fine-tuning in workdir. Returns the last line of its metrics. Raises UserError."""
     # ------------------------------------------------------------------ layout, data, model
@@ -51,64 +48,27 @@ def train(
     evaluate = make_evaluator(plan, model, tokenizer)
     evaluation_loss, loss_notes = make_evaluation_loss(plan, model, tokenizer)
 
-    # ------------------------------------------------------------------ state
-    opened = open_run(plan, workdir, start, model.spec, tokenizer, allow_changed_config=allow_changed_config)
-    checkpointer, writer, first, state = opened.checkpointer, opened.writer, opened.first, opened.state
-    progress = Progress(plan.num_updates, start=first, title=title)
-    adapters = [describe_adapters(plan.lora, start.abstract)] if plan.lora else []
-    scorer_notes = describe_scorer(plan, source.task)
-    for note in (describe(model, start.abstract), *adapters, *split_notes, *scorer_notes, *loss_notes):
-        progress.note(note)
-    if source.num_dropped:
-        progress.note(f"{source.num_dropped} examples longer than the frame were dropped")
-    if opened.resumed:
-        progress.note(f"resumed at update {first}")
-    cursor = opened.meta.get("cursor", first * plan.batch_size)  # demonstrations that the run has consumed
-
     # ------------------------------------------------------------------ loop
-    timer = Timer()
-    with StopSignal() as stop, progress, opened.held:
-        for index in range(first, plan.num_updates + 1):
-            last = index == plan.num_updates
-            line, samples = {}, []
-            if last or is_due(index, plan.evaluation.every):
-                with timer("eval"):
-                    line, samples = evaluate(state.policy)
-                    line |= evaluation_loss(state.policy)
-            if plan.target_pass_at_1 is not None and line.get("eval/pass@1", -1.0) >= plan.target_pass_at_1:
-                last = True  # a run that has ended and is started again ends here once more
-                progress.note(f"eval/pass@1 {line['eval/pass@1']:.3f} at update {index}: the target is reached")
-            looking = index % STOP_EVERY == 0 or jax.process_count() == 1
-            stopping = looking and distributed.any_process(stop.requested)
-            if stopping or last or (index > first and is_due(index, plan.checkpoint.every)):
-                checkpointer.save(index, state.saved, {"cursor": cursor, "offsets": writer.offset()}, line)
-            if stopping and not last:
-                checkpointer.wait()
-                raise stop.leave(f"saved update {index} in {workdir}; start the same command again to go on")
-            # After the save, like all that a resume does again.
-            writer.write_samples(index, samples[: plan.log.num_samples])
-            if last:
-                writer.write(index, line)
-                progress.update(index, line)
-                break
+    def update(state: TrainState, cursor: int):
+        if plan.packing:
+            batch, behind = make_packed_batch(layout, source, cursor, plan.batch_size)
+        else:
+            batch, behind = make_batch(layout, source, cursor, plan.batch_size), cursor + plan.batch_size
+        return *train_step(state, batch), behind
 
-            with timer("update"):
-                if plan.packing:
-                    batch, cursor = make_packed_batch(layout, source, cursor, plan.batch_size)
-                else:
-                    batch, cursor = make_batch(layout, source, cursor, plan.batch_size), cursor + plan.batch_size
-                state, metrics = train_step(state, batch)
-                metrics = values(jax.device_get(metrics))
-            if not np.isfinite(metrics["loss"] + metrics["grad_norm"]):
-                raise UserError(
-                    f"update {index}: loss or gradient is not finite{checkpointer.last_good()}; lower "
-                    "optimizer.learning_rate"
-                )
-            line |= metrics | {"learning_rate": float(learning_rate(index))}
-            writer.write(index, line)
-            writer.write_timings(index, timer.take())
-            progress.update(index, line)
-    return line
+    def evaluated(state: TrainState):
+        line, samples = evaluate(state.policy)
+        return line | evaluation_loss(state.policy), samples
+
+    def reached(line: dict[str, Any]) -> str:
+        found, target = line["eval/pass@1"], plan.target_pass_at_1
+        return f"eval/pass@1 {found:.3f}" if target is not None and found >= target else ""
+
+    notes = [*split_notes, *describe_scorer(plan, source.task), *loss_notes]
+    if source.num_dropped:
+        notes.append(f"{source.num_dropped} examples longer than the frame were dropped")
+    course = Course(start, model, tokenizer, update, evaluated, learning_rate, notes, reached=reached)
+    return run(plan, workdir, course, allow_changed_config=allow_changed_config, title=title)
 
 
 def demonstration_source(
@@ -160,7 +120,7 @@ def _rows(layout: Layout, source: DemonstrationSource, cursor: int, count: int, 
 
 
 def make_evaluation_loss(
-    plan: plans.SFTPlan, model: Transformer, tokenizer: Tokenizer
+    plan: supervised_plans.SFTPlan, model: Transformer, tokenizer: Tokenizer
 ) -> tuple[Callable[[Params], dict[str, float]], list[str]]:
     """`loss(params) -> {"eval/loss": nats per completion token}` over eval.num_prompts demonstrations of the evaluation
     split, always the same ones, without the routers' losses; and lines for the log. {} where the split has no

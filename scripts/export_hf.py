@@ -2,6 +2,8 @@
 
     python scripts/export_hf.py --checkpoint=runs/gspo --out=exports/gspo --dtype=bfloat16
 
+A reward model becomes a sequence classifier of one label (Qwen3ForSequenceClassification, ...).
+
 --checkpoint is a workdir (its latest checkpoint is taken; runs/gspo@best and runs/gspo@120 choose another), or the
 folder of one step in it, or what scripts/import_hf.py wrote. The model is described by the config.json or model.json
 beside it. The tokenizer's files, and the keys of config.json that are no matter of ours, are taken over from
@@ -13,19 +15,22 @@ the model under them, which is --checkpoint=runs/gspo/base.
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gspo.data.tokenizer import make_tokenizer
 from gspo.hf import folder as hf
+from gspo.hf.classifier import export_reward_model
 from gspo.hf.families import family_of
 from gspo.hf.peft import export_adapters
+from gspo.learning.critic import Critic
 from gspo.model.spec import ModelSpec
 from gspo.model.transformer import Transformer, abstract_params
 from gspo.parallel.sharding import Layout, make_mesh, parse_sizes
 from gspo.run import cli
 from gspo.run.checkpoint import restore_adapters, restore_params
-from gspo.run.identity import TOKENIZER, run_folder, saved_identity, spec_of
+from gspo.run.identity import REWARD_MODEL, TOKENIZER, kind_of, run_folder, saved_identity, spec_of
 from gspo.run.stored import BASE
 from gspo.types import UserError
 
@@ -103,8 +108,13 @@ def main(argv: list[str]) -> int:
     layout = Layout(make_mesh(parse_sizes(args.mesh)))
     if args.adapter:
         return export_adapter(args, spec, layout)
-    step, params = restore_params(args.checkpoint, abstract_params(Transformer(spec), layout))
-    carried = hf.export_params(
+    saved = saved_identity(args.checkpoint)
+    export, model = hf.export_params, Transformer(spec)
+    if kind_of(saved) == REWARD_MODEL:
+        pad_id = (saved["tokenizer"] or {}).get("pad_id")
+        export, model, name = partial(export_reward_model, pad_id=pad_id), Critic(spec), "reward model"
+    step, params = restore_params(args.checkpoint, abstract_params(model, layout))
+    carried = export(
         params,
         spec,
         args.out,

@@ -6,7 +6,8 @@
 
 --model-dir is one of
 
-    a folder         with config.json and safetensors of a family that `gspo.hf.families` knows
+    a folder         with config.json and safetensors of a family that `gspo.hf.families` knows. A sequence classifier
+                     of one label (LlamaForSequenceClassification, ...) becomes a reward model
     a .gguf file     as llama.cpp has it, dequantised to float32: Llama, Mixtral, Qwen3 and Qwen3-MoE; needs the package
                      gguf. A folder with one such file and no config.json stands for the file
     package:NAME     the folder of an installed Python package, one of the two above; the package is never imported.
@@ -38,24 +39,28 @@ import jax
 from gspo.data.tokenizer import make_tokenizer, save_files
 from gspo.hf import folder as hf
 from gspo.hf import gguf_file, gguf_tokenizer
+from gspo.hf.classifier import import_reward_model, is_classifier
 from gspo.hf.families import family_of, read_config, spec_from_hf
+from gspo.learning.critic import Critic
 from gspo.model.spec import ModelSpec
 from gspo.model.transformer import Transformer, abstract_params
 from gspo.parallel.sharding import Layout, make_mesh, parse_sizes
 from gspo.run import cli
 from gspo.run.checkpoint import Checkpointer
-from gspo.run.identity import TOKENIZER, identity
+from gspo.run.identity import POLICY, REWARD_MODEL, TOKENIZER, identity
 from gspo.types import Params, UserError
 
 
 class Source(NamedTuple):
     """A model as it was published. name: where it lies. config: the object of its config.json. read: (spec, abstract
-    parameters) -> parameters. carry: writes config.json and the tokenizer's files into a folder."""
+    parameters) -> parameters. carry: writes config.json and the tokenizer's files into a folder. kind: what its weights
+    are."""
 
     name: str
     config: dict[str, Any]
     read: Callable[[ModelSpec, Params], Params]
     carry: Callable[[Path], object]
+    kind: str = POLICY
 
 
 def from_folder(folder: Path) -> Source:
@@ -63,7 +68,9 @@ def from_folder(folder: Path) -> Source:
         shutil.copyfile(folder / "config.json", out / "config.json")
         hf.carry_over(folder, out)
 
-    return Source(str(folder), read_config(folder), partial(hf.import_params, folder), carry)
+    config = read_config(folder)
+    read, kind = (import_reward_model, REWARD_MODEL) if is_classifier(config) else (hf.import_params, POLICY)
+    return Source(str(folder), config, partial(read, folder), carry, kind)
 
 
 def from_gguf(path: Path) -> Source:
@@ -124,7 +131,8 @@ def main(argv: list[str]) -> int:
     source = open_source(args.model_dir)
     spec = spec_from_hf(source.config)
     layout = Layout(make_mesh(parse_sizes(args.mesh)))
-    params = source.read(spec, abstract_params(Transformer(spec), layout))
+    model = Critic(spec, layout) if source.kind == REWARD_MODEL else Transformer(spec)
+    params = source.read(spec, abstract_params(model, layout))
     try:
         (out / "hf").mkdir(parents=True, exist_ok=True)
         source.carry(out / "hf")
@@ -132,13 +140,16 @@ def main(argv: list[str]) -> int:
         tokenizer = make_tokenizer(str(out / "hf")) if (out / "hf" / "tokenizer.json").is_file() else None
         if tokenizer:
             save_files(tokenizer, out / TOKENIZER)
-        own = identity(spec, tokenizer)
+        own = identity(spec, tokenizer, kind=source.kind)
         with Checkpointer(out, keep_last=1, async_save=False, identity=own) as checkpointer:
             checkpointer.save(0, {"params": params}, {"imported_from": source.name})
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror}") from None
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{out}: {family_of(spec)}, {spec.num_layers} layers, {count:,} parameters")
+    if source.kind == REWARD_MODEL:
+        print(f"a reward model: --config.rewards=\"('reward_model:{out}',)\" --config.reward_model.normalize=False")
+        return 0
     print(f"start from it with: --config.init_from={out}" + ("" if tokenizer else " --config.tokenizer=..."))
     return 0
 

@@ -71,3 +71,16 @@ def test_rows_that_devices_would_share_are_those_of_all_runs_of_a_config():
     assert build.rows_to_divide(config) == (128,)
     config.mesh.data = 1
     assert build.rows_to_divide(config) == ()
+    config = base.dpo()  # whose pairs stay together
+    assert build.rows_to_divide(config) == (64,)
+    config.micro_batch_size = 32
+    assert build.rows_to_divide(config) == (16,)
+
+
+def test_a_config_of_preferences_is_not_one_of_demonstrations():
+    # Catches a run that imitates what was to be compared.
+    with pytest.raises(UserError, match=r"experiments/reward_model\.py or experiments/dpo\.py"):
+        build.sft_plan(base.reward_model())
+    assert [type(build.run_plan(make())).__name__ for make in (base.reward_model, base.dpo, base.sft, base.rl)] == [
+        "RewardModelPlan", "DPOPlan", "SFTPlan", "RLPlan"
+    ]  # fmt: skip

@@ -11,11 +11,20 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import base
-from gspo import build, rl, sft
+from gspo import build, dpo, reward_model, rl, sft
 from gspo.learning.optim import make_optimizer
 from gspo.learning.scores import score_completions
 from gspo.steps import objective_of
-from tests.tiny_runs import ROOT, kept_compiles, parts_of, rl_config, sft_config, stateful_config  # noqa: F401 - a fixture
+from tests.tiny_runs import (  # noqa: F401 - a fixture
+    ROOT,
+    dpo_config,
+    kept_compiles,
+    parts_of,
+    reward_model_config,
+    rl_config,
+    sft_config,
+    stateful_config,
+)
 
 HELPERS = ("base", "from_run", "models", "paper")  # what config files import; no experiments of their own
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", *HELPERS))
@@ -89,8 +98,13 @@ def test_watching_counts_what_is_used_and_not_what_is_saved():
 
 @pytest.mark.parametrize(
     ("train", "plan_of", "config_of"),
-    [(rl.train, build.rl_plan, stateful_config), (sft.train, build.sft_plan, sft_config)],
-    ids=["rl", "sft"],
+    [
+        (rl.train, build.rl_plan, stateful_config),
+        (sft.train, build.sft_plan, sft_config),
+        pytest.param(reward_model.train, build.reward_model_plan, reward_model_config, marks=pytest.mark.slow),
+        pytest.param(dpo.train, build.dpo_plan, dpo_config, marks=pytest.mark.slow),
+    ],
+    ids=["rl", "sft", "reward_model", "dpo"],
 )
 def test_every_field_is_read(tmp_path, train, plan_of, config_of):
     # Catches a field that a user sets and nothing heeds.
@@ -223,9 +237,11 @@ def test_every_config_file_loads_with_the_fields_and_types_of_the_base(name):
     # Catches a mistyped assignment (ConfigDict takes any name), 1 for True, a list for a tuple, a config that cannot be
     # overridden.
     config = load(name)
-    runs = {"num_rollouts": base.rl(), "num_updates": base.sft()}
+    runs = {"num_rollouts": base.rl(), "center_rewards_coefficient": base.reward_model(),
+            "label_smoothing": base.dpo(), "num_updates": base.sft()}  # fmt: skip
     parts = sections(config)
-    found = [(part, model) for part in parts for field, model in runs.items() if field in part]
+    kinds = [(part, [model for field, model in runs.items() if field in part]) for part in parts]
+    found = [(part, models[0]) for part, models in kinds if models]
     assert found, f"{name} describes no run"
     for part, model in found:
         assert_like(part, model, name)
@@ -262,7 +278,7 @@ def test_a_locked_config_refuses_unknown_fields_and_wrong_types(make):
         config.eval.temperature = "hot"
 
 
-@pytest.mark.parametrize("make", [base.rl, base.sft])
+@pytest.mark.parametrize("make", [base.rl, base.sft, base.reward_model, base.dpo])
 def test_two_configs_share_nothing(make):
     # Catches a section that is made once and changed by every config that uses it.
     first, second = make(), make()

@@ -50,7 +50,9 @@ def common(config: ConfigDict, folder: Path, changes: dict) -> ConfigDict:
     config.max_completion_length = 6
     config.model.update(num_layers=1, d_model=16, num_heads=2, num_kv_heads=1, head_width=8, num_experts=4, d_expert=8)
     config.model.moe_backend = "dense"  # the quickest to compile
-    config.eval.update(every=2, num_prompts=4, num_generations_eval=4)
+    config.eval.update(every=2, num_prompts=4)
+    if "num_generations_eval" in config.eval:
+        config.eval.num_generations_eval = 4
     config.checkpoint.update(every=1, keep_last=2, keep_best=False)
     config.mesh.data = 1
     config.update_from_flattened_dict(changes)
@@ -87,6 +89,39 @@ def sft_config(folder: Path, **changes) -> ConfigDict:
         "optimizer.learning_rate": 0.02, "optimizer.schedule": "cosine", "eval.every": 5, "checkpoint.every": 10,
         "log.num_samples": 3,
     } | changes)  # fmt: skip
+
+
+def pair_data(folder: Path) -> str:
+    """Pairs to the prompts of `common`, as a task's name: a text that begins with a 1 is preferred to one that begins
+    with a 0. The last pair is of equal texts."""
+    data = Path(folder) / "pairs.jsonl"
+    if not data.exists():
+        prompts = [f"{i:0{length}b}" for length in (1, 2, 3) for i in range(2**length)]
+        texts = [(p, f"1{more}", f"0{more}") for p in prompts for more in ("", "0", "11", " 1=")]
+        rows = [{"prompt": f"{p}=", "chosen": good, "rejected": bad} for p, good, bad in texts + [("0", "1", "1")]]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"jsonl:{data}"
+
+
+def pairs_config(config: ConfigDict, folder: Path, changes: dict) -> ConfigDict:
+    """What is common to training on preferences: 40 updates of 8 pairs."""
+    common(config, folder, {})
+    config.eval.update(every=10, num_prompts=20)
+    config.task.name = pair_data(folder)
+    config.model.update(num_experts=0, d_ff=16)  # the quickest to compile
+    config.update(num_updates=40, batch_size=8)
+    config.optimizer.update(learning_rate=0.01, schedule="cosine")
+    config.checkpoint.every = 20
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def reward_model_config(folder: Path, **changes) -> ConfigDict:
+    return pairs_config(base.reward_model(), folder, {"center_rewards_coefficient": 0.01} | changes)
+
+
+def dpo_config(folder: Path, **changes) -> ConfigDict:
+    return pairs_config(base.dpo(), folder, changes)
 
 
 def written(texts_QG, tokenizer, prompt_QP, prompt_lengths_Q, *, width=6, truncated=()) -> Rollout:

@@ -162,10 +162,7 @@ class DemonstrationSource:
         examples = [self.task[indices[j]] for j in (range(num_rows) if local_B is None else local_B)]
         prompts = [self.tokenizer.prompt_ids(prompt_of(example)) for example in examples]
         completions = [self._completion_ids(example) for example in examples]
-        pad = self.tokenizer.pad_id
-        left_BP = left_padded(prompts, self.prompt_width, pad)
-        right_BC = left_padded([ids[::-1] for ids in completions], self.completion_width, pad)[:, ::-1]
-        return DemonstrationBatch(np.concatenate([left_BP, right_BC], axis=1), _lengths(prompts), _lengths(completions))
+        return frames(prompts, completions, self.prompt_width, self.completion_width, self.tokenizer.pad_id)
 
     def packed(self, cursor: int, num_rows: int, local_B: Sequence[int] | None = None) -> PackedBatch:
         """As many demonstrations from position `cursor` on as find room in so many rows of a frame's width: each goes
@@ -195,6 +192,15 @@ class DemonstrationSource:
                 completion_BT[b, columns.start + len(prompt) : columns.stop] = True
                 used_B[b] = columns.stop
         return PackedBatch(tokens_BT, segments_BT, completion_BT, used_B, cursor)
+
+
+def frames(
+    prompts: list[list[int]], completions: list[list[int]], prompt_width: int, completion_width: int, pad_id: int
+) -> DemonstrationBatch:
+    """Ids of B prompts and of what follows each of them, in their frames. They have to fit."""
+    left_BP = left_padded(prompts, prompt_width, pad_id)
+    right_BC = left_padded([ids[::-1] for ids in completions], completion_width, pad_id)[:, ::-1]
+    return DemonstrationBatch(np.concatenate([left_BP, right_BC], axis=1), _lengths(prompts), _lengths(completions))
 
 
 def _examples(task: Task):

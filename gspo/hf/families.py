@@ -200,6 +200,7 @@ def spec_from_hf(config: Mapping[str, Any], **fields: Any) -> ModelSpec:
         name for name, f in FAMILIES.items() if f.model_type == config.get("model_type")
     ]
     name = names[0] if names else config.get("model_type")
+    name = _decoder(name)
     if name not in FAMILIES:
         raise UserError(f"config.json: architecture {name!r} is not known; known are {', '.join(FAMILIES)}")
     family = FAMILIES[name]
@@ -228,6 +229,11 @@ def spec_from_hf(config: Mapping[str, Any], **fields: Any) -> ModelSpec:
     return ModelSpec(**(found | dict(family.fixed) | dict(rope_scaling=scaling_from_hf(config)) | fields))
 
 
+def _decoder(architecture: Any) -> str:
+    """A sequence classifier has the decoder of the language model (`gspo.hf.classifier`)."""
+    return str(architecture).replace("ForSequenceClassification", "ForCausalLM")
+
+
 def _slides(config: Mapping[str, Any], family: Family) -> bool:
     """Whether some layer sees a window of the sequence alone."""
     if not config.get("sliding_window") or not config.get("use_sliding_window", True):
@@ -247,7 +253,7 @@ def hf_config(spec: ModelSpec, *, dtype: str = "float32", base: Mapping[str, Any
     """
     name = family_of(spec)
     family = FAMILIES[name]
-    if base and base.get("architectures", [name]) != [name]:
+    if base and [_decoder(given) for given in base.get("architectures", [name])] != [name]:
         raise UserError(f"the config.json to start from is of {base['architectures'][0]}, but the model is a {name}")
     # Without a base no token has a role: the class defaults would name ids that a small vocabulary does not have.
     kept = dict(base or dict(max_position_embeddings=32768, bos_token_id=None, eos_token_id=None, pad_token_id=None))

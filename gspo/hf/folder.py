@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,16 +61,18 @@ def _flat(spec: ModelSpec, tree: Params) -> dict[str, Any]:
     return flat
 
 
-def import_params(folder: str | Path, spec: ModelSpec, abstract: Params) -> Params:
+def import_params(folder: str | Path, spec: ModelSpec, abstract: Params, besides: Sequence[str] = ()) -> Params:
     """Reads the safetensors of a folder: model.safetensors, or the shards that model.safetensors.index.json names.
 
     abstract: tree of jax.ShapeDtypeStruct as `gspo.model.transformer.abstract_params` gives it; the arrays come back
     with its dtypes and shardings (the first device where it names none). Each process reads what its own devices hold,
-    one leaf at a time. bfloat16 and float16 become float32 exactly.
+    one leaf at a time. bfloat16 and float16 become float32 exactly. besides: names of tensors that the folder may hold,
+    too.
     Raises: UserError that names every tensor that is missing, surplus, of another shape or of another kind than DTYPES;
     or if there are no safetensors, or damaged ones. Pickled weights are never opened.
     """
-    return read_params(table(spec), spec, abstract, _open(Path(folder)), where=folder)
+    tensors = {name: file for name, file in _open(Path(folder)).items() if name not in besides}
+    return read_params(table(spec), spec, abstract, tensors, where=folder)
 
 
 def read_params(
@@ -89,6 +91,15 @@ def read_params(
         read = partial(_read, row, leaf, tensors, {})
         params[row.path] = jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, read))
     return flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def read_tensor(folder: str | Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One tensor of a folder, float32, on the host. Raises UserError where it is not there, or of another shape."""
+    tensors = _open(Path(folder))
+    found = list(tensors[name].get_slice(name).get_shape()) if name in tensors else "not there"
+    if found != list(shape):
+        raise UserError(f"{folder}: {name} is {found}, where {list(shape)} is wanted")
+    return np.asarray(tensors[name].get_tensor(name), np.float32)
 
 
 def _open(folder: Path) -> dict[str, Any]:
@@ -200,6 +211,8 @@ def export_params(
     dtype: str = "float32",
     shard_bytes: int = 5 * 10**9,
     source: str | Path | None = None,
+    besides: Mapping[str, np.ndarray] | None = None,
+    config_keys: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Writes a folder that `transformers` and `import_params` load: shards, their index, config.json. Returns the files
     carried over.
@@ -207,12 +220,14 @@ def export_params(
     params: of one or many devices or processes; every process must call. dtype: "float32" loses nothing; "bfloat16"
     halves the folder, and is exact only for parameters that are bfloat16 numbers (biases of sigmoid routers stay
     float32). source: folder whose tokenizer files, and other keys of config.json, are taken over. The config.json is
-    written last, so that a folder that was cut short does not load.
+    written last, so that a folder that was cut short does not load. besides: further tensors, on the host. config_keys:
+    laid over the config.json.
     Raises: UserError if `out` is not an empty or new folder, cannot be written, or if the spec is of no known family.
     """
     out, kind = Path(out), np.dtype(jnp.dtype(dtype))
     base = read_config(source) if source and (Path(source) / "config.json").is_file() else None
-    config = hf_config(spec, dtype=dtype, base=base)
+    config = hf_config(spec, dtype=dtype, base=base) | dict(config_keys or {})
+    besides = {name: np.ascontiguousarray(tensor.astype(kind)) for name, tensor in (besides or {}).items()}
     leaves = _flat(spec, params)
     rows = table(spec)
     shards = _plan(rows, leaves, kind, shard_bytes)
@@ -229,11 +244,15 @@ def export_params(
                 tensor = fetch(row, at)
                 tensor = (tensor.T if row.transposed else tensor).astype(_kept(row, kind))
                 tensors[row.tensor(at)] = np.ascontiguousarray(tensor)
+            if file == files[-1]:
+                tensors |= besides
             if primary:
                 safetensors.numpy.save_file(tensors, out / file, metadata={"format": "pt"})
         if primary:
             total = sum(leaves[row.path].size * _kept(row, kind).itemsize for row in rows)
+            total += sum(tensor.nbytes for tensor in besides.values())
             weight_map = {row.tensor(at): file for file, shard in zip(files, shards, strict=True) for row, at in shard}
+            weight_map |= dict.fromkeys(besides, files[-1])
             (out / INDEX).write_text(
                 json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
             )

@@ -1,7 +1,7 @@
 """The value model of PPO: a decoder of the policy's shape with one number per position instead of logits.
 
 V(x, y_<t) is read at the column that predicts token t, so values, log-probs and advantages share the frame of
-completions."""
+completions. Read at the last token of a completion, the same module is a reward model (`gspo.learning.rewards`)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,6 +17,7 @@ import optax
 from gspo.learning.learner import jit_update
 from gspo.learning.microbatch import accumulated_gradient, merge_rows, num_parts, split_rows
 from gspo.masked import Mean, Metrics, masked_mean, over_updates
+from gspo.model.packing import Packing
 from gspo.model.spec import ModelSpec
 from gspo.model.transformer import Transformer
 from gspo.objectives.advantages import clipped_value_loss
@@ -38,9 +39,10 @@ class Critic(nn.Module):
             "value", nn.with_partitioning(nn.initializers.zeros, ("embed",)), (self.spec.d_model,), jnp.float32
         )
 
-    def __call__(self, tokens_BT: chex.Array, first_B: chex.Array) -> chex.Array:
+    def __call__(self, tokens_BT: chex.Array, first_B: chex.Array, *, packing: Packing | None = None) -> chex.Array:
+        """packing: as of `Transformer`."""
         value_D = self.layout.gathered(self.value, "embed")
-        return self.body(tokens_BT, first_B).hidden_BTD.astype(jnp.float32) @ value_D
+        return self.body(tokens_BT, first_B, packing=packing).hidden_BTD.astype(jnp.float32) @ value_D
 
     def init_params(self, key: chex.PRNGKey) -> Any:
         """Parameters boxed with their logical axis names, as those of the policy."""

@@ -24,6 +24,7 @@ class Start(NamedTuple):
     # From given weights, whose buffers it takes; the key is for what is made beside them.
     begin: Callable[[Params, jax.Array], TrainState]
     abstract: TrainState  # the state as ShapeDtypeStructs with shardings, which a checkpoint is restored into
+    begins_with: Params | None = None  # what `begin` takes, likewise: a policy's. None: weights as those of the state
 
 
 def state_on_mesh(
@@ -98,6 +99,23 @@ def add_critic(layout: Layout, critic: Critic, optimizer: optax.GradientTransfor
         begin=begin,
         abstract=policy.abstract.replace(critic=own.abstract),
     )
+
+
+def reward_model_start(
+    layout: Layout, model: Critic, optimizer: optax.GradientTransformation, policy: Params | None = None
+) -> Start:
+    """The start of a reward model: from a key, or from given parameters, its own or those of a policy, to which a last
+    layer of zeros is added. policy: its abstract parameters, where it is one."""
+    own = state_on_mesh(layout, model, optimizer)
+    if policy is None:
+        return own
+    zeros, body = own.abstract.params["value"], own.abstract.params["body"]
+
+    def begin(params: Params, key: jax.Array) -> TrainState:
+        value = jnp.zeros(zeros.shape, zeros.dtype, device=zeros.sharding)
+        return own.begin({"body": {name: params[name] for name in body}, "value": value}, key)
+
+    return own._replace(begin=begin, begins_with=policy)
 
 
 def shardings_of(layout: Layout, abstract: TrainState) -> TrainState | None:

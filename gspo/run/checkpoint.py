@@ -217,7 +217,7 @@ class Checkpointer:
         replaced = self._set_aside(target, "replaced") if target.exists() else None
         content = {"meta": meta, "metrics": {name: float(value) for name, value in (metrics or {}).items()},
                    "arrays": {name: stored.describe(leaf) for name, leaf in named.items()},
-                   "identity": self._identity}  # fmt: skip
+                   "identity": self._identity, "best_metric": self._best_metric}  # fmt: skip
         content = json.loads(json.dumps(content))  # a copy: the caller may change `meta` while the writer runs
         self._score(step, content["metrics"])
         self._needs = step, sum(leaf.nbytes for leaf in named.values())

@@ -25,13 +25,16 @@ HOW_IT_RUNS = (
     "attention_chunk",
     "scan_layers",
 )  # fields of a spec that change no weight's meaning
+POLICY, REWARD_MODEL = "policy", "reward model"  # kinds of weights; an identity without "kind" is a policy's
 TOKENIZER = "tokenizer"  # the folder of a run that holds a copy of its tokenizer's files
 
 
-def identity(spec: ModelSpec, tokenizer: Tokenizer | None, lora: LoRA | None = None) -> dict[str, Any]:
+def identity(
+    spec: ModelSpec, tokenizer: Tokenizer | None, *, kind: str = POLICY, lora: LoRA | None = None
+) -> dict[str, Any]:
     """JSON values: {"model": the fields of the spec that give weights their meaning, "tokenizer": its fingerprint,
-    "date": the day that its chat template writes}. Without a tokenizer the last two are None. "lora": what gives
-    adapters theirs, where it is they that are saved."""
+    "date": the day that its chat template writes}. Without a tokenizer the last two are None. "kind": what the weights
+    are, where they are no policy. "lora": what gives adapters their meaning, where it is they that are saved."""
     fields = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(spec).items()
@@ -39,7 +42,13 @@ def identity(spec: ModelSpec, tokenizer: Tokenizer | None, lora: LoRA | None = N
     }
     known = None if tokenizer is None else fingerprint(tokenizer)
     own = {"model": fields, "tokenizer": known, "date": getattr(tokenizer, "date", None)}
+    own |= {} if kind == POLICY else {"kind": kind}
     return own if lora is None else own | {"lora": dataclasses.asdict(lora)}
+
+
+def kind_of(saved: Mapping[str, Any] | None) -> str:
+    """What the weights are of which this is the identity."""
+    return (saved or {}).get("kind", POLICY)
 
 
 def check_identity(where: str | os.PathLike, saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
@@ -48,6 +57,8 @@ def check_identity(where: str | os.PathLike, saved: Mapping[str, Any] | None, no
     if saved is None:
         log.warning("%s does not say what model its weights are of: only shapes can be compared", where)
         return
+    if kind_of(saved) != kind_of(now):
+        raise UserError(f"{where}: the weights are those of a {kind_of(saved)}, where a {kind_of(now)} is wanted")
     for name, value in now["model"].items():
         if name in saved["model"] and saved["model"][name] != value:
             raise UserError(

@@ -19,7 +19,7 @@ from gspo.run import disk
 from gspo.run.seal import check_seal
 from gspo.types import UserError
 
-BEST_METRIC = "eval/pass@1"  # by which checkpoints of a run are ranked
+BEST_METRIC = "eval/pass@1"  # ranks the checkpoints of a run, unless they name another
 BASE = "base"  # the folder of a run with adapters that holds the weights under them, as a workdir of its own
 
 # ---------------------------------------------------------------------------------------------------- trees by name
@@ -144,7 +144,8 @@ def _best(step_dirs: list[Path]) -> list[Path]:
     scores = []
     for step_dir in step_dirs:
         try:
-            score = read_meta(step_dir)["metrics"].get(BEST_METRIC, math.nan)
+            content = read_meta(step_dir)
+            score = content["metrics"].get(content.get("best_metric") or BEST_METRIC, math.nan)
         except Exception:  # damaged
             continue
         if not math.isnan(score):

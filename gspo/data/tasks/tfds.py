@@ -42,7 +42,7 @@ def make(
         raise UserError(
             f"task.options.prompt_field, task.options.answer_field: {name} needs both (only tfds:gsm8k knows its own)"
         )
-    source = _source(rest, split, data_dir)
+    source = open_split(rest, split, data_dir)
 
     def gsm8k(index: int) -> Example:
         row = source[index]
@@ -97,7 +97,7 @@ def _parts(instructions: list, size: int | None) -> list[tuple[str, int, int]]:
     return parts
 
 
-def _source(name: str, split: str, data_dir: str | None) -> Any:
+def open_split(name: str, split: str, data_dir: str | None) -> Any:
     """The random-access source of a split."""
 
     def opened(builder):

@@ -1,0 +1,107 @@
+"""Trained reward models as rewards of reinforcement learning: `rewards=("reward_model:runs/rm", "task")`.
+
+They read the rollout where it lies, on the devices, and by its tokens: so they have to know the policy's tokenizer.
+They may be of another size than the policy. Their weights are frozen, lie on the mesh as the policy's do, and belong to
+their own folder: a run does not save them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from gspo import plans
+from gspo.data.tokenizer import Tokenizer
+from gspo.generate import Judged
+from gspo.learning.critic import Critic
+from gspo.learning.microbatch import shared_rows
+from gspo.learning.rewards import STATISTICS, CompletionRows, make_reward_fn
+from gspo.model.transformer import abstract_params
+from gspo.parallel import distributed
+from gspo.parallel.sharding import indivisible
+from gspo.run.checkpoint import restore_params
+from gspo.run.identity import REWARD_MODEL, check_identity, identity, spec_of
+from gspo.run.stored import read_content
+from gspo.steps import Steps
+from gspo.types import Params, Rollout, UserError
+
+
+class RewardModel(NamedTuple):
+    """rollout -> [B] float32 on every host: (r(x, y) − mean) / std, within ±clip (0: no limit)."""
+
+    reward: Callable[[Params, CompletionRows], object]  # jitted
+    params: Params
+    mean: float = 0.0
+    std: float = 1.0
+    clip: float = 0.0
+
+    def __call__(self, rollout: Rollout) -> np.ndarray:
+        rows = CompletionRows(rollout.tokens_BT, rollout.prompt_lengths_B, rollout.completion_lengths_B)
+        scores_B = np.asarray(distributed.fetch(self.reward(self.params, rows)), np.float64)
+        scores_B = (scores_B - self.mean) / self.std
+        return (np.clip(scores_B, -self.clip, self.clip) if self.clip else scores_B).astype(np.float32)
+
+
+def load_reward_models(plan: plans.RLPlan, steps: Steps, tokenizer: Tokenizer) -> dict[str, RewardModel]:
+    """Those among plan.experience.rewards, by their whole names. Raises UserError where one cannot be read, is none, or
+    reads other tokens than the policy writes."""
+    found = {}
+    for name in plan.experience.reward_models:
+        try:
+            found[name] = _load(name.removeprefix(plans.REWARD_MODEL_PREFIX), plan, steps, tokenizer)
+        except UserError as error:
+            raise UserError(f"rewards: {name!r}: {error}") from None
+    return found
+
+
+def _load(folder: str, plan: plans.RLPlan, steps: Steps, tokenizer: Tokenizer) -> RewardModel:
+    content = read_content(folder)
+    saved = (content or {}).get("identity")
+    if saved is None:
+        raise UserError(
+            "there is no checkpoint that says what it is of; give the workdir of experiments/reward_model.py"
+        )
+    if saved["tokenizer"] is None:
+        raise UserError("it was saved without a tokenizer; import it from a folder with a tokenizer.json")
+    layout, runs = steps.layout, {name: getattr(steps.model.spec, name) for name in ("dtype", "moe_backend")}
+    spec = dataclasses.replace(spec_of(saved), **runs)
+    for axis, heads in (("heads", spec.num_heads), ("kv_heads", spec.num_kv_heads)):
+        if heads % layout.parts(axis):
+            raise UserError(indivisible(layout, axis, f"its model.num_{axis}", heads))
+    model, own = Critic(spec, layout), identity(spec, tokenizer, kind=REWARD_MODEL)
+    _, params = restore_params(
+        folder, abstract_params(model, layout), lambda where, saved: check_identity(where, saved, own)
+    )
+    updates, G = plan.updates_per_rollout, plan.rollout.num_generations
+    rows_at_a_time = plan.update.micro_batch_size or plan.rollout.rows // updates
+    shared = shared_rows(rows_at_a_time, layout.parts("rows"), G) if plan.update.share_prompts else 1
+    reward = make_reward_fn(
+        model,
+        completion_width=plan.data.max_completion_length,
+        micro_batch_size=rows_at_a_time,
+        rows_per_prompt=shared,
+    )
+    mean, std = 0.0, 1.0
+    if plan.experience.normalize_reward_models:
+        statistics = content["meta"].get(STATISTICS)
+        if statistics is None:
+            raise UserError("nothing is known of its scores on its training data; set reward_model.normalize=False")
+        mean, std = statistics["mean"], max(statistics["std"], 1e-6)
+    return RewardModel(reward, params, mean, std, plan.experience.clip_reward_models)
+
+
+def with_models(judged: Judged, plan: plans.ExperiencePlan, models: Mapping[str, RewardModel]) -> Judged:
+    """Completions that were judged by the functions among the rewards of the plan, and now by the models among them
+    too, which never fail."""
+    if not models:
+        return judged
+    functions = zip(judged.parts_BR.T, judged.failed_BR.T, strict=True)
+    never_B = np.zeros(len(judged.rewards_B), bool)
+    parts, failed = zip(
+        *((models[name](judged.rollout), never_B) if name in models else next(functions) for name in plan.rewards),
+        strict=True,
+    )
+    parts_BR = np.stack(parts, axis=1)
+    rewards_B = parts_BR @ np.asarray(plan.weights, np.float32)
+    return judged._replace(parts_BR=parts_BR, failed_BR=np.stack(failed, axis=1), rewards_B=rewards_B)
