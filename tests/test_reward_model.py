@@ -194,7 +194,12 @@ def test_numbers_that_cannot_be_are_refused(folder, make, changes, message):
 @pytest.mark.slow
 def test_a_mesh_trains_the_same_reward_model(folder, trained, tmp_path, mesh):
     # Catches pairs that are cut by the devices, gradients that are not summed, a last layer that is not gathered.
-    changes = mesh | {"num_updates": 6, "micro_batch_size": 8, "optimizer.schedule": "constant"}
+    changes = mesh | {
+        "num_updates": 6,
+        "micro_batch_size": 8,
+        "model.num_kv_heads": 2,
+        "optimizer.schedule": "constant",
+    }
     lines = []
     for name, sizes in (("one", {}), ("several", mesh)):
         config = reward_model_config(folder, **changes | {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1} | sizes)
