@@ -9,6 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from gspo import objectives, plans, supervised_plans
+from gspo.checks import need
 from gspo.data.scoring import Judging
 from gspo.learning.learner import UpdatePlan
 from gspo.model.adapters import LoRA
@@ -73,7 +74,7 @@ def rl_plan(config: ConfigDict, workdir: str = "") -> plans.RLPlan:
     with_critic = critic.pop("enable")
     steps, alpha = config.ref_model_sync_steps, config.ref_model_mixup_alpha
     if config.sync_ref_model:
-        plans.need(steps > 0, "ref_model_sync_steps", steps, "must be positive")
+        need(steps > 0, "ref_model_sync_steps", steps, "must be positive")
     return plans.RLPlan(
         **_common(config, workdir, total_steps=updates, eval_at_a_time=config.num_prompts),
         num_rollouts=config.num_rollouts,

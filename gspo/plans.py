@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from gspo.checks import need, one_of, positive
 from gspo.data.scoring import Judging
 from gspo.learning.learner import UpdatePlan
 from gspo.learning.mismatch import ROUNDINGS
@@ -22,23 +23,6 @@ from gspo.run.stored import BEST_METRIC
 from gspo.types import UserError
 
 REWARD_MODEL_PREFIX = "reward_model:"  # of the rewards that are trained models; what follows names their workdir
-
-
-def need(ok: bool, field: str, value: Any, remedy: str) -> None:
-    """Raises UserError "field=value: remedy" unless `ok`."""
-    if not ok:
-        raise UserError(f"{field}={value!r}: {remedy}")
-
-
-def positive(plan: Any, *names: str, under: str = "") -> None:
-    """Raises UserError for the first of the fields that is not > 0. under: what its name begins with, "eval." say."""
-    for name in names:
-        value = getattr(plan, name)
-        need(value > 0, under + name, value, "must be positive")
-
-
-def one_of(field: str, value: str, known) -> None:
-    need(value in known, field, value, f"choose one of {', '.join(known)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import ClassVar
 
-from gspo.plans import RunPlan, need, positive
+from gspo.checks import need, positive
+from gspo.plans import RunPlan
 from gspo.run.identity import REWARD_MODEL
 from gspo.types import UserError
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first. A file imports from files above it in this list, never from one below it.
 TOWER = [
-    "types", "masked",
+    "types", "checks", "masked",
     "parallel.sharding", "parallel.peers", "parallel.distributed",
     "objectives.ratios", "objectives.kl", "objectives.surrogates", "objectives.corrections", "objectives.aggregations",
     "objectives.advantages", "objectives.diagnostics", "objectives.presets", "objectives.compose",
