@@ -278,11 +278,10 @@ def _kept_scores(plan: plans.RLPlan, objective: Objective) -> tuple[str, ...]:
 def initial_state(plan: plans.RunPlan, start: Start, check: Check | None = None) -> TrainState:
     """A fresh state; with init_from, one that begins with the parameters of that run, of which there is never a second
     copy beside random ones. check: what compares them with the model before they are read."""
-    key = jax.random.fold_in(jax.random.key(plan.seed), 0)
-    if not plan.init_from:
-        return start.init(key)
     given = start.abstract.weights if start.begins_with is None else start.begins_with
-    return start.begin(restore_params(plan.init_from, given, check)[1], key)
+    params = restore_params(plan.init_from, given, check)[1] if plan.init_from else None
+    key = jax.random.fold_in(jax.random.key(plan.seed), 0)
+    return start.init(key) if params is None else start.begin(params, key)
 
 
 # ---------------------------------------------------------------------------- lines for the log

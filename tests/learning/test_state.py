@@ -32,8 +32,8 @@ def test_the_initial_state_is_what_its_abstract_twin_says(tmp_path):
     # without a description, which a resume would lose.
     layout, model, optimizer = parts(rl_config(tmp_path, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.expert": 2}))
     made = state_on_mesh(layout, model, optimizer, with_ref=True, entropy_coef=0.5)
-    init, _, abstract = add_critic(layout, Critic(model.spec), make_optimizer(learning_rate=1e-3), made)
-    state = init(jax.random.key(0))
+    start = add_critic(layout, Critic(model.spec), make_optimizer(learning_rate=1e-3), made)
+    state, abstract = start.init(jax.random.key(0)), start.abstract
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
     for (path, leaf), twin in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(abstract), strict=True):
         assert (leaf.shape, leaf.dtype) == (twin.shape, twin.dtype), path

@@ -56,7 +56,7 @@ def test_without_a_difference_in_reward_nothing_moves_and_evaluations_agree(froz
     lines = read_jsonl(workdir / "metrics.jsonl")
     assert len(lines) == 3
     evals = [{name: value for name, value in line.items() if name.startswith("eval/")} for line in lines]
-    assert evals[0] == evals[1] == evals[2] and len(evals[0]) == 5
+    assert evals[0] == evals[1] == evals[2] and len(evals[0]) == 8
     for line in lines[:2]:
         assert line["frac_reward_zero_std"] == 1 and line["advantage/abs_max"] == 0 and line["grad_norm/max"] == 0
         assert (
