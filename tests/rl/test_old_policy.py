@@ -157,9 +157,9 @@ def watch_states(monkeypatch):
     """The states in which the rollouts of a test begin their updates, on the host."""
     seen, update = [], rl.update
 
-    def watched(steps, state, batch):
+    def watched(steps, state, *rest):
         seen.append(jax.tree.map(np.array, state))
-        return update(steps, state, batch)
+        return update(steps, state, *rest)
 
     monkeypatch.setattr(rl, "update", watched)
     return seen
