@@ -61,7 +61,8 @@ class LoRA:
         """{name: leaf} of the matrices that the patterns find in a tree of parameters, of arrays or abstract. A router
         is found only by a pattern that finds nothing else: "moe" are the experts.
 
-        Raises UserError where a pattern finds no matrix of a layer. Norms and embeddings are none."""
+        Raises UserError where a pattern finds no matrix of a layer. Norms and embeddings are none, nor are the matrices
+        of dense layers among those with experts."""
         named = flatten_dict(params, sep="/")
         known = [name for name, leaf in named.items() if name.startswith("blocks/") and leaf.ndim > 2]  # stacked by L
         chosen: set[str] = set()

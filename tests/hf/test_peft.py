@@ -14,10 +14,7 @@ from gspo.model.adapters import LoRA, init_adapters, merged_params
 from gspo.types import UserError, attached
 from tests.hf_folders import all_families, exported, read_all
 
-EXPERT = {
-    "Qwen3MoeForCausalLM": "mlp.experts.3.down_proj", "OlmoeForCausalLM": "mlp.experts.3.down_proj",
-    "MixtralForCausalLM": "block_sparse_moe.experts.3.w2",
-}  # fmt: skip
+EXPERT = {"MixtralForCausalLM": "block_sparse_moe.experts.3.w2"}  # the others': mlp.experts.3.down_proj
 
 
 def random_adapters(spec, params):
@@ -41,11 +38,12 @@ def test_the_modules_of_peft_add_up_to_the_merged_folder(family, tmp_path):
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (3, 7.5, "LORA")
 
-    query = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    last = max(layer for layer in range(spec.num_layers) if spec.stack_of(layer) == "blocks")
+    query = f"base_model.model.model.layers.{last}.self_attn.q_proj.lora_{{}}.weight"
     width = spec.num_heads * spec.head_width
     assert tensors[query.format("A")].shape == (3, 16) and tensors[query.format("B")].shape == (width, 3)
     if spec.num_experts:
-        down = f"base_model.model.model.layers.1.{EXPERT[family]}.lora_{{}}.weight"
+        down = f"base_model.model.model.layers.{last}.{EXPERT.get(family, 'mlp.experts.3.down_proj')}.lora_{{}}.weight"
         assert tensors[down.format("A")].shape == (3, 10) and tensors[down.format("B")].shape == (16, 3)
 
     modules = {name.rpartition(".lora_")[0] for name in tensors}
