@@ -113,6 +113,7 @@ def test_the_statistics_beside_the_weights_are_those_of_the_training_pairs(folde
     assert found == {"mean": pytest.approx(scores.mean(), abs=1e-5), "std": pytest.approx(scores.std(), rel=1e-5)}
 
 
+@pytest.mark.slow
 def test_a_killed_training_of_a_reward_model_ends_bit_equal_when_it_is_started_again(
     folder, trained, tmp_path, monkeypatch
 ):
@@ -211,6 +212,7 @@ def test_a_mesh_trains_the_same_reward_model(folder, trained, tmp_path, mesh):
                 assert several[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_the_experiment_leaves_a_table_and_a_figure_of_its_calibration(folder, trained, tmp_path, command):  # noqa: F811
     # Catches a script that dies in its last line.
     path = tmp_path / "config.py"

@@ -255,7 +255,8 @@ def test_samples_are_those_of_the_evaluations_once_each(plain):
 
 
 @pytest.mark.parametrize(
-    "place", ["in an update", "in an evaluation", pytest.param("after a save", marks=pytest.mark.slow)]
+    "place",
+    ["in an update", *(pytest.param(place, marks=pytest.mark.slow) for place in ("in an evaluation", "after a save"))],
 )
 def test_a_run_that_dies_and_is_resumed_ends_bit_equal_to_one_that_did_not(folder, plain, tmp_path, monkeypatch, place):
     # Catches samples or lines twice, a data position or an optimizer that starts anew.

@@ -34,6 +34,7 @@ def here(tmp_path, monkeypatch):
     sys.modules.pop("brevity_of_mine", None)
 
 
+@pytest.mark.slow
 def test_a_run_whose_reward_breaks_is_saved_where_it_stands_and_goes_on_when_it_is_mended(
     folder, here, monkeypatch, capfd
 ):

@@ -137,6 +137,7 @@ def test_whoever_takes_the_weights_of_the_run_gets_them_merged(folder, adapted):
     assert not any(leaf.any() for path, leaf in jax.tree.leaves_with_path(state.params) if path[-1].key == "B")
 
 
+@pytest.mark.slow
 def test_the_script_exports_the_run_merged_its_adapters_and_its_base(folder, adapted, tmp_path, command):  # noqa: F811
     # Catches a script that exports the base for the run, and a base that it cannot find.
     for name, arguments in {
