@@ -30,7 +30,10 @@ def benchmark(command, tmp_path):  # noqa: F811
     return run
 
 
-@pytest.mark.parametrize("case", sorted(set(cases.CASES) - {"rollout", "step"}))
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case == "replay"))
+             for case in sorted(set(cases.CASES) - {"rollout", "step"})]
+)  # fmt: skip
 def test_every_case_runs_and_leaves_its_numbers(benchmark, case, monkeypatch):
     # Catches a case that only the README still knows.
     some = ("grpo", "gspo", "rspo")  # each is a program to compile

@@ -100,6 +100,7 @@ def test_micro_batches_and_chunks_do_not_change_gradient_and_metrics(spec, objec
     assert_same_metrics(other, metrics)
 
 
+@pytest.mark.slow
 def test_router_losses_of_fine_tuning_equal_those_of_the_float64_model_in_value_and_gradient():
     # Catches losses over prompts or padding, a mean over tokens where one over rows is meant, a weight that the token
     # count of the likelihood scales, a gradient through the shares f, and one that stops before the router.

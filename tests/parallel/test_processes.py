@@ -130,6 +130,7 @@ cli.run(main, needs="num_rollouts")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_process_lost_while_a_checkpoint_is_written_ends_the_others_with_a_line(folder, victim):
     # Catches a process that waits at a barrier of the checkpoint until jax aborts it, with a stack trace and no word

@@ -32,6 +32,7 @@ def test_prompts_fill_their_frame_and_hold_plain_ids():
     assert not np.array_equal(*prompts.tokens_QP)
 
 
+@pytest.mark.slow
 def test_a_step_is_that_of_the_loop():
     # Catches a benchmark's own copy of the step: the same key, prompts and state give what the loop's parts give.
     ours, theirs = tiny(), tiny()
