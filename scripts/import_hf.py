@@ -25,7 +25,6 @@ weights straight into their shardings over several devices.
 """
 
 import argparse
-import dataclasses
 import importlib.util
 import json
 import shutil
@@ -38,7 +37,7 @@ import jax
 
 from gspo.data.tokenizer import make_tokenizer, save_files
 from gspo.hf import folder as hf
-from gspo.hf import gguf_file, gguf_tokenizer
+from gspo.hf import gguf_file, gguf_tokenizer, start_folder
 from gspo.hf.classifier import import_reward_model, is_classifier
 from gspo.hf.families import family_of, read_config, spec_from_hf
 from gspo.learning.critic import Critic
@@ -46,7 +45,6 @@ from gspo.model.spec import ModelSpec
 from gspo.model.transformer import Transformer, abstract_params
 from gspo.parallel.sharding import Layout, make_mesh, parse_sizes
 from gspo.run import cli
-from gspo.run.checkpoint import Checkpointer
 from gspo.run.identity import POLICY, REWARD_MODEL, TOKENIZER, identity
 from gspo.types import Params, UserError
 
@@ -126,31 +124,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = parse(argv)
     out = Path(args.out)
-    if (out / "checkpoints").exists():
-        raise UserError(f"--out={out} already holds checkpoints: choose another folder")
+    start_folder.check_new(out)
     source = open_source(args.model_dir)
     spec = spec_from_hf(source.config)
     layout = Layout(make_mesh(parse_sizes(args.mesh)))
     model = Critic(spec, layout) if source.kind == REWARD_MODEL else Transformer(spec)
     params = source.read(spec, abstract_params(model, layout))
-    try:
-        (out / "hf").mkdir(parents=True, exist_ok=True)
+    with start_folder.written(out):
         source.carry(out / "hf")
-        (out / "model.json").write_text(json.dumps(dataclasses.asdict(spec), indent=2) + "\n")
         tokenizer = make_tokenizer(str(out / "hf")) if (out / "hf" / "tokenizer.json").is_file() else None
         if tokenizer:
             save_files(tokenizer, out / TOKENIZER)
         own = identity(spec, tokenizer, kind=source.kind)
-        with Checkpointer(out, keep_last=1, async_save=False, identity=own) as checkpointer:
-            checkpointer.save(0, {"params": params}, {"imported_from": source.name})
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written: {error.strerror}") from None
+        start_folder.save(out, spec, own, params, {"imported_from": source.name})
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{out}: {family_of(spec)}, {spec.num_layers} layers, {count:,} parameters")
     if source.kind == REWARD_MODEL:
         print(f"a reward model: --config.rewards=\"('reward_model:{out}',)\" --config.reward_model.normalize=False")
         return 0
-    print(f"start from it with: --config.init_from={out}" + ("" if tokenizer else " --config.tokenizer=..."))
+    print(start_folder.how_to_start(out, bool(tokenizer)))
     return 0
 
 

@@ -14,7 +14,6 @@ The copies are alike at first, and only the tokens that they see pull them apart
 """
 
 import argparse
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -22,13 +21,14 @@ from pathlib import Path
 import jax
 
 from gspo.hf import folder as hf
+from gspo.hf import start_folder
 from gspo.hf.families import family_of, hf_config, read_config
 from gspo.model.spec import ModelSpec
 from gspo.model.transformer import Transformer, abstract_params, param_shardings
 from gspo.model.upcycle import Upcycling
 from gspo.parallel.sharding import Layout, make_mesh, parse_sizes
 from gspo.run import cli
-from gspo.run.checkpoint import Checkpointer, restore_params
+from gspo.run.checkpoint import restore_params
 from gspo.run.identity import TOKENIZER, identity, run_folder, saved_identity, spec_of
 from gspo.types import UserError
 
@@ -49,8 +49,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = parse(argv)
     out, plan = Path(args.out), Upcycling(args.experts, args.experts_per_token, args.split, args.noise)
-    if (out / "checkpoints").exists():
-        raise UserError(f"--out={out} already holds checkpoints: choose another folder")
+    start_folder.check_new(out)
     saved = saved_identity(args.source)
     if saved is None:
         why = "no checkpoint that says what its model is" if Path(args.source).exists() else "there is no such folder"
@@ -62,25 +61,20 @@ def main(argv: list[str]) -> int:
     step, params = restore_params(args.source, abstract_params(Transformer(dense), layout))
     params = plan.params(params, jax.random.key(args.seed), param_shardings(Transformer(spec), layout))
     own = identity(spec, None) | {"tokenizer": saved["tokenizer"], "date": saved.get("date")}
-    try:
+    with start_folder.written(out):
         _describe(run_folder(args.source), out, spec)
-        with Checkpointer(out, keep_last=1, async_save=False, identity=own) as checkpointer:
-            checkpointer.save(0, {"params": params}, {"upcycled_from": args.source, "step": step})
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written: {error.strerror}") from None
+        start_folder.save(out, spec, own, params, {"upcycled_from": args.source, "step": step})
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, params["blocks"]["moe"])]
     active = sizes[0] - sizes[1] * (plan.experts - plan.experts_per_token) // plan.experts
     print(f"{out}: {family}, {plan.experts_per_token} of {plan.experts} experts run, {sizes[0]:,} parameters, "
           f"about {active:,} active, from step {step}")  # fmt: skip
-    print(f"start from it with: --config.init_from={out}" + ("" if saved["tokenizer"] else " --config.tokenizer=..."))
+    print(start_folder.how_to_start(out, bool(saved["tokenizer"])))
     return 0
 
 
 def _describe(source: Path, out: Path, spec: ModelSpec) -> None:
     """The files beside the weights: those of the tokenizer, and the config.json that an export begins with, which keeps
     what the source's says of token ids and lengths."""
-    (out / "hf").mkdir(parents=True, exist_ok=True)
-    (out / "model.json").write_text(json.dumps(dataclasses.asdict(spec), indent=2) + "\n")
     base, files = None, source / TOKENIZER
     if files.is_dir():
         shutil.copytree(files, out / TOKENIZER, dirs_exist_ok=True)

@@ -29,7 +29,7 @@ TOWER = [
     "data.tasks", "data.scoring", "data.batches", "data.preferences",
     "run.disk", "run.machine", "run.seal", "run.writers", "run.tokens", "run.progress", "run.profile",
     "run.stored", "run.checkpoint", "run.identity", "run.workdir",
-    "hf.rope", "hf.derived", "hf.rows", "hf.families", "hf.folder", "hf.classifier", "hf.peft",
+    "hf.rope", "hf.derived", "hf.rows", "hf.families", "hf.folder", "hf.classifier", "hf.peft", "hf.start_folder",
     "hf.gguf_file", "hf.gguf_tokenizer",
     "report.hlo", "report.collectives", "report.origins", "report.matmuls", "report.program",
     "report.plots", "report.tables", "report.calibration", "report.measure", "report.flops", "report.speed",
