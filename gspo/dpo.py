@@ -9,16 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from gspo import supervised_plans
-from gspo.generate import check_splits
 from gspo.learning.learner import make_train_step
 from gspo.learning.rewards import PAIR, CompletionRows
 from gspo.learning.scores import make_scorer
 from gspo.learning.state import shardings_of, state_on_mesh
 from gspo.model.distribution import Sampling
 from gspo.objectives import DPO, implicit_rewards
-from gspo.pairs import SHOWN, agreement, check_pairs, make_pairs, notes_of, pair_source, score_all
-from gspo.resume import tokenizer_of_run
-from gspo.steps import make_layout, make_model, optimizer_of
+from gspo.pairs import SHOWN, evaluated, make_pairs, prepare
+from gspo.steps import make_model, optimizer_of
 from gspo.supervised import Course, run
 from gspo.types import Batch, LossInputs, TrainState, completion_mask
 
@@ -29,10 +27,8 @@ def train(
     """Runs, or resumes, DPO in workdir. Returns the last line of its metrics. Raises UserError."""
     # ------------------------------------------------------------------ layout, data, model
     micro, width = plan.update.micro_batch_size, plan.data.max_completion_length
-    layout, tokenizer = make_layout(plan.mesh), tokenizer_of_run(plan)
-    check_pairs(layout, plan.batch_size, micro)
-    split_notes = check_splits(plan.data)
-    source, held_out = (pair_source(plan.data, s, tokenizer) for s in (plan.data.train_split, plan.data.eval_split))
+    parts = prepare(plan)
+    layout, tokenizer = parts.layout, parts.tokenizer
     model = make_model(plan.model, tokenizer, layout, plan.lora)
     optimizer, learning_rate = optimizer_of(plan.optimizer)
     start = state_on_mesh(layout, model, optimizer, lora=plan.lora, with_ref=True)
@@ -73,17 +69,15 @@ def train(
         return rewards_of(*logps, pairs.completion_lengths_B)
 
     def evaluate(state: TrainState):
-        count = min(plan.evaluation.num_prompts, len(held_out))
-        scores_Q2 = score_all(layout, held_out, count, plan.batch_size, partial(score, state))
-        return agreement(scores_Q2[:, 0] - scores_Q2[:, 1]), []
+        return evaluated(plan, parts, partial(score, state)), []
 
     # ------------------------------------------------------------------ loop
     def update(state: TrainState, cursor: int):
-        pairs = make_pairs(layout, source, cursor, plan.batch_size)
+        pairs = make_pairs(layout, parts.source, cursor, plan.batch_size)
         ref_logp_BC = scorer(state.full(state.ref_params), pairs.tokens_BT, pairs.prompt_lengths_B).logp_BC
         return *step(state, batch_of(pairs, ref_logp_BC)), cursor + plan.batch_size
 
-    notes = [*split_notes, *notes_of(source, held_out)]
+    notes = parts.notes
     if not plan.init_from:
         notes.append("warning: without init_from the reference is a policy of random parameters")
     course = Course(start, model, tokenizer, update, evaluate, learning_rate, notes, shown=SHOWN)

@@ -4,7 +4,7 @@ and DPO share.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,10 +12,13 @@ import numpy as np
 from gspo import plans
 from gspo.data.preferences import PairSource, make_preferences
 from gspo.data.tokenizer import Tokenizer
+from gspo.generate import check_splits
 from gspo.learning.rewards import PAIR, CompletionRows
 from gspo.parallel import distributed
 from gspo.parallel.sharding import Layout
-from gspo.steps import check_rows
+from gspo.resume import tokenizer_of_run
+from gspo.steps import check_rows, make_layout
+from gspo.supervised_plans import PairPlan
 
 BINS = 10  # of the calibration table
 Z = 1.96  # of a 95% interval
@@ -39,16 +42,26 @@ def pair_source(plan: plans.DataPlan, split: str, tokenizer: Tokenizer) -> PairS
     )
 
 
-def notes_of(train: PairSource, held_out: PairSource) -> list[str]:
-    """Lines for the log: what was left out of the data."""
-    return [*train.notes, *(f"held out: {note}" for note in held_out.notes)]
+class Prepared(NamedTuple):
+    """Where a training on preferences runs, and its data. notes: lines for the log."""
+
+    layout: Layout
+    tokenizer: Tokenizer
+    source: PairSource
+    held_out: PairSource
+    notes: list[str]
 
 
-def check_pairs(layout: Layout, batch_size: int, micro_batch_size: int) -> None:
-    """Raises UserError where pairs cannot be cut evenly over the devices."""
-    check_rows(layout, batch_size=batch_size)
-    if micro_batch_size:
-        check_rows(layout, **{"pairs of a micro-batch (micro_batch_size / 2)": micro_batch_size // PAIR})
+def prepare(plan: PairPlan) -> Prepared:
+    """Raises UserError where pairs cannot be cut evenly over the devices, and for what is wrong with the data."""
+    layout, tokenizer = make_layout(plan.mesh), tokenizer_of_run(plan)
+    check_rows(layout, batch_size=plan.batch_size)
+    if plan.update.micro_batch_size:
+        check_rows(layout, **{"pairs of a micro-batch (micro_batch_size / 2)": plan.update.micro_batch_size // PAIR})
+    notes = check_splits(plan.data)
+    source, held_out = (pair_source(plan.data, s, tokenizer) for s in (plan.data.train_split, plan.data.eval_split))
+    notes += [*source.notes, *(f"held out: {note}" for note in held_out.notes)]
+    return Prepared(layout, tokenizer, source, held_out, notes)
 
 
 def make_pairs(layout: Layout, source: PairSource, cursor: int, count: int) -> CompletionRows:
@@ -68,6 +81,13 @@ def score_all(
     order. Equal calls, one compile: what the last has too many is dropped."""
     scores = [distributed.fetch(score(make_pairs(layout, source, at, at_a_time))) for at in range(0, count, at_a_time)]
     return np.concatenate(scores).astype(np.float64).reshape(-1, PAIR)[:count]
+
+
+def evaluated(plan: PairPlan, parts: Prepared, score: Callable[[CompletionRows], jax.Array]) -> dict[str, Any]:
+    """The agreement with the first eval.num_prompts pairs that were held out."""
+    count = min(plan.evaluation.num_prompts, len(parts.held_out))
+    scores_Q2 = score_all(parts.layout, parts.held_out, count, plan.batch_size, score)
+    return agreement(scores_Q2[:, 0] - scores_Q2[:, 1])
 
 
 def agreement(difference_Q: np.ndarray) -> dict[str, Any]:

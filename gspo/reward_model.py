@@ -6,21 +6,17 @@ completions was preferred. Reinforcement learning then takes it as `rewards=("re
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from gspo import supervised_plans
-from gspo.generate import check_splits
 from gspo.learning.critic import Critic
 from gspo.learning.rewards import PAIR, STATISTICS, make_reward_fn, make_reward_step
 from gspo.learning.state import reward_model_start, shardings_of
 from gspo.model.transformer import abstract_params
 from gspo.objectives import bradley_terry
-from gspo.pairs import SHOWN, agreement, check_pairs, make_pairs, notes_of, pair_source, score_all
-from gspo.resume import tokenizer_of_run
+from gspo.pairs import SHOWN, evaluated, make_pairs, prepare, score_all
 from gspo.run.identity import POLICY, kind_of, saved_identity
-from gspo.steps import make_layout, make_model, optimizer_of
+from gspo.steps import make_model, optimizer_of
 from gspo.supervised import Course, run
-from gspo.types import Params, TrainState
+from gspo.types import TrainState
 
 STATISTICS_PAIRS = 1024  # of the training data, of whose scores these are
 
@@ -36,10 +32,8 @@ def train(
     the body of a policy, or with a reward model, where init_from names one. Raises UserError."""
     # ------------------------------------------------------------------ layout, data, model
     micro, width = plan.update.micro_batch_size, plan.data.max_completion_length
-    layout, tokenizer = make_layout(plan.mesh), tokenizer_of_run(plan)
-    check_pairs(layout, plan.batch_size, micro)
-    split_notes = check_splits(plan.data)
-    source, held_out = (pair_source(plan.data, s, tokenizer) for s in (plan.data.train_split, plan.data.eval_split))
+    parts = prepare(plan)
+    layout, tokenizer, source = parts.layout, parts.tokenizer, parts.source
     policy = make_model(plan.model, tokenizer, layout)
     model = Critic(policy.spec, layout)
     optimizer, learning_rate = optimizer_of(plan.optimizer)
@@ -56,23 +50,19 @@ def train(
     reward = make_reward_fn(model, completion_width=width, micro_batch_size=micro, rows_per_prompt=PAIR)
 
     # ------------------------------------------------------------------ what is measured
-    def scores(params: Params, pairs, count: int) -> np.ndarray:
-        return score_all(layout, pairs, min(count, len(pairs)), plan.batch_size, partial(reward, params))
-
     def evaluate(state: TrainState):
-        scores_Q2 = scores(state.params, held_out, plan.evaluation.num_prompts)
-        return agreement(scores_Q2[:, 0] - scores_Q2[:, 1]), []
+        return evaluated(plan, parts, partial(reward, state.params)), []
 
     def remembered(state: TrainState):
-        scores_Q2 = scores(state.params, source, STATISTICS_PAIRS)
+        count = min(STATISTICS_PAIRS, len(source))
+        scores_Q2 = score_all(layout, source, count, plan.batch_size, partial(reward, state.params))
         return {STATISTICS: {"mean": float(scores_Q2.mean()), "std": float(scores_Q2.std())}}
 
     # ------------------------------------------------------------------ loop
     def update(state: TrainState, cursor: int):
         return *step(state, make_pairs(layout, source, cursor, plan.batch_size)), cursor + plan.batch_size
 
-    notes = [*split_notes, *notes_of(source, held_out)]
     course = Course(
-        start, policy, tokenizer, update, evaluate, learning_rate, notes, remembered=remembered, shown=SHOWN
+        start, policy, tokenizer, update, evaluate, learning_rate, parts.notes, remembered=remembered, shown=SHOWN
     )
     return run(plan, workdir, course, allow_changed_config=allow_changed_config, title=title)
