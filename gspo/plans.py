@@ -383,6 +383,11 @@ class RLPlan(RunPlan):
         return self.updates_per_rollout * self.num_iterations
 
     @property
+    def rows_at_a_time(self) -> int:
+        """Rows of a forward and backward pass, of all devices together."""
+        return self.update.micro_batch_size or self.rollout.rows // self.updates_per_rollout
+
+    @property
     def needs_reference(self) -> bool:
         """Whether anything reads a reference policy."""
         return bool(self.objective["beta"]) or self.experience.reward_kl_coef > 0

@@ -15,15 +15,13 @@ from gspo import plans
 from gspo.data.tokenizer import Tokenizer
 from gspo.generate import Judged
 from gspo.learning.critic import Critic
-from gspo.learning.microbatch import shared_rows
 from gspo.learning.rewards import STATISTICS, CompletionRows, make_reward_fn
 from gspo.model.transformer import abstract_params
 from gspo.parallel import distributed
-from gspo.parallel.sharding import indivisible
 from gspo.run.checkpoint import restore_params
 from gspo.run.identity import REWARD_MODEL, check_identity, identity, spec_of
 from gspo.run.stored import read_content
-from gspo.steps import Steps
+from gspo.steps import Steps, check_heads, rows_per_prompt_of
 from gspo.types import Params, Rollout, UserError
 
 
@@ -66,21 +64,16 @@ def _load(folder: str, plan: plans.RLPlan, steps: Steps, tokenizer: Tokenizer) -
         raise UserError("it was saved without a tokenizer; import it from a folder with a tokenizer.json")
     layout, runs = steps.layout, {name: getattr(steps.model.spec, name) for name in ("dtype", "moe_backend")}
     spec = dataclasses.replace(spec_of(saved), **runs)
-    for axis, heads in (("heads", spec.num_heads), ("kv_heads", spec.num_kv_heads)):
-        if heads % layout.parts(axis):
-            raise UserError(indivisible(layout, axis, f"its model.num_{axis}", heads))
+    check_heads(layout, spec, whose="its ")
     model, own = Critic(spec, layout), identity(spec, tokenizer, kind=REWARD_MODEL)
     _, params = restore_params(
         folder, abstract_params(model, layout), lambda where, saved: check_identity(where, saved, own)
     )
-    updates, G = plan.updates_per_rollout, plan.rollout.num_generations
-    rows_at_a_time = plan.update.micro_batch_size or plan.rollout.rows // updates
-    shared = shared_rows(rows_at_a_time, layout.parts("rows"), G) if plan.update.share_prompts else 1
     reward = make_reward_fn(
         model,
         completion_width=plan.data.max_completion_length,
-        micro_batch_size=rows_at_a_time,
-        rows_per_prompt=shared,
+        micro_batch_size=plan.rows_at_a_time,
+        rows_per_prompt=rows_per_prompt_of(plan, layout),
     )
     mean, std = 0.0, 1.0
     if plan.experience.normalize_reward_models:

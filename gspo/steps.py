@@ -56,10 +56,21 @@ def make_model(
     plan: plans.ModelPlan, tokenizer: Tokenizer, layout: Layout = ONE_DEVICE, lora: LoRA | None = None
 ) -> Transformer:
     spec = plan.spec(tokenizer.vocab_size)
-    for axis, field in (("heads", "num_heads"), ("kv_heads", "num_kv_heads")):
-        if plan.fields[field] % layout.parts(axis):
-            raise UserError(indivisible(layout, axis, f"model.{field}", plan.fields[field]))
+    check_heads(layout, spec)
     return Transformer(spec, layout=layout, adapter_scale=lora and lora.scale)
+
+
+def check_heads(layout: Layout, spec: ModelSpec, whose: str = "") -> None:
+    """Raises UserError where heads cannot be cut evenly over the devices. whose: what the field's name begins with."""
+    for axis, heads in (("heads", spec.num_heads), ("kv_heads", spec.num_kv_heads)):
+        if heads % layout.parts(axis):
+            raise UserError(indivisible(layout, axis, f"{whose}model.num_{axis}", heads))
+
+
+def rows_per_prompt_of(plan: plans.RLPlan, layout: Layout) -> int:
+    """So many neighbouring rows have their prompt in common, which runs once for them."""
+    sharing = plan.rollout.num_generations if plan.update.share_prompts else 1
+    return shared_rows(plan.rows_at_a_time, layout.parts("rows"), sharing)
 
 
 def optimizer_of(plan: plans.OptimizerPlan, **changes: float) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -149,11 +160,9 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
     """Raises UserError for rows that the devices cannot share."""
     # ------------------------------------------------------------------ plan
     objective = objective_of(plan)
-    updates, micro = plan.updates_per_rollout, plan.update.micro_batch_size
-    rows_at_a_time = micro or plan.rollout.rows // updates
+    updates, micro, rows_at_a_time = plan.updates_per_rollout, plan.update.micro_batch_size, plan.rows_at_a_time
     check_rows(layout, num_prompts=plan.rollout.num_prompts, minibatch_rows=rows_at_a_time)
-    devices, sharing = layout.parts("rows"), plan.rollout.num_generations if plan.update.share_prompts else 1
-    rows_per_prompt = shared_rows(rows_at_a_time, devices, sharing)
+    rows_per_prompt = rows_per_prompt_of(plan, layout)
 
     # ------------------------------------------------------------------ model, state
     model = make_model(plan.model, tokenizer, layout, plan.lora)
@@ -216,7 +225,7 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         critic_step=critic_step,
         learning_rate=learning_rate,
         start=start,
-        notes=_chosen_experts(plan, model.spec, devices, rows_per_prompt),
+        notes=_chosen_experts(plan, model.spec, layout.parts("rows"), rows_per_prompt),
     )
 
 
@@ -249,7 +258,7 @@ def _chosen_experts(plan: plans.RLPlan, spec: ModelSpec, devices: int, rows_per_
     """A line on what moe_backend "auto" stands for, with the tokens that a device has at a time."""
     if not spec.num_experts or spec.moe_backend != "auto":
         return ()
-    rows = plan.update.micro_batch_size or plan.rollout.rows // plan.updates_per_rollout
+    rows = plan.rows_at_a_time
     frames = rows * plan.data.max_completion_length + rows // rows_per_prompt * plan.data.max_prompt_length
     sizes = (spec.num_experts, spec.d_model, spec.d_expert)
     found = [
