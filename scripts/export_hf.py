@@ -30,7 +30,7 @@ from gspo.model.transformer import Transformer, abstract_params
 from gspo.parallel.sharding import Layout, make_mesh, parse_sizes
 from gspo.run import cli
 from gspo.run.checkpoint import restore_adapters, restore_params
-from gspo.run.identity import REWARD_MODEL, TOKENIZER, kind_of, run_folder, saved_identity, spec_of
+from gspo.run.identity import REWARD_MODEL, TOKENIZER, kind_of, run_folder, saved_identity, spec_fields, spec_of
 from gspo.run.stored import BASE
 from gspo.types import UserError
 
@@ -72,8 +72,7 @@ def _described_by(path: Path) -> tuple[ModelSpec, Path | None]:
     try:
         content: dict[str, Any] = json.loads(path.read_text())
         imported = path.name == "model.json"
-        fields = content if imported else content["model"]
-        fields = {field: tuple(value) if isinstance(value, list) else value for field, value in fields.items()}
+        fields = spec_fields({"model": content} if imported else content)
         tokenizer = str(path.parent / "hf") if imported else content["tokenizer"]
         if not fields.get("vocab_size"):
             fields["vocab_size"] = make_tokenizer(tokenizer).vocab_size

@@ -103,7 +103,7 @@ class PromptSource:
         """The prompts at positions cursor .. cursor + num_prompts - 1 of the run. local_Q: which of these num_prompts
         to read; the width of the frame is that of all of them.
         """
-        indices = _indices(self._kept, self.seed, cursor, num_prompts)
+        indices = indices_at(self._kept, self.seed, cursor, num_prompts)
         longest = max(self._all_lengths[i] for i in indices)
         width = next(width for width in self.widths if width >= longest)
         examples = [self.task[indices[j]] for j in (range(num_prompts) if local_Q is None else local_Q)]
@@ -158,7 +158,7 @@ class DemonstrationSource:
 
     def batch(self, cursor: int, num_rows: int, local_B: Sequence[int] | None = None) -> DemonstrationBatch:
         """The rows at positions cursor .. cursor + num_rows - 1 of the run. local_B: which of these rows to read."""
-        indices = _indices(self._kept, self.seed, cursor, num_rows)
+        indices = indices_at(self._kept, self.seed, cursor, num_rows)
         examples = [self.task[indices[j]] for j in (range(num_rows) if local_B is None else local_B)]
         prompts = [self.tokenizer.prompt_ids(prompt_of(example)) for example in examples]
         completions = [self._completion_ids(example) for example in examples]
@@ -171,7 +171,7 @@ class DemonstrationSource:
         width = self.prompt_width + self.completion_width
         rows, room = [[] for _ in range(num_rows)], [width] * num_rows
         while True:
-            (index,) = _indices(self._kept, self.seed, cursor, 1)
+            (index,) = indices_at(self._kept, self.seed, cursor, 1)
             fitting = next((row for row in range(num_rows) if room[row] >= self._sizes[index]), None)
             if fitting is None:
                 break
@@ -207,7 +207,8 @@ def _examples(task: Task):
     return (task[i] for i in range(len(task)))
 
 
-def _indices(kept: np.ndarray, seed: int, cursor: int, count: int) -> list[int]:
+def indices_at(kept: np.ndarray, seed: int, cursor: int, count: int) -> list[int]:
+    """Which examples stand at positions cursor .. cursor + count - 1 of a run that shuffles those in `kept`."""
     return [int(kept[shuffled_index(len(kept), seed, cursor + j)]) for j in range(count)]
 
 
@@ -223,10 +224,14 @@ def left_padded(ids: list[list[int]], width: int, pad_id: int) -> np.ndarray:
     return rows
 
 
-def _fits(lengths: np.ndarray, limit: int, what: str, field: str, policy: str) -> np.ndarray:
-    """Which lengths are within the limit. UserError where the policy is "error" and some are not, or where none is."""
+def check_overlong(policy: str) -> None:
     if policy not in ("error", "drop"):
         raise UserError(f"overlong_prompts={policy!r} should be 'error' or 'drop'")
+
+
+def _fits(lengths: np.ndarray, limit: int, what: str, field: str, policy: str) -> np.ndarray:
+    """Which lengths are within the limit. UserError where the policy is "error" and some are not, or where none is."""
+    check_overlong(policy)
     fits = lengths <= limit
     over, longest = int((~fits).sum()), int(lengths.max())
     count = f"{over} of {len(lengths)} {what} are longer than {field}={limit} tokens (longest {longest})"

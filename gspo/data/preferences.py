@@ -13,19 +13,15 @@ What cannot teach anything is left out and counted (`PairSource.notes`); what ca
 """
 
 import dataclasses
-import functools
 import inspect
-import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gspo.data.batches import DemonstrationBatch, frames, shuffled_index
+from gspo.data.batches import DemonstrationBatch, check_overlong, frames, indices_at
 from gspo.data.example import Example, prompt_of, with_system_prompt
-from gspo.data.tasks import running_sum, tfds
+from gspo.data.tasks import jsonl, running_sum, tfds
 from gspo.data.tasks.task import check_options, first, suggest
 from gspo.data.tokenizer import Tokenizer
 from gspo.types import UserError
@@ -79,17 +75,7 @@ def make_preferences(name: str, *, split: str, seed: int = 0, size: int | None =
 
 
 def _jsonl(rest: str, *, split: str, seed: int, size: int | None, **fields: str) -> Preferences:
-    path = Path(rest.replace("{split}", split))
-    if not path.is_file():
-        raise UserError(f"task.name='jsonl:{rest}': there is no file {path}")
-    pairs = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(itertools.islice(lines, size), start=1):
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: not a line of JSON ({error})") from None
-            pairs.append(preference_of(row, f"{path}:{number}", **fields))
+    pairs = [preference_of(row, where, **fields) for row, where in jsonl.rows_of(rest, split, size)]
     return Preferences(f"jsonl:{rest}", first(f"jsonl:{rest}", len(pairs), size), pairs.__getitem__)
 
 
@@ -222,8 +208,7 @@ class PairSource:
         seed: int = 0,
         system_prompt: str = "",
     ) -> None:
-        if overlong not in ("error", "drop"):
-            raise UserError(f"overlong_prompts={overlong!r} should be 'error' or 'drop'")
+        check_overlong(overlong)
         self.preferences, self.tokenizer, self.seed = preferences, tokenizer, seed
         self.system_prompt = system_prompt
         self.prompt_width, self.completion_width = max_prompt_length, max_completion_length
@@ -279,9 +264,8 @@ class PairSource:
 
     def batch(self, cursor: int, num_pairs: int, local_Q: Sequence[int] | None = None) -> PairBatch:
         """The pairs at positions cursor .. cursor + num_pairs - 1 of the run. local_Q: which of these to read."""
-        local_Q = range(num_pairs) if local_Q is None else local_Q
-        order = functools.partial(shuffled_index, len(self), self.seed)
-        pairs = [self.preferences[self._kept[order(cursor + int(q))]] for q in local_Q]
+        indices = indices_at(self._kept, self.seed, cursor, num_pairs)
+        pairs = [self.preferences[indices[q]] for q in (range(num_pairs) if local_Q is None else local_Q)]
         ids = [self._ids(pair) for pair in pairs]
         prompts = [prompt for prompt, *_ in ids for _ in range(2)]
         completions = [completion for _, *both in ids for completion in both]

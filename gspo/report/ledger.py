@@ -19,6 +19,7 @@ import numpy as np
 from gspo.report.arms import slug
 from gspo.report.campaign import Run
 from gspo.run import disk
+from gspo.run.identity import HOW_IT_RUNS
 from gspo.run.workdir import flatten
 from gspo.run.writers import read_jsonl
 from gspo.types import UserError
@@ -39,7 +40,7 @@ METRICS = {  # column -> metric; "tokens" are added up, and one that a run has n
     "grad_norm": "grad_norm/max",
     "load_cv": "routing/load_cv",
 }
-NOT_SETTINGS = ("seed", "init_from", "model.scan_layers", "model.moe_backend", "model.remat", "model.attention_chunk")
+NOT_SETTINGS = {"seed", "init_from", *(f"model.{name}" for name in HOW_IT_RUNS if name != "dtype")}
 RUN_FIELDS = ("arm", "seed", "config", "ended", "rollouts", "seconds", "commit", "date")
 Curve = dict[str, np.ndarray]  # column -> float64, NaN where empty
 Curves = dict[int, Curve]  # seed -> its curve
