@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gspo.learning.critic import Critic
 from gspo.model.spec import ModelSpec
 from gspo.model.transformer import Transformer
 
@@ -34,6 +35,13 @@ FULL = dataclasses.replace(
 
 
 # ---------------------------------------------------------------- models under test
+
+
+@functools.cache
+def build_critic(spec: ModelSpec):
+    """(model, params) with a scalar head whose last layer is not zero, so that every parameter gets a gradient."""
+    value = np.random.default_rng(1).standard_normal(spec.d_model).astype(np.float32) / 4
+    return Critic(spec), {"body": build(spec)[1], "value": jnp.asarray(value)}
 
 
 @functools.cache

@@ -22,23 +22,13 @@ import datasets  # noqa: E402 - the environment is read on import
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from trl.trainer import grpo_trainer  # noqa: E402
+from trl_words import make_tokenizer  # noqa: E402
 
 FOLDER = Path(sys.argv[1])
 WORK = json.loads((FOLDER / "work.json").read_text())
 grpo_trainer.shuffle_sequence_dict = lambda rows: rows
 LOSSES: list[dict[str, float]] = []
-
-
-def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    size = WORK["vocab_size"]
-    vocab = {f"t{i}": i for i in range(size - 2)} | {"<eos>": size - 2, "<pad>": size - 1}  # in no text
-    words = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="<eos>", pad_token="<pad>", padding_side="left"
-    )
 
 
 class Trainer(trl.GRPOTrainer):
@@ -65,6 +55,8 @@ class Saves(transformers.TrainerCallback):
 def main() -> None:
     transformers.logging.set_verbosity_error()
     model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER / "model", dtype=torch.float32)
+    size = WORK["vocab_size"]
+    tokenizer = make_tokenizer(size - 2, end=size - 2, pad=size - 1)  # both in no text
     rows = datasets.Dataset.from_dict({"prompt": [" ".join(f"t{i}" for i in ids) for ids in WORK["prompts"]]})
     recipe = {  # the GSPO example of TRL's documentation; all else is default, but for how it runs and what it logs
         "importance_sampling_level": "sequence", "loss_type": "grpo", "beta": 0.0, "epsilon": 3e-4,
@@ -79,7 +71,7 @@ def main() -> None:
         disable_tqdm=True, **recipe,
     )  # fmt: skip
     trainer = Trainer(
-        model=model, reward_funcs=reward, args=config, train_dataset=rows, processing_class=make_tokenizer(),
+        model=model, reward_funcs=reward, args=config, train_dataset=rows, processing_class=tokenizer,
         callbacks=[Saves(), Stops()],
     )  # fmt: skip
     trainer.train()

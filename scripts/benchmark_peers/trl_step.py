@@ -20,8 +20,8 @@ import datasets  # noqa: E402 - the environment is read on import
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers.trainer_callback import PrinterCallback, ProgressCallback  # noqa: E402
+from trl_words import make_tokenizer  # noqa: E402
 
 CLOCK = work.Steps()
 
@@ -47,15 +47,6 @@ def make_model() -> transformers.PreTrainedModel:
     model = kind(config).float()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = work.END, work.PAD
     return model
-
-
-def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    vocab = {f"t{i}": i for i in range(work.VOCAB)} | {"<eos>": work.END, "<pad>": work.PAD}
-    words = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="<eos>", pad_token="<pad>", padding_side="left"
-    )
 
 
 def reward(completion_ids, **_) -> list[float]:
@@ -106,6 +97,7 @@ def main() -> None:
     random.seed(0)
     transformers.logging.set_verbosity_error()
     rows = datasets.Dataset.from_dict({"prompt": [" ".join(f"t{i}" for i in ids) for ids in work.prompts()]})
+    tokenizer = make_tokenizer(work.VOCAB, work.END, work.PAD)
     config = trl.GRPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=work.MINIBATCH, num_generations=work.GROUP,
         gradient_accumulation_steps=1, steps_per_generation=work.UPDATES, num_iterations=1,
@@ -118,7 +110,7 @@ def main() -> None:
         seed=0, **({"router_aux_loss_coef": 0.0} if OPTIONS.model == "moe" else {}),
     )  # fmt: skip
     trainer = Trainer(
-        model=make_model(), reward_funcs=reward, args=config, train_dataset=rows, processing_class=make_tokenizer(),
+        model=make_model(), reward_funcs=reward, args=config, train_dataset=rows, processing_class=tokenizer,
         callbacks=[Ends()],
     )  # fmt: skip
     for callback in (PrinterCallback, ProgressCallback):

@@ -20,13 +20,6 @@ RANGE = 0.2  # cliprange_value
 
 
 @functools.cache
-def critic_and_params():
-    """A critic whose last layer is not zero, so that every parameter gets a gradient."""
-    value = np.random.default_rng(1).standard_normal(SPEC.d_model).astype(np.float32) / 4
-    return Critic(SPEC), {"body": oracle.build(SPEC)[1], "value": jnp.asarray(value)}
-
-
-@functools.cache
 def rows_of():
     rng = np.random.default_rng(0)
     return [(rng.integers(0, V, p), rng.integers(0, V, c)) for p, c in zip(PROMPT_LENGTHS, LENGTHS, strict=True)]
@@ -45,7 +38,7 @@ def targets():
     """Of each row: (old values, returns, mask), float64. Old values lie so that some tokens are past the range on
     either side and others inside; some tokens of the completion do not count."""
     rng, found = np.random.default_rng(2), []
-    for values in exact_values(oracle.float64(critic_and_params()[1])):
+    for values in exact_values(oracle.float64(oracle.build_critic(SPEC)[1])):
         old = values + rng.choice([-3, -0.5, 0.5, 3], len(values)) * RANGE
         mask = rng.random(len(values)) < 0.8
         mask[0] = True
@@ -71,13 +64,16 @@ def batch_of(rows=None):
 @functools.cache
 def step_of(micro_batch_size=0):
     return make_critic_step(
-        critic_and_params()[0], oracle.record_gradients(), cliprange_value=RANGE, micro_batch_size=micro_batch_size
+        oracle.build_critic(SPEC)[0],
+        oracle.record_gradients(),
+        cliprange_value=RANGE,
+        micro_batch_size=micro_batch_size,
     )
 
 
 def stepped(batch, micro_batch_size=0):
     """(gradients, metrics as numbers) of one step."""
-    params = jax.tree.map(jnp.copy, critic_and_params()[1])  # the step donates its state
+    params = jax.tree.map(jnp.copy, oracle.build_critic(SPEC)[1])  # the step donates its state
     state, metrics = step_of(micro_batch_size)(
         TrainState(jnp.int32(0), params, oracle.record_gradients().init(params)), batch
     )
@@ -102,7 +98,7 @@ def exact_loss(params):
 def test_the_value_of_a_token_is_read_at_the_column_that_predicts_it(micro_batch_size):
     # Catches values shifted by one (a value that has seen its token), padding that is seen, rows that come back in the
     # order in which they were dealt.
-    critic, params = critic_and_params()
+    critic, params = oracle.build_critic(SPEC)
     values = make_value_fn(critic, completion_width=C, micro_batch_size=micro_batch_size)
     found = values(params, batch_of().tokens_BT, PROMPT_LENGTHS)
     assert found.shape == (B, C) and found.dtype == jnp.float32
@@ -112,7 +108,7 @@ def test_the_value_of_a_token_is_read_at_the_column_that_predicts_it(micro_batch
 
 def test_no_value_depends_on_the_token_before_which_it_stands():
     # Catches the same shift without an oracle: the critic would judge a choice that it should have predicted from.
-    critic, params = critic_and_params()
+    critic, params = oracle.build_critic(SPEC)
     tokens = batch_of().tokens_BT
     values = jax.jit(lambda tokens: completion_values(critic, params, tokens, PROMPT_LENGTHS, C).values_BC)
     for column in range(C):
@@ -137,7 +133,7 @@ def test_an_untrained_critic_expects_nothing():
 def test_the_gradient_of_a_step_is_that_of_the_clipped_value_loss_of_the_float64_model():
     # Catches a loss that is not clipped, or clipped around the returns, min in place of max, a mean over rows or over
     # masked tokens, a factor of 2, values of another column, a gradient that does not reach the body.
-    params = oracle.float64(critic_and_params()[1])
+    params = oracle.float64(oracle.build_critic(SPEC)[1])
     grads, metrics = stepped(batch_of())
     found = {jax.tree_util.keystr(path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(grads)}
     total = 0.0
@@ -157,7 +153,7 @@ def test_the_gradient_of_a_step_is_that_of_the_clipped_value_loss_of_the_float64
 def test_metrics_equal_those_of_the_tokens_that_count():
     # Catches an explained variance of another mean, with the sum of squares for the variance, or over junk; a loss
     # without its half.
-    values = exact_values(oracle.float64(critic_and_params()[1]))
+    values = exact_values(oracle.float64(oracle.build_critic(SPEC)[1]))
     _, metrics = stepped(batch_of())
     v = np.concatenate([x[mask] for x, (_, _, mask) in zip(values, targets(), strict=True)])
     r = np.concatenate([returns[mask] for _, returns, mask in targets()])
@@ -170,7 +166,7 @@ def test_metrics_equal_those_of_the_tokens_that_count():
 
 def test_explained_variance_is_1_for_a_critic_that_is_right_and_below_0_for_one_worse_than_the_mean():
     # Catches 1 - ratio taken the other way round, or of standard deviations.
-    values = exact_values(oracle.float64(critic_and_params()[1]))
+    values = exact_values(oracle.float64(oracle.build_critic(SPEC)[1]))
     right = [(v, v, mask) for v, (_, _, mask) in zip(values, targets(), strict=True)]
     opposite = [(v, -v, mask) for v, (_, _, mask) in zip(values, targets(), strict=True)]
     assert stepped(batch_of(right))[1]["critic/explained_variance"] == pytest.approx(1, abs=1e-5)

@@ -22,13 +22,6 @@ LOSS = partial(bradley_terry, center_rewards_coefficient=0.1)
 
 
 @functools.cache
-def model_and_params():
-    """A last layer that is not zero, so that every parameter gets a gradient."""
-    value = np.random.default_rng(1).standard_normal(SPEC.d_model).astype(np.float32) / 4
-    return Critic(SPEC), {"body": oracle.build(SPEC)[1], "value": jnp.asarray(value)}
-
-
-@functools.cache
 def texts():
     """(prompt, completion) of each row: pairs have their prompt in common."""
     rng = np.random.default_rng(0)
@@ -58,7 +51,7 @@ def exact_scores(params):
 
 @functools.cache
 def scores(rows_per_prompt, micro_batch_size=0):
-    model, params = model_and_params()
+    model, params = oracle.build_critic(SPEC)
     fn = make_reward_fn(model, completion_width=C, micro_batch_size=micro_batch_size, rows_per_prompt=rows_per_prompt)
     return np.asarray(fn(params, rows_of()))
 
@@ -71,7 +64,7 @@ def test_a_score_is_read_at_the_last_token_of_the_completion(rows_per_prompt, mi
     # come back in the order in which they were dealt.
     found = scores(rows_per_prompt, micro_batch_size)
     assert found.shape == (2 * Q,) and found.dtype == np.float32
-    expected = exact_scores(oracle.float64(model_and_params()[1]))
+    expected = exact_scores(oracle.float64(oracle.build_critic(SPEC)[1]))
     assert np.std(expected) > 0.1
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -85,7 +78,7 @@ def step_of(micro_batch_size=0):
 
 def stepped(micro_batch_size=0):
     """(gradients, metrics as numbers) of one step."""
-    params = jax.tree.map(jnp.copy, model_and_params()[1])  # the step donates its state
+    params = jax.tree.map(jnp.copy, oracle.build_critic(SPEC)[1])  # the step donates its state
     start = TrainState(jnp.int32(0), params, oracle.record_gradients().init(params))
     state, metrics = step_of(micro_batch_size)(start, rows_of())
     assert state.step == 1
@@ -104,7 +97,7 @@ def exact_loss(params):
 def test_the_gradient_of_a_step_is_that_of_the_loss_of_the_float64_model():
     # Catches scores of another column in training than in use, a gradient that does not reach the body or the prompt,
     # margins of another pair.
-    params = oracle.float64(model_and_params()[1])
+    params = oracle.float64(oracle.build_critic(SPEC)[1])
     grads, metrics = stepped()
     assert metrics["loss"] == pytest.approx(exact_loss(params), rel=1e-5)
     found = {jax.tree_util.keystr(path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(grads)}

@@ -1,15 +1,14 @@
 """Runs of the loop that several tests look at, and what makes them quick."""
 
-import contextlib
-import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from gspo import build, rl, steps
+from gspo import rl, steps
 from gspo.masked import values
+from tests.rl.runs import train_logged
 from tests.tiny_runs import kept_compiles, rl_config  # noqa: F401 - a fixture
 
 
@@ -44,10 +43,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(folder):
     """A run of the default kind, for the tests that only look at one: its workdir, and beside it plain.log."""
-    with contextlib.redirect_stdout(io.StringIO()) as log:
-        rl.train(build.rl_plan(rl_config(folder)), folder / "plain")
-    (folder / "plain.log").write_text(log.getvalue())
-    return folder / "plain"
+    return train_logged(rl_config(folder), folder / "plain")
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """What tests of the loop watch and replace in a run."""
 
-from gspo import rl, steps
+import contextlib
+import io
+
+from gspo import build, rl, steps
 from gspo.run.writers import read_jsonl
 from tests.tiny_runs import (
     patch_samplers,
@@ -16,6 +19,14 @@ FAST = {
     "num_rollouts": 2,
     "eval.every": 0,
 }
+
+
+def train_logged(config, workdir):
+    """Runs the config in the workdir, and returns it; beside it lies its log, <workdir>.log."""
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        rl.train(build.rl_plan(config), workdir)
+    workdir.with_suffix(".log").write_text(log.getvalue())
+    return workdir
 
 
 def replace_sampler(monkeypatch, wrap):

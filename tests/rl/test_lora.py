@@ -1,7 +1,5 @@
 """Runs that train adapters: what moves, what is saved, what others make of it."""
 
-import contextlib
-import io
 import shutil
 
 import jax
@@ -18,7 +16,7 @@ from gspo.run.writers import read_jsonl
 from gspo.steps import initial_state
 from gspo.types import UserError
 from tests.hf_folders import read_all
-from tests.rl.runs import RESULTS
+from tests.rl.runs import RESULTS, train_logged
 from tests.tiny_runs import (  # noqa: F401 - a fixture
     assert_bit_equal,
     command,
@@ -42,10 +40,7 @@ def lora_config(folder, **changes):
 @pytest.fixture(scope="module")
 def adapted(folder):
     """A run with a reference, replay and micro-batches: its workdir, and beside it adapted.log."""
-    with contextlib.redirect_stdout(io.StringIO()) as log:
-        rl.train(build.rl_plan(lora_config(folder)), folder / "adapted")
-    (folder / "adapted.log").write_text(log.getvalue())
-    return folder / "adapted"
+    return train_logged(lora_config(folder), folder / "adapted")
 
 
 def weights_of(folder, workdir):
