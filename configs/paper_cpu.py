@@ -24,7 +24,7 @@ SWEPT = (100, 101)  # of the sweep, which chooses each method's own rate and ran
 
 GRPO, GSPO = (0.2, 0.27), (3e-3, 4e-3)
 RATES = {"A": 7e-4, "B": 3e-4}
-SWEEP_RATES = ("1e-4", "2e-4", "3e-4", "6e-4", "12e-4")
+SWEEP_RATES = ("5e-5", "1e-4", "2e-4", "3e-4", "6e-4", "12e-4")
 SWEEP_CLIPS = (-2, -1, 0, 1, 2)  # powers of 2 that the ranges are multiplied by
 DOSES = (0, 1, 3, 10, 20, 50)  # learning rate of the routers over that of the rest
 STALENESS = (1, 2, 4, 8, 16)  # updates per rollout

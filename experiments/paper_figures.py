@@ -82,15 +82,17 @@ def heat_maps(curves: Of, rates: tuple[str, ...], clips: tuple[int, ...], out: P
     figure, axes = bands.new_figure(2, 2, width=3.9)
     rows: bands.Rows = []
     for panel, (model, method) in zip(axes, itertools.product(("B MoE", "dense"), ("GRPO", "GSPO")), strict=True):
-        table = np.full((len(rates), len(clips)), np.nan)
+        table, seeds = np.full((len(rates), len(clips)), np.nan), set()
         for i, rate in enumerate(rates):
             for j, power in enumerate(clips):
                 own = curves(f"{model} {method} lr {rate} clip 2^{power}")
                 if own:
                     table[i, j] = bands.matrix(own, "reward")[:, -LAST:].mean()
+                    seeds.add(len(own))
         names = [f"x {2.0**power:g}" for power in clips]
         labels = ("Learning rate", "Clip range")
-        rows += bands.heat_panel(panel, table, list(rates), names, f"{model} {method}", labels=labels)
+        title = f"{model} {method} (n = {' to '.join(map(str, sorted(seeds))) or 0})"
+        rows += bands.heat_panel(panel, table, list(rates), names, title, labels=labels)
     bands.save(figure, axes, rows, out)
 
 
