@@ -7,6 +7,10 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 # Fields of `common` that training on preferences has not: nothing is sampled there, nothing judged.
+OF_TRAINING = (  # and what labelling has not: nothing is trained there
+    "optimizer", "lora", "micro_batch_size", "logp_chunk", "router_aux_loss_coef", "router_z_loss_coef", "eval",
+    "checkpoint", "log",
+)  # fmt: skip
 OF_SAMPLING = ("stop_strings", "prompt_buckets", "reward_workers", "reward_timeout_s", "rewards_max_errors")
 
 
@@ -178,6 +182,24 @@ def dpo() -> ConfigDict:
     config.optimizer.learning_rate = 1e-4
     config.beta = 0.1  # how much the policy is held to the reference
     config.label_smoothing = 0.0  # rate at which labels are taken to be exchanged
+    return config
+
+
+def labels() -> ConfigDict:
+    """Preferences that a judge gives, over two completions of each prompt by the policy in init_from."""
+    config = common()
+    for field in OF_TRAINING:
+        del config[field]
+    config.num_prompts = 2048  # of the training split, two completions each
+    config.num_eval_prompts = 512  # of the evaluation split
+    config.prompts_at_a_time = 128
+    config.temperature = 1.0
+    config.top_k = 0
+    config.top_p = 1.0
+    config.min_p = 0.0
+    config.judge = "task"  # as in `rewards` of rl(); or model:FOLDER, a language model that is asked to compare the two
+    config.judge_template = ""  # its question, with {prompt}, {first}, {second}; "": that of gspo/judge.py
+    config.label_temperature = 0.0  # labels are drawn with sigmoid(difference / temperature); 0: the better is chosen
     return config
 
 

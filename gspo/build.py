@@ -60,6 +60,8 @@ def rows_to_divide(config: ConfigDict) -> tuple[int, ...]:
             minibatch = run.num_prompts * run.num_generations // max(run.updates_per_rollout, 1)
             rows += [run.num_prompts, run.micro_batch_size or minibatch]
             rows += [run.max_num_seqs] * bool(run.max_num_seqs)
+        elif "label_temperature" in run:
+            rows += [run.prompts_at_a_time]
         else:  # of preferences, the pairs are shared
             pairs = any(field in run for field in PAIR_FIELDS)
             rows += [run.micro_batch_size // (2 if pairs else 1) or run.batch_size]
@@ -116,6 +118,26 @@ def dpo_plan(config: ConfigDict, workdir: str = "") -> supervised_plans.DPOPlan:
     """As `rl_plan`."""
     return supervised_plans.DPOPlan(
         **_supervised(config, workdir), beta=config.beta, label_smoothing=config.label_smoothing
+    )
+
+
+def label_plan(config: ConfigDict, workdir: str = "") -> supervised_plans.LabelPlan:
+    """As `rl_plan`."""
+    weights = _first_weights(config, "")
+    model, tokenizer = _model_and_tokenizer(config, weights)
+    own = ("num_prompts", "num_eval_prompts", "prompts_at_a_time", "judge", "judge_template", "label_temperature")
+    return supervised_plans.LabelPlan(
+        **{name: config[name] for name in own},
+        written=config.to_dict(),
+        seed=config.seed,
+        init_from=config.init_from,
+        missing=weights.missing,
+        date=None,
+        data=_data(config, tokenizer),
+        mesh=mesh_plan(config),
+        model=model,
+        judging=_judging(config),
+        sampling=Sampling(config.temperature, config.top_k, config.top_p, config.min_p),
     )
 
 

@@ -1,10 +1,14 @@
-"""What training on given data will do: the plans of `gspo.sft`, `gspo.reward_model` and `gspo.dpo`."""
+"""What training on given data will do: the plans of `gspo.sft`, `gspo.reward_model` and `gspo.dpo`; and of
+`gspo.label`, which makes such data."""
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from gspo.checks import need, positive
-from gspo.plans import RunPlan
+from gspo.data.scoring import Judging
+from gspo.model.distribution import Sampling
+from gspo.plans import DataPlan, MeshPlan, ModelPlan, RunPlan
 from gspo.run.identity import REWARD_MODEL
 from gspo.types import UserError
 
@@ -79,3 +83,50 @@ class DPOPlan(PairPlan):
         positive(self, "beta")
         need(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing,
              "must be in [0, 0.5): from one half on, labels say nothing or the opposite")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelPlan:
+    """Preferences from a judge, over two completions of each prompt that the policy in init_from draws. judge: the name
+    of a reward, or "model:FOLDER". label_temperature: 0: the better text is chosen; else drawn. The first fields are
+    those of `plans.RunPlan`."""
+
+    written: Mapping[str, Any]
+    seed: int
+    init_from: str
+    missing: str
+    date: str | None
+    data: DataPlan
+    mesh: MeshPlan
+    model: ModelPlan
+    judging: Judging
+    num_prompts: int  # of the training split; the next of the evaluation split
+    num_eval_prompts: int
+    prompts_at_a_time: int
+    sampling: Sampling
+    judge: str
+    judge_template: str  # "": that of `gspo.judge`
+    label_temperature: float
+
+    def __post_init__(self):
+        positive(self, "num_prompts", "num_eval_prompts", "prompts_at_a_time")
+        need(bool(self.init_from), "init_from", self.init_from, "name the policy whose completions are compared")
+        need(self.sampling.temperature > 0, "temperature", self.sampling.temperature,
+             "two greedy completions are the same; give a positive one")  # fmt: skip
+        need(self.label_temperature >= 0, "label_temperature", self.label_temperature,
+             "must be >= 0 (0: the better text is chosen)")  # fmt: skip
+        need(bool(self.judge), "judge", self.judge, "name a reward, or model:FOLDER")
+        if self.judge_template:
+            check_template(self.judge_template)
+
+
+def check_template(template: str) -> None:
+    """Raises UserError where one of the three parts of a question is missing, or it has others."""
+    parts = {"prompt": "P", "first": "F", "second": "S"}
+    try:
+        written = template.format(**parts)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"judge_template: {error!s}; it may have {{prompt}}, {{first}} and {{second}}") from None
+    missing = [f"{{{name}}}" for name in parts if f"{{{name}}}" not in template]
+    if missing or not written:
+        raise UserError(f"judge_template: {', '.join(missing)} is not in it")

@@ -20,13 +20,9 @@ from gspo.data.batches import left_padded
 from gspo.data.tokenizer import Tokenizer
 from gspo.learning.sampler import make_sampler
 from gspo.model.distribution import Sampling
-from gspo.model.transformer import Transformer, abstract_params
+from gspo.policy import load_policy, prompt_width
 from gspo.run import cli, machine
-from gspo.run.checkpoint import restore_params
-from gspo.run.identity import dated_tokenizer, saved_identity, spec_of, tokenizer_of
 from gspo.types import Rollout, UserError
-
-NARROWEST = 16  # tokens of the smallest frame of a prompt; the others are its doubles, so that few are compiled
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -50,14 +46,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def open_model(args: argparse.Namespace) -> tuple[Tokenizer, Callable[[str, int], Rollout]]:
     """The tokenizer of the weights, and complete(question, which of the session) -> the rows of its completions."""
-    saved = saved_identity(args.workdir)
-    if saved is None:
-        raise UserError(f"--workdir={args.workdir}: no checkpoint that says what model it is of can be read there")
-    found = tokenizer_of(saved, args.workdir)
-    if found is None:
-        raise UserError(f"--workdir={args.workdir}: its weights were saved without a tokenizer")
-    tokenizer, model = dated_tokenizer(found, saved.get("date")), Transformer(spec_of(saved))
-    _, params = restore_params(args.workdir, abstract_params(model))
+    model, tokenizer, params = load_policy(args.workdir, f"--workdir={args.workdir}")
     sampler = make_sampler(
         model,
         num_generations=args.num,
@@ -72,9 +61,7 @@ def open_model(args: argparse.Namespace) -> tuple[Tokenizer, Callable[[str, int]
         ids = raw if args.raw else tokenizer.prompt_ids(question)
         if not ids:
             raise UserError("the question is empty: nothing to continue from")
-        width = NARROWEST
-        while width < len(ids):
-            width *= 2
+        width = prompt_width(len(ids))
         key = jax.random.fold_in(jax.random.key(args.seed), which)
         prompt_QP = left_padded([ids], width, tokenizer.pad_id)
         return jax.device_get(sampler(params, prompt_QP, np.array([len(ids)], np.int32), key))

@@ -238,7 +238,7 @@ def test_every_config_file_loads_with_the_fields_and_types_of_the_base(name):
     # overridden.
     config = load(name)
     runs = {"num_rollouts": base.rl(), "center_rewards_coefficient": base.reward_model(),
-            "label_smoothing": base.dpo(), "num_updates": base.sft()}  # fmt: skip
+            "label_smoothing": base.dpo(), "label_temperature": base.labels(), "num_updates": base.sft()}  # fmt: skip
     parts = sections(config)
     kinds = [(part, [model for field, model in runs.items() if field in part]) for part in parts]
     found = [(part, models[0]) for part, models in kinds if models]

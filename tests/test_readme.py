@@ -70,7 +70,13 @@ def test_the_readme_has_commands_to_check():
 @pytest.mark.parametrize("field", sorted(set(re.findall(r"--config\.([\w.]+)=", TEXT))))
 def test_every_field_that_is_mentioned_exists(field):
     # Catches the old name of a field, also where it stands in a sentence.
-    assert field in {*build.leaf_fields(base.rl()), *build.leaf_fields(base.sft()), "a.b", "task.options"}
+    assert field in {
+        *build.leaf_fields(base.rl()),
+        *build.leaf_fields(base.sft()),
+        *build.leaf_fields(base.labels()),
+        "a.b",
+        "task.options",
+    }
 
 
 def test_the_tree_lists_every_file_of_the_library_and_no_other():

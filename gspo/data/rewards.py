@@ -108,11 +108,19 @@ def format_hash(completion: str, example: Example) -> float:
     return float(_number_after_hash(completion) is not None)
 
 
+def matching_characters(completion: str, example: Example) -> float:
+    """The share of places at which completion and answer have the same character, counted over the longer of the
+    two."""
+    same = sum(mine == right for mine, right in zip(completion, example.answer, strict=False))
+    return same / max(len(completion), len(example.answer), 1)
+
+
 REWARDS: dict[str, RewardFunction] = {
     "exact_match": exact_match,
     "numeric_answer": numeric_answer,
     "hash_answer": hash_answer,
     "format_hash": format_hash,
+    "matching_characters": matching_characters,
 }
 
 

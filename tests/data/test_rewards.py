@@ -156,8 +156,17 @@ def test_hostile_text_gets_a_float_at_once_and_is_never_run(text, tmp_path, monk
 @given(st.text(), st.text())
 def test_no_text_makes_a_reward_raise(completion, answer):
     # Catches: an answer of the data set, instead of the completion, that a reward cannot read.
-    for function in REWARDS.values():
-        assert function(completion, example(answer)) in (0.0, 1.0)
+    for name, function in REWARDS.items():
+        score = function(completion, example(answer))
+        assert score in (0.0, 1.0) or (name == "matching_characters" and 0 < score < 1)
+
+
+def test_matching_characters_count_over_the_longer_text():
+    # Catches a share that a long completion keeps, or a short one gets for what it did not say.
+    cases = {"348": 1.0, "349": 2 / 3, "3": 1 / 3, "348000": 1 / 2, "": 0.0, "834": 0.0}
+    for completion, share in cases.items():
+        assert REWARDS["matching_characters"](completion, example("348")) == share
+    assert REWARDS["matching_characters"]("", example("")) == 0.0
 
 
 def test_the_overlong_penalty_is_the_one_of_dapo_and_counts_tokens():
