@@ -235,7 +235,20 @@ def rl() -> ConfigDict:
     config.ref_model_mixup_alpha = 0.6
     config.scale_rewards = "group"  # group | batch | none | rloo | reinforce++ | reinforce++_baseline
     config.critic = ConfigDict(  # PPO: advantages from a value model by GAE instead of from the group
-        dict(enable=False, learning_rate=1e-3, cliprange_value=0.5, gamma=1.0, lam=0.95)
+        dict(
+            enable=False,
+            # "policy": the body begins with the policy's first weights; "": with random ones; or the workdir of a
+            # policy, or of a reward model, which may be smaller than the policy and must have its tokenizer
+            init_from="policy",
+            warmup_rollouts=0,  # the first so many rollouts update the critic alone
+            learning_rate=1e-3,
+            warmup_steps=placeholder(int),  # of its learning rate; None: as in `optimizer`, as all that is not here
+            weight_decay=placeholder(float),
+            max_grad_norm=placeholder(float),
+            cliprange_value=0.5,
+            gamma=1.0,
+            lam=0.95,
+        )
     )
     config.advantage_weight_pos = 1.0
     config.advantage_weight_neg = 1.0

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from gspo.checks import need, one_of, positive
 from gspo.data.scoring import Judging
+from gspo.learning.critic import CriticPlan
 from gspo.learning.learner import UpdatePlan
 from gspo.learning.mismatch import ROUNDINGS
 from gspo.model.adapters import LoRA
@@ -122,19 +123,6 @@ class RolloutPlan:
     @property
     def rows(self) -> int:
         return self.num_prompts * self.num_generations
-
-
-@dataclasses.dataclass(frozen=True)
-class CriticPlan:
-    """The value model of PPO, and how advantages are taken from it."""
-
-    learning_rate: float
-    cliprange_value: float
-    gamma: float
-    lam: float
-
-    def __post_init__(self):
-        positive(self, "learning_rate", "cliprange_value", under="critic.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,6 +283,11 @@ class RunPlan:
     kind: ClassVar[str] = POLICY
     best_metric: ClassVar[str] = BEST_METRIC
 
+    @property
+    def beside_model(self) -> dict[str, Any]:
+        """What checkpoints say of weights that are not of the run's model."""
+        return {}
+
     def check_router_losses(self) -> None:
         """Raises UserError where a dense model is to have some."""
         if self.update.router_losses and not self.model.fields["num_experts"]:
@@ -351,6 +344,9 @@ class RLPlan(RunPlan):
                 f"ref_model_mixup_alpha={self.reference.mixup_alpha}: the reference of a run with lora is adapters, "
                 "and a mixture of two A and two B is no mixture of their products; set it to 1"
             )
+        warmup, rollouts = self.critic_warmup, self.num_rollouts
+        need(0 <= warmup < rollouts, "critic.warmup_rollouts", warmup,
+             f"must leave some of the {rollouts} rollouts to the policy")  # fmt: skip
         self._check_routers()
 
     def _check_routers(self) -> None:
@@ -381,6 +377,16 @@ class RLPlan(RunPlan):
     def updates(self) -> int:
         """Of the optimizer, for one rollout."""
         return self.updates_per_rollout * self.num_iterations
+
+    @property
+    def beside_model(self) -> dict[str, Any]:
+        own = self.critic and self.critic.model
+        return {"critic": dict(own)} if own else {}
+
+    @property
+    def critic_warmup(self) -> int:
+        """The first so many rollouts update no policy."""
+        return self.critic.warmup_rollouts if self.critic else 0
 
     @property
     def rows_at_a_time(self) -> int:

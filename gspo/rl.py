@@ -95,7 +95,8 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
             cursor = experience.next_cursor
             recording = recorder.start(index, experience)
             with timer("update"):
-                state, done = update(steps, state, experience.batch, shuffle_keys(plan, index), recording)
+                keys, warming = shuffle_keys(plan, index), index < plan.critic_warmup
+                state, done = update(steps, state, experience.batch, keys, recording, critic_only=warming)
             guard(plan, index, done, experience.sampler_gap, checkpointer)
             if recording:
                 with timer("record"):
@@ -104,7 +105,7 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
                     progress.note(note)
             state = run.follow(state, index)
 
-            rate = float(steps.learning_rate(index * plan.updates))
+            rate = 0.0 if warming else float(steps.learning_rate((index - plan.critic_warmup) * plan.updates))
             line |= experience.metrics | update_metrics(done) | {"learning_rate": rate}
             writer.write(index, line)
             timings = timer.take()
@@ -124,10 +125,13 @@ def update(
     batch: Batch,
     further: Sequence[jax.Array] = (),
     recording: Recording | None = None,
+    *,
+    critic_only: bool = False,
 ) -> tuple[TrainState, list[Metrics]]:
     """N optimizer updates, one for each minibatch of the rollout, all against the old policy that is in the batch; and
     N more for each of the keys `further`, which shuffle the rows anew. Returns the new state and the metrics of each
-    update. recording: is shown what each of the first N starts from.
+    update. recording: is shown what each of the first N starts from. critic_only: the policy's metrics are taken, and
+    it stays as it is.
     """
     if state.stale_params:  # a sampler that lags behind draws from the oldest of these
         state = state.replace(stale_params=(*state.stale_params[1:], copy_tree(state.params)))
@@ -136,7 +140,10 @@ def update(
         for minibatch in steps.minibatches(batch if key is None else steps.reshuffled(batch, key)):
             if recording and key is None:
                 recording(state.policy, minibatch)
-            state, metrics = steps.train_step(state, minibatch)  # log-probs -> objective -> gradient -> optimizer
+            if critic_only:
+                metrics = steps.measure(state, minibatch)
+            else:
+                state, metrics = steps.train_step(state, minibatch)  # log-probs -> objective -> gradient -> optimizer
             if steps.critic_step:
                 critic, more = steps.critic_step(state.critic, minibatch)
                 state, metrics = state.replace(critic=critic), metrics | more
