@@ -233,6 +233,8 @@ def rl() -> ConfigDict:
     config.sync_ref_model = False
     config.ref_model_sync_steps = 10  # rollouts
     config.ref_model_mixup_alpha = 0.6
+    config.ref_dtype = "float32"  # float32 | bfloat16: how the reference is kept; it computes as the policy does
+    config.ref_offload = False  # whether it lies in the host's memory between uses
     config.scale_rewards = "group"  # group | batch | none | rloo | reinforce++ | reinforce++_baseline
     config.critic = ConfigDict(  # PPO: advantages from a value model by GAE instead of from the group
         dict(
@@ -256,8 +258,13 @@ def rl() -> ConfigDict:
     # directory; "reward_model:WORKDIR" is one that was trained
     config.rewards = ("task",)
     config.reward_weights = ()  # one for each; (): 1 each
-    config.reward_model = ConfigDict(  # of all that are named: whether scores are (score - mean) / std of their
-        dict(normalize=True, clip=0.0)  # training data; and the largest |score| after that, 0: no limit
+    config.reward_model = ConfigDict(  # of all that are named
+        dict(
+            normalize=True,  # scores are (score - mean) / std of their training data
+            clip=0.0,  # the largest |score| after that; 0: no limit
+            dtype="float32",  # float32 | bfloat16: how weights are kept
+            offload=False,  # whether they lie in the host's memory between uses
+        )
     )
     config.reward_kl_coef = 0.0  # penalty on log π_old/π_ref, summed over a completion
     config.overlong_buffer = ConfigDict(

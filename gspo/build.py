@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, config_flags
 from gspo import objectives, plans, supervised_plans
 from gspo.checks import need
 from gspo.data.scoring import Judging
+from gspo.held import ReferencePlan, Storage
 from gspo.learning.critic import POLICY_WEIGHTS, CriticPlan
 from gspo.learning.learner import UpdatePlan
 from gspo.model.adapters import LoRA
@@ -76,6 +77,7 @@ def rl_plan(config: ConfigDict, workdir: str = "") -> plans.RLPlan:
     steps, alpha = config.ref_model_sync_steps, config.ref_model_mixup_alpha
     if config.sync_ref_model:
         need(steps > 0, "ref_model_sync_steps", steps, "must be positive")
+    follows = (steps, alpha) if config.sync_ref_model else (0, 1.0)
     return plans.RLPlan(
         **_common(config, workdir, total_steps=updates, eval_at_a_time=config.num_prompts),
         num_rollouts=config.num_rollouts,
@@ -92,7 +94,7 @@ def rl_plan(config: ConfigDict, workdir: str = "") -> plans.RLPlan:
         preset=config.objective.preset,
         objective=_objective(config),
         critic=critic,
-        reference=plans.ReferencePlan(steps, alpha) if config.sync_ref_model else plans.ReferencePlan(),
+        reference=ReferencePlan(*follows, Storage("ref_", config.ref_dtype, config.ref_offload)),
         check_tolerance=config.check_tolerance,
     )
 
@@ -286,6 +288,7 @@ def _experience(config: ConfigDict) -> plans.ExperiencePlan:
         reward_weights=tuple(config.reward_weights),
         normalize_reward_models=config.reward_model.normalize,
         clip_reward_models=config.reward_model.clip,
+        reward_model_storage=Storage("reward_model.", config.reward_model.dtype, config.reward_model.offload),
         scale_rewards=config.scale_rewards,
         advantage_weight_pos=config.advantage_weight_pos,
         advantage_weight_neg=config.advantage_weight_neg,

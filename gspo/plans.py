@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from gspo.checks import need, one_of, positive
 from gspo.data.scoring import Judging
+from gspo.held import ReferencePlan, Storage
 from gspo.learning.critic import CriticPlan
 from gspo.learning.learner import UpdatePlan
 from gspo.learning.mismatch import ROUNDINGS
@@ -134,6 +135,7 @@ class ExperiencePlan:
     reward_weights: tuple[float, ...]
     normalize_reward_models: bool
     clip_reward_models: float  # 0: not at all
+    reward_model_storage: Storage
     scale_rewards: str
     advantage_weight_pos: float
     advantage_weight_neg: float
@@ -187,17 +189,6 @@ class OptimizerPlan:
 
     fields: Mapping[str, Any]
     total_steps: int
-
-
-@dataclasses.dataclass(frozen=True)
-class ReferencePlan:
-    """When and how far the reference policy follows: never where sync_steps is 0."""
-
-    sync_steps: int = 0  # rollouts
-    mixup_alpha: float = 1.0
-
-    def __post_init__(self):
-        need(0 < self.mixup_alpha <= 1, "ref_model_mixup_alpha", self.mixup_alpha, "must be in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,6 +330,9 @@ class RLPlan(RunPlan):
             )
         if self.reference.sync_steps and not self.needs_reference:
             raise UserError("sync_ref_model: nothing reads the reference; set objective.beta or reward_kl_coef")
+        if not self.reference.storage.plain and (self.lora or not self.needs_reference):
+            why = "that of a run with lora is adapters alone" if self.lora else "nothing reads the reference"
+            raise UserError(f"ref_dtype, ref_offload: {why}; leave them at 'float32' and False")
         if self.lora and self.reference.sync_steps and self.reference.mixup_alpha != 1:
             raise UserError(
                 f"ref_model_mixup_alpha={self.reference.mixup_alpha}: the reference of a run with lora is adapters, "

@@ -24,6 +24,7 @@ from gspo.data.scoring import RewardsFailed
 from gspo.data.tokenizer import Tokenizer, make_tokenizer
 from gspo.evaluate import Writer, describe_scorer, make_evaluator
 from gspo.generate import check_splits, prompt_source
+from gspo.held import ReferencePlan, describe_trees, trees_of
 from gspo.learning.agreement import Gap, complaint
 from gspo.learning.drift import DISTANCES
 from gspo.learning.learner import make_ref_sync
@@ -193,6 +194,8 @@ def prepare(plan: plans.RLPlan, tokenizer: Tokenizer | None = None) -> Run:
     collector = Collector(plan, steps, tokenizer, source)
     evaluate = make_evaluator(plan, steps.model, tokenizer, _shared_writer(plan, steps))
     notes = [describe(steps.model, steps.abstract), _describe_updates(plan), *steps.notes, *split_notes]
+    held = trees_of(steps.abstract) | {name: model.params for name, model in collector.models.items()}
+    notes[1:1] = describe_trees(held)
     notes += describe_scorer(plan, source.task, [*plan.experience.reward_functions])
     if plan.lora:
         notes.insert(1, describe_adapters(plan.lora, steps.abstract))
@@ -231,15 +234,15 @@ def _shared_writer(plan: plans.RLPlan, steps: Steps) -> Writer | None:
     return Writer(steps.rollout_params, steps.sampler) if shared else None
 
 
-def _make_follow(plan: plans.ReferencePlan):
+def _make_follow(plan: ReferencePlan):
     if not plan.sync_steps:
         return lambda state, index: state
-    sync = make_ref_sync(plan.mixup_alpha)
+    sync, storage = make_ref_sync(plan.mixup_alpha), plan.storage
 
     def follow(state: TrainState, index: int) -> TrainState:
         if (index + 1) % plan.sync_steps:
             return state
-        return state.replace(ref_params=sync(state.params, state.ref_params))
+        return state.replace(ref_params=storage.kept(sync(state.params, storage.fetched(state.ref_params))))
 
     return follow
 

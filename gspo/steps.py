@@ -16,6 +16,7 @@ import optax
 from gspo import plans
 from gspo.critic_source import critic_spec, first_params
 from gspo.data.tokenizer import Tokenizer
+from gspo.held import keep_reference
 from gspo.learning.critic import Critic, make_critic_step, make_value_fn
 from gspo.learning.learner import make_train_step
 from gspo.learning.microbatch import minibatch, shared_rows, shuffled_units
@@ -178,6 +179,7 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         num_stale=plan.rollout.stale_rollouts,
         entropy_coef=None if plan.update.entropy_target is None else plan.objective["entropy_coef"],
     )
+    start = keep_reference(start, plan.reference.storage)
     start, value_fn, critic_step = _with_critic(plan, layout, model, start, tokenizer)
 
     # ------------------------------------------------------------------ steps
@@ -186,15 +188,18 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         router_noise=plan.rollout.router_noise,
         router_swap=plan.rollout.expert_swap,
     )
+    seen = start.abstract.replace(ref_params=None) if plan.reference.storage.offload else start.abstract
     train_step = make_train_step(
         model,
         optimizer,
         objective,
         plan.update,
         sampling=plan.rollout.sampling,
-        state_shardings=shardings_of(layout, start.abstract),
+        state_shardings=shardings_of(layout, seen),
         rows_per_prompt=rows_per_prompt,
     )
+    if plan.reference.storage.offload:
+        train_step = _beside_reference(train_step)
 
     scoring = _scoring(plan, model, rows_at_a_time, rows_per_prompt)
     minibatches, reshuffled = _cut_and_shuffle(layout, updates, rows_per_prompt)
@@ -217,6 +222,16 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         start=start,
         notes=_chosen_experts(plan, model.spec, layout.parts("rows"), rows_per_prompt),
     )
+
+
+def _beside_reference(train_step: Callable) -> Callable:
+    """train_step for states whose reference lies in the host's memory, where it stays: no update reads it."""
+
+    def step(state: TrainState, batch: Batch):
+        new, metrics = train_step(state.replace(ref_params=None), batch)
+        return new.replace(ref_params=state.ref_params), metrics
+
+    return step
 
 
 def _with_critic(
