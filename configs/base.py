@@ -255,9 +255,24 @@ def rl() -> ConfigDict:
     config.sync_ref_model = False
     config.ref_model_sync_steps = 10  # rollouts
     config.ref_model_mixup_alpha = 0.6
+    config.ref_dtype = "float32"  # float32 | bfloat16: how the reference is kept; it computes as the policy does
+    config.ref_offload = False  # whether it lies in the host's memory between uses
     config.scale_rewards = "group"  # group | batch | none | rloo | reinforce++ | reinforce++_baseline
     config.critic = ConfigDict(  # PPO: advantages from a value model by GAE instead of from the group
-        dict(enable=False, learning_rate=1e-3, cliprange_value=0.5, gamma=1.0, lam=0.95)
+        dict(
+            enable=False,
+            # "policy": the body begins with the policy's first weights; "": with random ones; or the workdir of a
+            # policy, or of a reward model, which may be smaller than the policy and must have its tokenizer
+            init_from="policy",
+            warmup_rollouts=0,  # the first so many rollouts update the critic alone
+            learning_rate=1e-3,
+            warmup_steps=placeholder(int),  # of its learning rate; None: as in `optimizer`, as all that is not here
+            weight_decay=placeholder(float),
+            max_grad_norm=placeholder(float),
+            cliprange_value=0.5,
+            gamma=1.0,
+            lam=0.95,
+        )
     )
     config.advantage_weight_pos = 1.0
     config.advantage_weight_neg = 1.0
@@ -265,8 +280,13 @@ def rl() -> ConfigDict:
     # directory; "reward_model:WORKDIR" is one that was trained
     config.rewards = ("task",)
     config.reward_weights = ()  # one for each; (): 1 each
-    config.reward_model = ConfigDict(  # of all that are named: whether scores are (score - mean) / std of their
-        dict(normalize=True, clip=0.0)  # training data; and the largest |score| after that, 0: no limit
+    config.reward_model = ConfigDict(  # of all that are named
+        dict(
+            normalize=True,  # scores are (score - mean) / std of their training data
+            clip=0.0,  # the largest |score| after that; 0: no limit
+            dtype="float32",  # float32 | bfloat16: how weights are kept
+            offload=False,  # whether they lie in the host's memory between uses
+        )
     )
     config.reward_kl_coef = 0.0  # penalty on log π_old/π_ref, summed over a completion
     config.overlong_buffer = ConfigDict(

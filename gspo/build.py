@@ -11,6 +11,8 @@ from ml_collections import ConfigDict, config_flags
 from gspo import objectives, plans, supervised_plans
 from gspo.checks import need
 from gspo.data.scoring import Judging
+from gspo.held import ReferencePlan, Storage
+from gspo.learning.critic import POLICY_WEIGHTS, CriticPlan
 from gspo.learning.learner import UpdatePlan
 from gspo.model.adapters import LoRA
 from gspo.model.distribution import Sampling
@@ -71,12 +73,13 @@ def rows_to_divide(config: ConfigDict) -> tuple[int, ...]:
 def rl_plan(config: ConfigDict, workdir: str = "") -> plans.RLPlan:
     """Raises UserError for every mistake that can be seen in the config alone, and beside the weights that the run
     begins with: those in workdir where it goes on, else those of init_from."""
-    updates = config.num_rollouts * config.updates_per_rollout * config.num_iterations
-    critic = config.critic.to_dict()
-    with_critic = critic.pop("enable")
+    critic = _critic(config, workdir)
+    rollouts = config.num_rollouts - (critic.warmup_rollouts if critic else 0)
+    updates = rollouts * config.updates_per_rollout * config.num_iterations
     steps, alpha = config.ref_model_sync_steps, config.ref_model_mixup_alpha
     if config.sync_ref_model:
         need(steps > 0, "ref_model_sync_steps", steps, "must be positive")
+    follows = (steps, alpha) if config.sync_ref_model else (0, 1.0)
     return plans.RLPlan(
         **_common(config, workdir, total_steps=updates, eval_at_a_time=config.num_prompts),
         num_rollouts=config.num_rollouts,
@@ -92,8 +95,8 @@ def rl_plan(config: ConfigDict, workdir: str = "") -> plans.RLPlan:
         experience=_experience(config),
         preset=config.objective.preset,
         objective=_objective(config),
-        critic=plans.CriticPlan(**critic) if with_critic else None,
-        reference=plans.ReferencePlan(steps, alpha) if config.sync_ref_model else plans.ReferencePlan(),
+        critic=critic,
+        reference=ReferencePlan(*follows, Storage("ref_", config.ref_dtype, config.ref_offload)),
         check_tolerance=config.check_tolerance,
     )
 
@@ -254,6 +257,25 @@ def _model_and_tokenizer(config: ConfigDict, weights: _Weights) -> tuple[plans.M
     return plans.ModelPlan({**TOY, **given, **begun}), tokenizer
 
 
+def _critic(config: ConfigDict, workdir: str) -> CriticPlan | None:
+    """Its model is that of the folder that it begins with; a run in workdir that goes on knows it, as its own."""
+    fields = config.critic.to_dict()
+    if not fields.pop("enable"):
+        return None
+    folder, model = fields["init_from"], None
+    going_on = ((read_content(workdir) if workdir else None) or {}).get("identity")
+    if going_on:
+        model = spec_fields({"model": going_on.get("critic") or {}})
+    elif folder not in ("", POLICY_WEIGHTS):
+        content = read_content(folder)
+        saved = (content or {}).get("identity")
+        why = "it does not say what model its weights are of" if content else why_none(folder)
+        need(saved is not None, "critic.init_from", folder, f"{why}; give 'policy', '', or the workdir of a run")
+        need(saved["tokenizer"] is not None, "critic.init_from", folder, "its weights were saved without a tokenizer")
+        model = spec_fields(saved)
+    return CriticPlan(**fields, model=model)
+
+
 def _judging(config: ConfigDict) -> Judging:
     if "reward_workers" not in config:  # nothing is sampled, nothing judged
         return Judging()
@@ -288,6 +310,7 @@ def _experience(config: ConfigDict) -> plans.ExperiencePlan:
         reward_weights=tuple(config.reward_weights),
         normalize_reward_models=config.reward_model.normalize,
         clip_reward_models=config.reward_model.clip,
+        reward_model_storage=Storage("reward_model.", config.reward_model.dtype, config.reward_model.offload),
         scale_rewards=config.scale_rewards,
         advantage_weight_pos=config.advantage_weight_pos,
         advantage_weight_neg=config.advantage_weight_neg,

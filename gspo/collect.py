@@ -48,7 +48,7 @@ class Collector:
     def __init__(self, plan: plans.RLPlan, steps: Steps, tokenizer: Tokenizer, source: batches.PromptSource):
         self.plan, self.rollout, self.width = plan.experience, plan.rollout, plan.data.max_completion_length
         self.critic, self.steps, self.tokenizer, self.num_samples = plan.critic, steps, tokenizer, plan.log.num_samples
-        self.stop = plan.data.stop
+        self.stop, self.fetched = plan.data.stop, plan.reference.storage.fetched
         functions = self.plan.reward_functions
         self.scorer = make_scorer([*functions], source.task, [*functions.values()], plan.judging)
         self.models = load_reward_models(plan, steps, tokenizer)
@@ -170,7 +170,7 @@ class Collector:
                 measured["routing/sampler_experts_changed"] = float(np.mean(changed_L))
                 measured["routing/sampler_experts_changed_by_layer"] = changed_L.tolist()
         if state.ref_params is not None:
-            inputs = inputs.replace(ref_logp_BC=scorer(state.full(state.ref_params), *rows).logp_BC)
+            inputs = inputs.replace(ref_logp_BC=scorer(state.full(self.fetched(state.ref_params)), *rows).logp_BC)
         return batch.replace(inputs=inputs), measured, gap
 
     def shape(self, draw: Judged) -> np.ndarray:

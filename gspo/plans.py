@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 from gspo.checks import need, one_of, positive
 from gspo.data.scoring import Judging
+from gspo.held import ReferencePlan, Storage
+from gspo.learning.critic import CriticPlan
 from gspo.learning.learner import UpdatePlan
 from gspo.learning.mismatch import ROUNDINGS
 from gspo.model.adapters import LoRA
@@ -125,19 +127,6 @@ class RolloutPlan:
 
 
 @dataclasses.dataclass(frozen=True)
-class CriticPlan:
-    """The value model of PPO, and how advantages are taken from it."""
-
-    learning_rate: float
-    cliprange_value: float
-    gamma: float
-    lam: float
-
-    def __post_init__(self):
-        positive(self, "learning_rate", "cliprange_value", under="critic.")
-
-
-@dataclasses.dataclass(frozen=True)
 class ExperiencePlan:
     """From completions to a batch: rewards, what is added to them, what they are compared with, whose log-probs are
     old."""
@@ -146,6 +135,7 @@ class ExperiencePlan:
     reward_weights: tuple[float, ...]
     normalize_reward_models: bool
     clip_reward_models: float  # 0: not at all
+    reward_model_storage: Storage
     scale_rewards: str
     advantage_weight_pos: float
     advantage_weight_neg: float
@@ -199,17 +189,6 @@ class OptimizerPlan:
 
     fields: Mapping[str, Any]
     total_steps: int
-
-
-@dataclasses.dataclass(frozen=True)
-class ReferencePlan:
-    """When and how far the reference policy follows: never where sync_steps is 0."""
-
-    sync_steps: int = 0  # rollouts
-    mixup_alpha: float = 1.0
-
-    def __post_init__(self):
-        need(0 < self.mixup_alpha <= 1, "ref_model_mixup_alpha", self.mixup_alpha, "must be in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,6 +274,11 @@ class RunPlan:
     kind: ClassVar[str] = POLICY
     best_metric: ClassVar[str] = BEST_METRIC
 
+    @property
+    def beside_model(self) -> dict[str, Any]:
+        """What checkpoints say of weights that are not of the run's model."""
+        return {}
+
     def check_router_losses(self) -> None:
         """Raises UserError where a dense model is to have some."""
         if self.update.router_losses and not self.model.fields["num_experts"]:
@@ -346,11 +330,17 @@ class RLPlan(RunPlan):
             )
         if self.reference.sync_steps and not self.needs_reference:
             raise UserError("sync_ref_model: nothing reads the reference; set objective.beta or reward_kl_coef")
+        if not self.reference.storage.plain and (self.lora or not self.needs_reference):
+            why = "that of a run with lora is adapters alone" if self.lora else "nothing reads the reference"
+            raise UserError(f"ref_dtype, ref_offload: {why}; leave them at 'float32' and False")
         if self.lora and self.reference.sync_steps and self.reference.mixup_alpha != 1:
             raise UserError(
                 f"ref_model_mixup_alpha={self.reference.mixup_alpha}: the reference of a run with lora is adapters, "
                 "and a mixture of two A and two B is no mixture of their products; set it to 1"
             )
+        warmup, rollouts = self.critic_warmup, self.num_rollouts
+        need(0 <= warmup < rollouts, "critic.warmup_rollouts", warmup,
+             f"must leave some of the {rollouts} rollouts to the policy")  # fmt: skip
         self._check_routers()
 
     def _check_routers(self) -> None:
@@ -381,6 +371,16 @@ class RLPlan(RunPlan):
     def updates(self) -> int:
         """Of the optimizer, for one rollout."""
         return self.updates_per_rollout * self.num_iterations
+
+    @property
+    def beside_model(self) -> dict[str, Any]:
+        own = self.critic and self.critic.model
+        return {"critic": dict(own)} if own else {}
+
+    @property
+    def critic_warmup(self) -> int:
+        """The first so many rollouts update no policy."""
+        return self.critic.warmup_rollouts if self.critic else 0
 
     @property
     def rows_at_a_time(self) -> int:

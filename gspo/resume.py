@@ -49,7 +49,7 @@ def open_run(
     No other run can use the folder until `held` is closed. It is claimed for this config only once nothing can fail any
     more. Raises UserError.
     """
-    written, own = dict(plan.written), identity(model, tokenizer, kind=plan.kind, lora=plan.lora)
+    written, own = dict(plan.written), identity(model, tokenizer, kind=plan.kind, lora=plan.lora) | plan.beside_model
     check = partial(_check, own if start.begins_with is None else identity(model, tokenizer))
     with contextlib.ExitStack() as held:  # given back at once where anything fails
         held.enter_context(hold_workdir(workdir, written, allow_changed_config=allow_changed_config))

@@ -14,6 +14,7 @@ import numpy as np
 from gspo import plans
 from gspo.data.tokenizer import Tokenizer
 from gspo.generate import Judged
+from gspo.held import Storage
 from gspo.learning.critic import Critic
 from gspo.learning.rewards import STATISTICS, CompletionRows, make_reward_fn
 from gspo.model.transformer import abstract_params
@@ -33,10 +34,11 @@ class RewardModel(NamedTuple):
     mean: float = 0.0
     std: float = 1.0
     clip: float = 0.0
+    storage: Storage = Storage("reward_model.")
 
     def __call__(self, rollout: Rollout) -> np.ndarray:
         rows = CompletionRows(rollout.tokens_BT, rollout.prompt_lengths_B, rollout.completion_lengths_B)
-        scores_B = np.asarray(distributed.fetch(self.reward(self.params, rows)), np.float64)
+        scores_B = np.asarray(distributed.fetch(self.reward(self.storage.fetched(self.params), rows)), np.float64)
         scores_B = (scores_B - self.mean) / self.std
         return (np.clip(scores_B, -self.clip, self.clip) if self.clip else scores_B).astype(np.float32)
 
@@ -81,7 +83,8 @@ def _load(folder: str, plan: plans.RLPlan, steps: Steps, tokenizer: Tokenizer) -
         if statistics is None:
             raise UserError("nothing is known of its scores on its training data; set reward_model.normalize=False")
         mean, std = statistics["mean"], max(statistics["std"], 1e-6)
-    return RewardModel(reward, params, mean, std, plan.experience.clip_reward_models)
+    storage = plan.experience.reward_model_storage
+    return RewardModel(reward, storage.kept(params), mean, std, plan.experience.clip_reward_models, storage)
 
 
 def with_models(judged: Judged, plan: plans.ExperiencePlan, models: Mapping[str, RewardModel]) -> Judged:

@@ -24,6 +24,7 @@ from gspo.data.scoring import RewardsFailed
 from gspo.data.tokenizer import Tokenizer, make_tokenizer
 from gspo.evaluate import Writer, describe_scorer, make_evaluator
 from gspo.generate import check_splits, prompt_source
+from gspo.held import ReferencePlan, describe_trees, trees_of
 from gspo.learning.agreement import Gap, complaint
 from gspo.learning.drift import DISTANCES
 from gspo.learning.learner import make_ref_sync
@@ -95,7 +96,8 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
             cursor = experience.next_cursor
             recording = recorder.start(index, experience)
             with timer("update"):
-                state, done = update(steps, state, experience.batch, shuffle_keys(plan, index), recording)
+                keys, warming = shuffle_keys(plan, index), index < plan.critic_warmup
+                state, done = update(steps, state, experience.batch, keys, recording, critic_only=warming)
             guard(plan, index, done, experience.sampler_gap, checkpointer)
             if recording:
                 with timer("record"):
@@ -104,7 +106,7 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
                     progress.note(note)
             state = run.follow(state, index)
 
-            rate = float(steps.learning_rate(index * plan.updates))
+            rate = 0.0 if warming else float(steps.learning_rate((index - plan.critic_warmup) * plan.updates))
             line |= experience.metrics | update_metrics(done) | {"learning_rate": rate}
             writer.write(index, line)
             timings = timer.take()
@@ -124,10 +126,13 @@ def update(
     batch: Batch,
     further: Sequence[jax.Array] = (),
     recording: Recording | None = None,
+    *,
+    critic_only: bool = False,
 ) -> tuple[TrainState, list[Metrics]]:
     """N optimizer updates, one for each minibatch of the rollout, all against the old policy that is in the batch; and
     N more for each of the keys `further`, which shuffle the rows anew. Returns the new state and the metrics of each
-    update. recording: is shown what each of the first N starts from.
+    update. recording: is shown what each of the first N starts from. critic_only: the policy's metrics are taken, and
+    it stays as it is.
     """
     if state.stale_params:  # a sampler that lags behind draws from the oldest of these
         state = state.replace(stale_params=(*state.stale_params[1:], copy_tree(state.params)))
@@ -136,7 +141,10 @@ def update(
         for minibatch in steps.minibatches(batch if key is None else steps.reshuffled(batch, key)):
             if recording and key is None:
                 recording(state.policy, minibatch)
-            state, metrics = steps.train_step(state, minibatch)  # log-probs -> objective -> gradient -> optimizer
+            if critic_only:
+                metrics = steps.measure(state, minibatch)
+            else:
+                state, metrics = steps.train_step(state, minibatch)  # log-probs -> objective -> gradient -> optimizer
             if steps.critic_step:
                 critic, more = steps.critic_step(state.critic, minibatch)
                 state, metrics = state.replace(critic=critic), metrics | more
@@ -186,6 +194,8 @@ def prepare(plan: plans.RLPlan, tokenizer: Tokenizer | None = None) -> Run:
     collector = Collector(plan, steps, tokenizer, source)
     evaluate = make_evaluator(plan, steps.model, tokenizer, _shared_writer(plan, steps))
     notes = [describe(steps.model, steps.abstract), _describe_updates(plan), *steps.notes, *split_notes]
+    held = trees_of(steps.abstract) | {name: model.params for name, model in collector.models.items()}
+    notes[1:1] = describe_trees(held)
     notes += describe_scorer(plan, source.task, [*plan.experience.reward_functions])
     if plan.lora:
         notes.insert(1, describe_adapters(plan.lora, steps.abstract))
@@ -224,15 +234,15 @@ def _shared_writer(plan: plans.RLPlan, steps: Steps) -> Writer | None:
     return Writer(steps.rollout_params, steps.sampler) if shared else None
 
 
-def _make_follow(plan: plans.ReferencePlan):
+def _make_follow(plan: ReferencePlan):
     if not plan.sync_steps:
         return lambda state, index: state
-    sync = make_ref_sync(plan.mixup_alpha)
+    sync, storage = make_ref_sync(plan.mixup_alpha), plan.storage
 
     def follow(state: TrainState, index: int) -> TrainState:
         if (index + 1) % plan.sync_steps:
             return state
-        return state.replace(ref_params=sync(state.params, state.ref_params))
+        return state.replace(ref_params=storage.kept(sync(state.params, storage.fetched(state.ref_params))))
 
     return follow
 

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from gspo import plans
+from gspo.critic_source import critic_spec, first_params
 from gspo.data.tokenizer import Tokenizer
+from gspo.held import keep_reference
 from gspo.learning.critic import Critic, make_critic_step, make_value_fn
 from gspo.learning.learner import make_train_step
 from gspo.learning.microbatch import minibatch, shared_rows, shuffled_units
@@ -73,9 +75,9 @@ def rows_per_prompt_of(plan: plans.RLPlan, layout: Layout) -> int:
     return shared_rows(plan.rows_at_a_time, layout.parts("rows"), sharing)
 
 
-def optimizer_of(plan: plans.OptimizerPlan, **changes: float) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW, and its learning rate as a function of the update. changes: fields that are not those of the plan."""
-    fields, steps = {**plan.fields, **changes}, plan.total_steps
+def optimizer_of(plan: plans.OptimizerPlan) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW, and its learning rate as a function of the update."""
+    fields, steps = plan.fields, plan.total_steps
     schedule = {name: fields[name] for name in ("learning_rate", "schedule", "warmup_steps")}
     return make_optimizer(total_steps=steps, **fields), make_schedule(total_steps=steps, **schedule)
 
@@ -147,6 +149,7 @@ class Steps(NamedTuple):
     train_step: Callable  # (state, batch) -> (state, metrics)
     value_fn: Callable | None  # (critic params, tokens_BT, prompt_lengths_B) -> values_BC; None without a critic
     critic_step: Callable | None  # train_step's twin for state.critic
+    measure: Callable | None  # (state, batch) -> metrics of the update that train_step would make; None: never wanted
     learning_rate: optax.Schedule
     start: Start
     notes: tuple[str, ...]  # lines for the log: what was chosen for the user
@@ -160,7 +163,7 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
     """Raises UserError for rows that the devices cannot share."""
     # ------------------------------------------------------------------ plan
     objective = objective_of(plan)
-    updates, micro, rows_at_a_time = plan.updates_per_rollout, plan.update.micro_batch_size, plan.rows_at_a_time
+    updates, rows_at_a_time = plan.updates_per_rollout, plan.rows_at_a_time
     check_rows(layout, num_prompts=plan.rollout.num_prompts, minibatch_rows=rows_at_a_time)
     rows_per_prompt = rows_per_prompt_of(plan, layout)
 
@@ -176,20 +179,8 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         num_stale=plan.rollout.stale_rollouts,
         entropy_coef=None if plan.update.entropy_target is None else plan.objective["entropy_coef"],
     )
-    value_fn = critic_step = None
-    if plan.critic:
-        critic = Critic(model.spec, layout)
-        critic_optimizer, _ = optimizer_of(plan.optimizer, learning_rate=plan.critic.learning_rate)
-        start = add_critic(layout, critic, critic_optimizer, start)
-        width = plan.data.max_completion_length
-        value_fn = make_value_fn(critic, completion_width=width, micro_batch_size=rows_at_a_time)
-        critic_step = make_critic_step(
-            critic,
-            critic_optimizer,
-            cliprange_value=plan.critic.cliprange_value,
-            micro_batch_size=micro,
-            state_shardings=shardings_of(layout, start.abstract.critic),
-        )
+    start = keep_reference(start, plan.reference.storage)
+    start, value_fn, critic_step = _with_critic(plan, layout, model, start, tokenizer)
 
     # ------------------------------------------------------------------ steps
     sampled = model.clone(
@@ -197,15 +188,18 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         router_noise=plan.rollout.router_noise,
         router_swap=plan.rollout.expert_swap,
     )
+    seen = start.abstract.replace(ref_params=None) if plan.reference.storage.offload else start.abstract
     train_step = make_train_step(
         model,
         optimizer,
         objective,
         plan.update,
         sampling=plan.rollout.sampling,
-        state_shardings=shardings_of(layout, start.abstract),
+        state_shardings=shardings_of(layout, seen),
         rows_per_prompt=rows_per_prompt,
     )
+    if plan.reference.storage.offload:
+        train_step = _beside_reference(train_step)
 
     scoring = _scoring(plan, model, rows_at_a_time, rows_per_prompt)
     minibatches, reshuffled = _cut_and_shuffle(layout, updates, rows_per_prompt)
@@ -223,10 +217,48 @@ def make_steps(plan: plans.RLPlan, layout: Layout, tokenizer: Tokenizer) -> Step
         train_step=train_step,
         value_fn=value_fn,
         critic_step=critic_step,
+        measure=jax.jit(lambda state, batch: train_step(state, batch)[1]) if plan.critic_warmup else None,
         learning_rate=learning_rate,
         start=start,
         notes=_chosen_experts(plan, model.spec, layout.parts("rows"), rows_per_prompt),
     )
+
+
+def _beside_reference(train_step: Callable) -> Callable:
+    """train_step for states whose reference lies in the host's memory, where it stays: no update reads it."""
+
+    def step(state: TrainState, batch: Batch):
+        new, metrics = train_step(state.replace(ref_params=None), batch)
+        return new.replace(ref_params=state.ref_params), metrics
+
+    return step
+
+
+def _with_critic(
+    plan: plans.RLPlan, layout: Layout, model: Transformer, start: Start, tokenizer: Tokenizer
+) -> tuple[Start, Callable | None, Callable | None]:
+    """The start of the policy and its critic, Steps.value_fn and Steps.critic_step; without a critic, the start as it
+    is, and None."""
+    if not plan.critic:
+        return start, None, None
+    spec, width = critic_spec(plan.critic, model.spec), plan.data.max_completion_length
+    check_heads(layout, spec, whose="critic's ")
+    critic = Critic(spec, layout)
+    # Its schedule counts its own updates, which begin with the first rollout.
+    fields = {**plan.optimizer.fields, **plan.critic.optimizer_changes}
+    try:
+        optimizer, _ = optimizer_of(plans.OptimizerPlan(fields, plan.num_rollouts * plan.updates))
+        start = add_critic(layout, critic, optimizer, start, first_params(plan.critic, critic, tokenizer))
+    except UserError as error:
+        raise UserError(f"critic: {error}") from None
+    step = make_critic_step(
+        critic,
+        optimizer,
+        cliprange_value=plan.critic.cliprange_value,
+        micro_batch_size=plan.update.micro_batch_size,
+        state_shardings=shardings_of(layout, start.abstract.critic),
+    )
+    return start, make_value_fn(critic, completion_width=width, micro_batch_size=plan.rows_at_a_time), step
 
 
 def _cut_and_shuffle(layout: Layout, updates: int, rows_per_prompt: int) -> tuple[Callable, Callable]:

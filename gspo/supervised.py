@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from gspo.data.tokenizer import Tokenizer
+from gspo.held import describe_trees, trees_of
 from gspo.learning.state import Start
 from gspo.masked import Metrics, values
 from gspo.model.transformer import Transformer
@@ -60,7 +61,8 @@ def run(
     progress = Progress(plan.num_updates, start=first, title=title, shown=course.shown)
     adapters = [describe_adapters(plan.lora, start.abstract)] if plan.lora else []
     resumed = [f"resumed at update {first}"] if opened.resumed else []
-    for note in (describe(course.model, start.abstract), *adapters, *course.notes, *resumed):
+    held = describe_trees(trees_of(start.abstract, plan.kind))
+    for note in (describe(course.model, start.abstract), *adapters, *held, *course.notes, *resumed):
         progress.note(note)
     cursor = opened.meta.get("cursor", first * plan.batch_size)  # examples that the run has consumed
 

@@ -4,7 +4,7 @@ V(x, y_<t) is read at the column that predicts token t, so values, log-probs and
 completions. Read at the last token of a completion, the same module is a reward model (`gspo.learning.rewards`)."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gspo.checks import need, positive
 from gspo.learning.learner import jit_update
 from gspo.learning.microbatch import accumulated_gradient, merge_rows, num_parts, split_rows
 from gspo.masked import Mean, Metrics, masked_mean, over_updates
@@ -23,6 +24,43 @@ from gspo.model.transformer import Transformer
 from gspo.objectives.advantages import clipped_value_loss
 from gspo.parallel.sharding import ONE_DEVICE, Layout
 from gspo.types import Batch, Params, TrainState, array
+
+POLICY_WEIGHTS = "policy"  # of CriticPlan.init_from
+
+
+@dataclasses.dataclass(frozen=True)
+class CriticPlan:
+    """The value model of PPO, how it is trained, and how advantages are taken from it.
+
+    init_from        "policy": the body begins with the policy's first weights; "": with random ones; else the folder of
+                     a run of a policy, whose body it takes, or of a reward model, whose last layer it takes as well
+    warmup_rollouts  the first so many rollouts update the critic alone
+    warmup_steps, weight_decay, max_grad_norm: of its optimizer; None: as the policy's
+    model            fields of its ModelSpec, where those are not the policy's
+    """
+
+    learning_rate: float
+    cliprange_value: float
+    gamma: float
+    lam: float
+    init_from: str = POLICY_WEIGHTS
+    warmup_rollouts: int = 0
+    warmup_steps: int | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
+    model: Mapping[str, Any] | None = None
+
+    def __post_init__(self):
+        positive(self, "learning_rate", "cliprange_value", under="critic.")
+        for name in ("gamma", "lam"):
+            value = getattr(self, name)
+            need(0 <= value <= 1, f"critic.{name}", value, "must lie in [0, 1]")
+
+    @property
+    def optimizer_changes(self) -> dict[str, Any]:
+        """The fields in which its optimizer is not the policy's."""
+        names = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 class Critic(nn.Module):

@@ -82,23 +82,39 @@ def state_on_mesh(
     )
 
 
-def add_critic(layout: Layout, critic: Critic, optimizer: optax.GradientTransformation, policy: Start) -> Start:
-    """The start of a policy with a critic in its state: from a key of its own, or with the body of the given parameters
-    and a last layer of zeros.
+def add_critic(
+    layout: Layout,
+    critic: Critic,
+    optimizer: optax.GradientTransformation,
+    policy: Start,
+    first: Callable[[TrainState], Params] | None = None,
+) -> Start:
+    """The start of a policy with a critic in its state. first: from the policy's first state the parameters that the
+    critic begins with, its own kind or a policy's, to which a last layer of zeros is added. Their buffers are taken, so
+    they must not be those of the state. None: random ones.
     """
     own = state_on_mesh(layout, critic, optimizer)
-    zeros, body = own.abstract.params["value"], own.abstract.params["body"]
 
-    def begin(params: Params, key: jax.Array) -> TrainState:
-        copied = {name: copy_tree(params[name]) for name in body}
-        value = jnp.zeros(zeros.shape, zeros.dtype, device=zeros.sharding)
-        return policy.begin(params, key).replace(critic=own.begin({"body": copied, "value": value}, key))
+    def add(state: TrainState, key: jax.Array) -> TrainState:
+        key = jax.random.fold_in(key, 1)
+        if first is None:
+            return state.replace(critic=own.init(key))
+        return state.replace(critic=own.begin(_with_value(own.abstract.params, first(state)), key))
 
-    return Start(
-        init=lambda key: policy.init(key).replace(critic=own.init(jax.random.fold_in(key, 1))),
-        begin=begin,
+    return policy._replace(
+        init=lambda key: add(policy.init(key), key),
+        begin=lambda params, key: add(policy.begin(params, key), key),
         abstract=policy.abstract.replace(critic=own.abstract),
     )
+
+
+def _with_value(abstract: Params, params: Params) -> Params:
+    """A critic's parameters; where it is a policy that they are of, its body and a last layer of zeros."""
+    if "value" in params:
+        return params
+    zeros = abstract["value"]
+    body = {name: params[name] for name in abstract["body"]}
+    return {"body": body, "value": jnp.zeros(zeros.shape, zeros.dtype, device=zeros.sharding)}
 
 
 def reward_model_start(
@@ -109,13 +125,9 @@ def reward_model_start(
     own = state_on_mesh(layout, model, optimizer)
     if policy is None:
         return own
-    zeros, body = own.abstract.params["value"], own.abstract.params["body"]
-
-    def begin(params: Params, key: jax.Array) -> TrainState:
-        value = jnp.zeros(zeros.shape, zeros.dtype, device=zeros.sharding)
-        return own.begin({"body": {name: params[name] for name in body}, "value": value}, key)
-
-    return own._replace(begin=begin, begins_with=policy)
+    return own._replace(
+        begin=lambda params, key: own.begin(_with_value(own.abstract.params, params), key), begins_with=policy
+    )
 
 
 def shardings_of(layout: Layout, abstract: TrainState) -> TrainState | None:

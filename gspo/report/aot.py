@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from gspo.held import bytes_per_device
 from gspo.model.transformer import param_shardings
 from gspo.parallel.sharding import Layout, make_mesh, with_shardings
 from gspo.plans import RLPlan
@@ -100,11 +101,6 @@ class Lowerable(NamedTuple):
     loops: int  # trips of the loop whose length only the run knows
     ragged_rows: float  # share of the rows of a grouped matmul's buffer that exist at balanced load
     beside: int
-
-
-def bytes_per_device(tree: Any) -> int:
-    """Of abstract arrays with shardings."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def lowerables(plan: RLPlan, layout: Layout) -> list[Lowerable]:

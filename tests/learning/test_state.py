@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from gspo import build, steps
-from gspo.learning.critic import Critic
+from gspo.critic_source import first_params
+from gspo.learning.critic import Critic, CriticPlan
 from gspo.learning.optim import make_optimizer
 from gspo.learning.state import add_critic, state_on_mesh
 from gspo.run.checkpoint import Checkpointer, restore_params
@@ -70,7 +71,9 @@ def test_init_from_gives_policy_reference_and_critic_the_same_parameters_in_buff
     cold = made.init(jax.random.key(99)).replace(step=jnp.int32(7))
     with Checkpointer(tmp_path / "cold") as checkpointer:
         checkpointer.save(7, cold, {})
-    state = initial_state(build.rl_plan(config), add_critic(layout, Critic(model.spec), optimizer, made))
+    critic = Critic(model.spec, layout)
+    first = first_params(CriticPlan(1.0, 1.0, 1.0, 1.0), critic, None)
+    state = initial_state(build.rl_plan(config), add_critic(layout, critic, optimizer, made, first))
     assert_bit_equal(state.params, cold.params)
     assert_bit_equal(state.ref_params, cold.params)
     assert int(state.step) == 0

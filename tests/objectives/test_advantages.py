@@ -138,6 +138,19 @@ def test_with_a_final_reward_and_no_discount_every_token_gets_the_reward_minus_i
     np.testing.assert_allclose(returns, [[1.0] * 4 + [0] * 3])
 
 
+# Catches a return that is cut at the next token, or discounted, or counts what came before: with γ = λ = 1 and a critic
+# that expects nothing, PPO's advantages are the rewards to go of REINFORCE.
+def test_without_discount_a_zero_critic_leaves_the_monte_carlo_returns():
+    rng = np.random.default_rng(3)
+    mask = np.arange(6)[None] < np.array([6, 1, 0, 4])[:, None]
+    rewards = rng.normal(size=mask.shape)
+    found, returns = gae(rewards, np.zeros(mask.shape), mask, gamma=1.0, lam=1.0)
+    for b, t in np.argwhere(mask):
+        to_go = sum(rewards[b, s] for s in range(t, 6) if mask[b, s])
+        assert found[b, t] == pytest.approx(to_go, rel=1e-5) and returns[b, t] == pytest.approx(to_go, rel=1e-5)
+    assert not np.asarray(found)[~mask].any()
+
+
 # Catches advantages in bf16, or as integers, for inputs of those kinds.
 def test_advantages_are_float32_whatever_the_rewards_are():
     for rewards in (np.array([1, 0, 1, 1]), jnp.array([1, 0, 1, 1], jnp.bfloat16), np.array([True, False, True, True])):

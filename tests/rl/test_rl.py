@@ -193,6 +193,13 @@ def test_without_a_kl_term_no_reference_is_held(folder, plain):
 def test_the_first_lines_of_the_log_say_what_runs(plain):
     # Catches a clip range or a number of updates that one finds out about after the run.
     lines = plain.with_name("plain.log").read_text().splitlines()
+    # In float32 Adam's two moments are twice the size of the policy; its two counts are of 4 bytes.
+    policy, optimizer, together = (float(re.split(r"  +", line)[-1].split()[0]) for line in lines[2:5])
+    assert lines[1] == "RL: held on each device:" and [line.split()[1] for line in lines[2:5]] == [
+        "policy", "optimizer", "together",
+    ]  # fmt: skip
+    assert optimizer == pytest.approx(2 * policy, abs=0.2) and together == pytest.approx(3 * policy, abs=0.3)
+    del lines[1:5]
     assert re.fullmatch(
         r"RL: MoE model, 1 layers, 4 experts of which 2 run, [\d,]+ parameters, [\d,]+ active", lines[0]
     )
