@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 def get_config():
     config = ConfigDict()
-    config.rollouts = ("",)  # workdirs of the runs; one, or several separated by commas
+    config.rollouts = ""  # workdir of a run; of several, separated by commas
     # Presets. Each has the settings of the run where the run is of that preset, else its paper's.
     config.objectives = ("grpo", "gspo", "gspo_token", "cispo", "gmpo", "sapo")
     # Clip ranges (below, above) of presets, over those; GSPO's suit sequences of 17 tokens (configs/paper_cpu.py).
