@@ -12,7 +12,6 @@ first.
 """
 
 import csv
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from gspo import build, objectives
 from gspo.learning.learner import Update
 from gspo.parallel import distributed
 from gspo.report import arms, bands, lab, tables
-from gspo.report.plots import COLORS
+from gspo.report.plots import COLORS, short_names
 from gspo.run import cli, tokens
 from gspo.run.checkpoint import restore_state
 from gspo.run.identity import dated_tokenizer
@@ -34,6 +33,9 @@ from gspo.steps import initial_state, make_layout, make_steps, rows_per_prompt_o
 from gspo.types import UserError
 
 Row = dict[str, Any]
+# Of the table, what a terminal has room for.
+SHOWN = ("run", "replay", "objective", "grad_norm", "cosine/grpo", "share/routers", "clipped_tokens", "ess")
+SHOWN += ("changed_share",)
 
 
 def main() -> None:
@@ -44,7 +46,7 @@ def main() -> None:
         folders = arms.trained(config, workdir, allow_changed_config=cli.FLAGS.allow_changed_config)
     else:
         named = [Path(part.strip()) for part in config.rollouts.split(",") if part.strip()]
-        folders = {str(folder): [folder] for folder in named}
+        folders = {name: [folder] for name, folder in zip(short_names(named), named, strict=True)}
     if not folders:
         raise UserError("config.rollouts: name the workdir of a run that has recorded tokens, or several, with commas")
     if not distributed.is_primary():
@@ -58,7 +60,10 @@ def main() -> None:
     table = table_of(rows)
     (workdir / "table.md").write_text(tables.markdown(*table))
     draw(rows, workdir)
-    tables.show(*table)
+    cells, columns = table
+    narrow = [columns.index(name) for name in SHOWN if name in columns]
+    tables.show([[row[i] for i in narrow] for row in cells], [columns[i] for i in narrow])
+    print(f"numbers: {workdir / 'lab.csv'}   table: {workdir / 'table.md'}   figures: cosine, kinds, variance")
 
 
 def check_objective(name: str) -> None:
@@ -94,24 +99,10 @@ def rows_of_run(arm: str, folder: Path, config: Any) -> list[Row]:
     tokenizer = dated_tokenizer(plan.data.tokenizer, plan.date)
     steps = make_steps(plan, make_layout(plan.mesh), tokenizer)
     measures = {name: measure_of(plan, steps, name, config) for name in config.objectives}
+    records = {rollout: record_of(folder, rollout, paths, plan) for rollout, paths in found.items()}
     rows = []
-    for rollout, paths in found.items():
-        try:
-            record = tokens.read(paths)
-        except UserError as error:
-            raise UserError(f"config.rollouts={folder}: {error}") from None
-        if record.about["rollout"] != rollout or record.about["updates"] != plan.updates_per_rollout:
-            raise UserError(f"config.rollouts={folder}: the record of rollout {rollout} is of another run; remove it")
-        if rollout:
-            try:
-                state = restore_state(folder / "checkpoints" / str(rollout), steps.abstract.saved)
-            except UserError as error:
-                raise UserError(
-                    f"config.rollouts={folder}: the policy of rollout {rollout} is gone ({error}); train with a "
-                    "checkpoint.keep_last that keeps it, or remove the record"
-                ) from None
-        else:
-            state = initial_state(plan, steps.start)
+    for rollout, record in records.items():
+        state = state_before(folder, rollout, steps) if rollout else initial_state(plan, steps.start)
         named = {"run": arm, "seed": plan.seed, "rollout": rollout}
         rows += [
             named | row for row in rows_of_rollout(folder, plan, steps, tokenizer, state, record, measures, config)
@@ -119,19 +110,41 @@ def rows_of_run(arm: str, folder: Path, config: Any) -> list[Row]:
     return rows
 
 
+def record_of(folder: Path, rollout: int, paths: list[Path], plan: Any) -> tokens.Record:
+    """Raises UserError for a record that cannot be read, is of another run, or whose policy is gone."""
+    try:
+        record = tokens.read(paths)
+    except UserError as error:
+        raise UserError(f"config.rollouts={folder}: {error}") from None
+    if record.about["rollout"] != rollout or record.about["objective"] != json.loads(json.dumps(dict(plan.objective))):
+        raise UserError(f"config.rollouts={folder}: the record of rollout {rollout} is of another run; remove it")
+    if rollout and not (folder / "checkpoints" / str(rollout)).is_dir():
+        raise UserError(
+            f"config.rollouts={folder}: the checkpoint of rollout {rollout} is gone; train with checkpoint.every and "
+            "checkpoint.keep_last that keep it, or remove the record"
+        )
+    return record
+
+
+def state_before(folder: Path, rollout: int, steps: Any) -> Any:
+    try:
+        return restore_state(folder / "checkpoints" / str(rollout), steps.abstract.saved)
+    except UserError as error:
+        raise UserError(f"config.rollouts={folder}: {error}; or remove the record of rollout {rollout}") from None
+
+
 def measure_of(plan: Any, steps: Any, name: str, config: Any) -> Any:
     """`lab.make_measure` of a preset: as the run has it where it is the run's own."""
     if name == plan.preset:
-        settings = plan.objective
+        objective = steps.objective
     else:
         low, high = config.epsilons.get(name, (None, None))
-        settings = objectives.settings(name, epsilon=low, epsilon_high=high)
-    objective = objectives.make_objective(**settings)
+        objective = objectives.preset(name, epsilon=low, epsilon_high=high)
     update = Update(
         steps.model,
-        optax.identity(),
+        optax.identity(),  # nothing is updated
         objective,
-        dataclasses.replace(plan.update, entropy_target=None),
+        plan.update,
         plan.rollout.sampling,
         rows_per_prompt=rows_per_prompt_of(plan, steps.layout),
     )
@@ -229,34 +242,45 @@ def draw(rows: list[Row], workdir: Path) -> None:
     runs = list(dict.fromkeys(row["run"] for row in later))
     if not later:
         return
-    figure, (axes,) = bands.new_figure(1, 1, 4.4, 3)
+    figure, (axes,) = bands.new_figure(1, 1, 4.4, 3.2)
     pair = [row | {"value": row.get("cosine/gspo", np.nan)} for row in later if row["objective"] == "grpo"]
-    drawn = over_training(axes, [row for row in pair if row["replay"] == "off"], runs, "Cosine, GRPO's and GSPO's")
+    drawn = over_training(axes, [row for row in pair if row["replay"] == "off"], runs, "Cosine of GRPO's and GSPO's")
     bands.save(figure, [axes], drawn, workdir / "cosine")
 
-    figure, panels = bands.new_figure(1, 2)
+    figure, panels = bands.new_figure(1, 2, 4, 3.2)
     drawn = []
     for axes, name in zip(panels, ("grpo", "gspo"), strict=True):
-        for i, run in enumerate(runs):
-            own = [row for row in later if (row["run"], row["objective"], row["replay"]) == (run, name, "off")]
-            values = [mean_of(own, f"share/{kind}") for kind in lab.KINDS]
-            at = np.arange(len(values)) + 0.8 * (i + 0.5) / len(runs) - 0.4
-            axes.bar(at, values, 0.8 / len(runs), color=COLORS[i % len(COLORS)], label=run)
-            drawn += [
-                {"panel": name, "run": run, "kind": k, "share": v} for k, v in zip(lab.KINDS, values, strict=True)
-            ]
-        axes.set_xticks(range(len(lab.KINDS)), lab.KINDS, rotation=30)
-        axes.set(title=f"Gradient of {name}", ylabel="Share of squared norm")
+        drawn += kinds_panel(axes, [r for r in later if (r["objective"], r["replay"]) == (name, "off")], runs, name)
     bands.save(figure, panels, drawn, workdir / "kinds")
 
-    figure, panels = bands.new_figure(1, 2)
-    drawn, first = [], later[0]["objective"]
-    for axes, replay in zip(panels, ("off", "on"), strict=True):
-        own = [row | {"value": row.get("changed_share", np.nan)} for row in later if row["objective"] == first]
-        own = [row for row in own if row["replay"] == replay]
-        drawn += over_training(axes, own, runs, "Share of Var log w, experts changed")
-        axes.set(title=f"Replay {replay}", ylim=(0, 1))
+    first = [row for row in later if row["objective"] == later[0]["objective"]]  # what follows is the same for all
+    off, on = ([row for row in first if row["replay"] == replay] for replay in ("off", "on"))
+    if not on:  # a dense model
+        return
+    key = lambda row: tuple(row[name] for name in ("run", "seed", "rollout", "update"))  # noqa: E731
+    free = {key(row): row["token_var"] for row in off}
+    kept = [row | {"value": row["token_var"] / free[key(row)] if free[key(row)] else np.nan} for row in on]
+    figure, panels = bands.new_figure(1, 3, 3.8, 3.2)
+    drawn = over_training(panels[0], kept, runs, "Var log w, replay on / off")
+    for axes, replay, own in ((panels[1], "off", off), (panels[2], "on", on)):
+        valued = [row | {"value": row["changed_share"]} for row in own]
+        drawn += over_training(axes, valued, runs, f"Share on changed, replay {replay}")
+        axes.set_ylim(0, 1)
     bands.save(figure, panels, drawn, workdir / "variance")
+
+
+def kinds_panel(axes, rows: list[Row], runs: list[str], name: str) -> list[Row]:
+    """Bars: the share of the squared norm of each kind of parameters, means over all rows of a run."""
+    drawn = []
+    kinds = [kind for kind in lab.KINDS if any(row[f"share/{kind}"] > 0 for row in rows)]
+    for i, run in enumerate(runs):
+        values = [mean_of([row for row in rows if row["run"] == run], f"share/{kind}") for kind in kinds]
+        at = np.arange(len(values)) + 0.8 * (i + 0.5) / len(runs) - 0.4
+        axes.bar(at, values, 0.8 / len(runs), color=COLORS[i % len(COLORS)], label=run)
+        drawn += [{"panel": name, "run": run, "kind": k, "share": v} for k, v in zip(kinds, values, strict=True)]
+    axes.set_xticks(range(len(kinds)), kinds)
+    axes.set(title=f"Gradient of {name}", ylabel="Share of squared norm")
+    return drawn
 
 
 def over_training(axes, rows: list[Row], runs: list[str], label: str) -> list[Row]:
