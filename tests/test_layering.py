@@ -36,7 +36,7 @@ TOWER = [
     "plans", "supervised_plans", "build", "run.cli", "steps", "generate", "reward_source", "collect", "evaluate",
     "resume", "record", "supervised", "sft", "pairs", "reward_model", "dpo", "rl",
     "report.view.pack", "report.view.page", "report.view.serve",
-    "report.campaign", "report.arms", "report.ledger", "report.evidence", "report.bands", "report.lab",
+    "report.campaign", "report.arms", "report.ledger", "report.evidence", "report.bands", "report.lab", "report.frames",
     "report.aot", "report.verdicts", "report.workload", "report.cases",
 ]  # fmt: skip
 CONFIG_READERS = ("build",)
