@@ -110,14 +110,7 @@ def make_train_step(
 def train_step(update: Update, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One update: scores, gradient, optimizer, metrics."""
     objective, plan, inputs = update.objective, update.plan, batch.inputs
-    of_part = partial(
-        loss_of_part, update, entropy_coef=state.entropy_coef, count_per_row=_count_per_row(update, inputs)
-    )
-    loss_fn = lambda params, part: of_part(state.full(params), part)  # noqa: E731
-    shardings = None if update.shardings is None else update.shardings.params
-    grads, scores = accumulated_gradient(
-        loss_fn, state.params, batch, plan.micro_batch_size, shardings, update.rows_per_prompt
-    )
+    grads, scores = gradient_of(update, state, batch)
     with jax.named_scope("optimizer"):
         updates, opt_state = update.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -132,6 +125,17 @@ def train_step(update: Update, state: TrainState, batch: Batch) -> tuple[TrainSt
     if scores.free_routes_LBTX is not None:
         metrics |= router_metrics(update.model.spec.num_experts, scores, batch)
     return new_state, metrics
+
+
+def gradient_of(update: Update, state: TrainState, batch: Batch) -> tuple[Params, Scores]:
+    """The gradient of the objective at state.params, and the scores of all rows: what an update follows."""
+    of_part = partial(
+        loss_of_part, update, entropy_coef=state.entropy_coef, count_per_row=_count_per_row(update, batch.inputs)
+    )
+    loss_fn = lambda params, part: of_part(state.full(params), part)  # noqa: E731
+    shardings = None if update.shardings is None else update.shardings.params
+    size = update.plan.micro_batch_size
+    return accumulated_gradient(loss_fn, state.params, batch, size, shardings, update.rows_per_prompt)
 
 
 def loss_of_part(

@@ -122,6 +122,16 @@ def _restore(path: str | os.PathLike, abstract_params: Any, check: Check | None)
     return int(step_dir.name), params
 
 
+def restore_state(path: str | os.PathLike, abstract_state: Any) -> Any:
+    """The whole state that was saved in the folder of one step, runs/x/checkpoints/120 say, bit by bit. Reads only.
+    Raises UserError where it is not there, cannot be read, or is of another model or optimizer."""
+    stored.quieten_orbax()
+    path = Path(path).absolute()
+    if not path.is_dir():
+        raise UserError(f"no checkpoint {path}: {stored.why_none(f'{path.parent.parent}@{path.name}')}")
+    return _read_latest([path], abstract_state)[1]
+
+
 def save_base(workdir: str | os.PathLike, weights: Any, identity: dict[str, Any]) -> None:
     """Saves the weights under the adapters of a run that begins, once, as a checkpoint of their own in
     <workdir>/base: what they were read from may go on, or go away."""
