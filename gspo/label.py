@@ -105,7 +105,7 @@ class _Labeller:
                         left_out[line] = left_out.get(line, 0) + 1
                     else:
                         lines.append(line)
-                progress.update(min(start + width, count), {})
+                progress.update(min(start + width, count) - 1, {})
         summary = {"prompts": count, "pairs": len(lines), "left_out": left_out}
         if self.judge:
             return lines, summary | {"firm": float(np.concatenate(firm).mean())}
