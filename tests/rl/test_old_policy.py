@@ -157,9 +157,9 @@ def watch_states(monkeypatch):
     """The states in which the rollouts of a test begin their updates, on the host."""
     seen, update = [], rl.update
 
-    def watched(steps, state, *rest):
+    def watched(steps, state, *rest, **more):
         seen.append(jax.tree.map(np.array, state))
-        return update(steps, state, *rest)
+        return update(steps, state, *rest, **more)
 
     monkeypatch.setattr(rl, "update", watched)
     return seen
