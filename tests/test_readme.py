@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from configs import base
+from configs import base, lab
 from gspo import build
 from gspo.objectives import presets, surrogates
 from gspo.run import cli
@@ -74,6 +74,7 @@ def test_every_field_that_is_mentioned_exists(field):
         *build.leaf_fields(base.rl()),
         *build.leaf_fields(base.sft()),
         *build.leaf_fields(base.labels()),
+        *build.leaf_fields(lab.get_config()),
         "a.b",
         "task.options",
     }
