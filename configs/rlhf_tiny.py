@@ -33,7 +33,7 @@ def get_config():
     config.sft.optimizer.update(learning_rate=3e-3, schedule="cosine", warmup_steps=20)
 
     config.labels = on_digits(base.labels())
-    config.labels.update(judge=config.hidden, num_prompts=4096, num_eval_prompts=512)
+    config.labels.update(num_prompts=4096, num_eval_prompts=512)
 
     config.reward_model = on_digits(base.reward_model())
     config.reward_model.num_updates = 300

@@ -56,7 +56,7 @@ def up_to_the_model(config: Any, folder: Path, seed: int, options: dict[str, boo
     cold, pairs, model = (str(folder / name) for name in ("sft", "preferences", "rm"))
     tuned = laid_over(config.sft, {}, seed=seed)
     sft.train(build.sft_plan(tuned, cold), cold, title=f"fine-tuning, seed {seed}", **options)
-    asked = laid_over(config.labels, {}, seed=seed, init_from=cold)
+    asked = laid_over(config.labels, {}, seed=seed, init_from=cold, judge=config.hidden)
     made = label.label(build.label_plan(asked, pairs), pairs, **options)
     learned = laid_over(config.reward_model, {}, seed=seed, init_from=cold)
     learned.task.name, learned.task.options = label.pairs_of(pairs), {}
