@@ -11,7 +11,6 @@ and the one on record: it says how exactly the policies of training were met. co
 first.
 """
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ def main() -> None:
         for folder in seeds:
             rows += rows_of_run(arm, folder, config)
     workdir.mkdir(parents=True, exist_ok=True)
-    write_csv(rows, workdir / "lab.csv")
+    bands.write_csv(rows, workdir / "lab.csv")
     table = table_of(rows)
     (workdir / "table.md").write_text(tables.markdown(*table))
     draw(rows, workdir)
@@ -208,14 +207,6 @@ def rows_of_update(state, part, measures) -> list[Row]:
 
 
 # ---------------------------------------------------------------------------- what is left of it
-
-
-def write_csv(rows: list[Row], path: Path) -> None:
-    fields = list(dict.fromkeys(name for row in rows for name in row))
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fields, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def mean_of(rows: list[Row], name: str) -> float:

@@ -126,20 +126,10 @@ def dpo_plan(config: ConfigDict, workdir: str = "") -> supervised_plans.DPOPlan:
 
 def label_plan(config: ConfigDict, workdir: str = "") -> supervised_plans.LabelPlan:
     """As `rl_plan`."""
-    weights = _first_weights(config, "")
-    model, tokenizer = _model_and_tokenizer(config, weights)
     own = ("num_prompts", "num_eval_prompts", "prompts_at_a_time", "judge", "judge_template", "label_temperature")
     return supervised_plans.LabelPlan(
+        **_policy(config, ""),  # what is in workdir are labels
         **{name: config[name] for name in own},
-        written=config.to_dict(),
-        seed=config.seed,
-        init_from=config.init_from,
-        missing=weights.missing,
-        date=None,
-        data=_data(config, tokenizer),
-        mesh=mesh_plan(config),
-        model=model,
-        judging=_judging(config),
         sampling=Sampling(config.temperature, config.top_k, config.top_p, config.min_p),
     )
 
@@ -171,17 +161,7 @@ def _supervised(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
 def _common(config: ConfigDict, workdir: str, *, total_steps: int, eval_at_a_time: int) -> dict[str, Any]:
     """The fields of `plans.RunPlan`. What only reinforcement learning has takes its neutral value elsewhere."""
-    weights = _first_weights(config, workdir)
-    model, tokenizer = _model_and_tokenizer(config, weights)
-    return {
-        "written": config.to_dict(),
-        "seed": config.seed,
-        "init_from": config.init_from,
-        "missing": weights.missing,
-        "date": weights.date,
-        "data": _data(config, tokenizer),
-        "mesh": mesh_plan(config),
-        "model": model,
+    return _policy(config, workdir) | {
         "lora": _lora(config),
         "optimizer": plans.OptimizerPlan(config.optimizer.to_dict(), total_steps),
         "update": UpdatePlan(
@@ -196,7 +176,6 @@ def _common(config: ConfigDict, workdir: str, *, total_steps: int, eval_at_a_tim
         "evaluation": plans.EvaluationPlan(
             **UNSAMPLED | config.eval.to_dict(), at_a_time=eval_at_a_time, max_num_seqs=config.get("max_num_seqs", 0)
         ),
-        "judging": _judging(config),
         "checkpoint": plans.CheckpointPlan(**config.checkpoint.to_dict()),
         "log": plans.LogPlan(
             num_samples=config.log.num_samples,
@@ -208,6 +187,23 @@ def _common(config: ConfigDict, workdir: str, *, total_steps: int, eval_at_a_tim
             wandb_name=config.log.wandb_name,
             profile=tuple(config.get("profile_rollouts", ())),
         ),
+    }
+
+
+def _policy(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """The fields of `plans.PolicyPlan`."""
+    weights = _first_weights(config, workdir)
+    model, tokenizer = _model_and_tokenizer(config, weights)
+    return {
+        "written": config.to_dict(),
+        "seed": config.seed,
+        "init_from": config.init_from,
+        "missing": weights.missing,
+        "date": weights.date,
+        "data": _data(config, tokenizer),
+        "mesh": mesh_plan(config),
+        "model": model,
+        "judging": _judging(config),
     }
 
 

@@ -10,8 +10,7 @@ from gspo.learning.critic import POLICY_WEIGHTS, Critic, CriticPlan
 from gspo.learning.state import copy_tree
 from gspo.model.spec import ModelSpec
 from gspo.model.transformer import Transformer, abstract_params
-from gspo.run.checkpoint import restore_params
-from gspo.run.identity import HOW_IT_RUNS, REWARD_MODEL, check_identity, identity, kind_of, saved_identity
+from gspo.run.identity import HOW_IT_RUNS, REWARD_MODEL, identity, kind_of, restore_known, saved_identity
 from gspo.types import Params, TrainState, UserError
 
 
@@ -38,7 +37,6 @@ def _read(folder: str, critic: Critic, tokenizer: Tokenizer) -> Params:
         kind = kind_of(saved_identity(folder))
         model = critic if kind == REWARD_MODEL else Transformer(critic.spec, layout=critic.layout)
         own = identity(critic.spec, tokenizer, kind=kind)
-        check = lambda where, saved: check_identity(where, saved, own)  # noqa: E731
-        return restore_params(folder, abstract_params(model, critic.layout), check)[1]
+        return restore_known(folder, model, critic.layout, own)[1]
     except UserError as error:
         raise UserError(f"critic.init_from={folder}: {error}") from None

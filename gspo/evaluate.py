@@ -13,9 +13,9 @@ from gspo.data.scoring import make_scorer
 from gspo.data.tasks import Task
 from gspo.data.tokenizer import Tokenizer
 from gspo.generate import Generator, judge, prompt_source, sample_line
-from gspo.model.transformer import Transformer, abstract_params
-from gspo.run.checkpoint import restore_params
-from gspo.run.identity import check_identity, dated_tokenizer, identity
+from gspo.model.distribution import Sampling
+from gspo.model.transformer import Transformer
+from gspo.run.identity import dated_tokenizer, identity, restore_known
 from gspo.steps import check_rows, make_layout, make_model, make_rollout_layout, make_rollout_params, sampler_of
 from gspo.types import Params, Rollout
 
@@ -31,10 +31,12 @@ class Writer(NamedTuple):
     sampler: Callable[..., Rollout]
 
 
-def make_writer(plan: plans.RunPlan, model: Transformer, tokenizer: Tokenizer) -> Writer:
-    """A sampler of its own for evaluation: as the fields of config.eval say, without an injected mismatch."""
+def make_writer(
+    plan: plans.PolicyPlan, model: Transformer, tokenizer: Tokenizer, drawn: tuple[Sampling, int, int]
+) -> Writer:
+    """A sampler beside that of training: without an injected mismatch. drawn: as `plans.RolloutPlan.drawn`."""
     sampled = model.clone(layout=make_rollout_layout(plan.mesh, model.layout))
-    sampler = sampler_of(sampled, plan.data, tokenizer, *plan.evaluation.drawn)
+    sampler = sampler_of(sampled, plan.data, tokenizer, *drawn)
     return Writer(make_rollout_params(plan.mesh, model), sampler)
 
 
@@ -50,7 +52,7 @@ def make_evaluator(
     share of all samples that are solved, with its standard error over prompts); eval/avg@n, the mean of their rewards,
     which is pass@1 where a reward is 0 or 1; lengths in tokens, truncated share.
     """
-    writer = writer or make_writer(plan, model, tokenizer)
+    writer = writer or make_writer(plan, model, tokenizer, plan.evaluation.drawn)
     source = prompt_source(plan.data, plan.data.eval_split, tokenizer)
     scorer = make_scorer([plan.evaluation.reward or "task"], source.task, judging=plan.judging, field="eval.reward")
     stop, n = plan.data.stop, plan.evaluation.num_generations_eval
@@ -121,8 +123,5 @@ def evaluate_workdir(plan: plans.RunPlan, workdir: str) -> tuple[int, dict[str, 
     samples)."""
     layout, tokenizer = make_layout(plan.mesh), dated_tokenizer(plan.data.tokenizer, plan.date)
     model = make_model(plan.model, tokenizer, layout)
-    own = identity(model.spec, tokenizer)
-    step, params = restore_params(
-        workdir, abstract_params(model, layout), lambda where, saved: check_identity(where, saved, own)
-    )
+    step, params = restore_known(workdir, model, layout, identity(model.spec, tokenizer))
     return step, *make_evaluator(plan, model, tokenizer)(params)

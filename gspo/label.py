@@ -17,16 +17,15 @@ import jax
 import numpy as np
 
 from gspo.data.scoring import make_scorer
+from gspo.evaluate import make_writer
 from gspo.generate import Generator, Judged, check_splits, judge, prompt_source
 from gspo.judge import MODEL_PREFIX, ModelJudge, Verdicts, load_judge
-from gspo.model.transformer import abstract_params
 from gspo.resume import tokenizer_of_run
 from gspo.run import disk
-from gspo.run.checkpoint import restore_params
-from gspo.run.identity import check_identity, identity
+from gspo.run.identity import identity, restore_known
 from gspo.run.progress import Progress
 from gspo.run.workdir import hold_workdir, keep_config
-from gspo.steps import check_rows, make_layout, make_model, make_rollout_layout, make_rollout_params, sampler_of
+from gspo.steps import check_rows, make_layout, make_model
 from gspo.supervised_plans import LabelPlan
 from gspo.types import UserError
 
@@ -71,13 +70,9 @@ class _Labeller:
         check_rows(self.layout, prompts_at_a_time=self.at_a_time)
         check_splits(plan.data)
         model = make_model(plan.model, self.tokenizer, self.layout)
-        own = identity(model.spec, self.tokenizer)
-        _, params = restore_params(
-            plan.init_from, abstract_params(model, self.layout), lambda where, saved: check_identity(where, saved, own)
-        )
-        self.params = make_rollout_params(plan.mesh, model)(params)
-        sampled = model.clone(layout=make_rollout_layout(plan.mesh, self.layout))
-        self.sampler = sampler_of(sampled, plan.data, self.tokenizer, plan.sampling, 2, 0)
+        _, params = restore_known(plan.init_from, model, self.layout, identity(model.spec, self.tokenizer))
+        writer = make_writer(plan, model, self.tokenizer, (plan.sampling, 2, 0))
+        self.params, self.sampler = writer.rollout_params(params), writer.sampler
         of_model = plan.judge.startswith(MODEL_PREFIX)
         self.judge: ModelJudge | None = load_judge(plan.judge, plan.judge_template) if of_model else None
 

@@ -247,11 +247,10 @@ class LogPlan:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunPlan:
-    """What all kinds of training share. kind: what their checkpoints hold. best_metric: what ranks them.
+class PolicyPlan:
+    """A policy, what it reads, and how what it writes is judged: what training it and labelling what it writes share.
 
     written  the config as config.json keeps it
-    lora     the adapters that are trained; None: the weights are
     missing  why a run cannot begin from init_from; "" where it can, or need not
     date     the day on which the run in the workdir began, ISO 8601; None where it begins
     """
@@ -264,11 +263,18 @@ class RunPlan:
     data: DataPlan
     mesh: MeshPlan
     model: ModelPlan
+    judging: Judging
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan(PolicyPlan):
+    """What all kinds of training share. kind: what their checkpoints hold. best_metric: what ranks them. lora: the
+    adapters that are trained; None: the weights are."""
+
     lora: LoRA | None
     optimizer: OptimizerPlan
     update: UpdatePlan
     evaluation: EvaluationPlan
-    judging: Judging
     checkpoint: CheckpointPlan
     log: LogPlan
     kind: ClassVar[str] = POLICY

@@ -28,7 +28,7 @@ class Opened(NamedTuple):
     held: contextlib.ExitStack  # closes both, and lets other runs into the folder: the context of the loop
 
 
-def tokenizer_of_run(plan: plans.RunPlan) -> Tokenizer:
+def tokenizer_of_run(plan: plans.PolicyPlan) -> Tokenizer:
     """UserError where the run is to begin from what cannot be read."""
     if plan.missing:
         raise UserError(f"init_from={plan.init_from}: {plan.missing}")

@@ -17,10 +17,8 @@ from gspo.generate import Judged
 from gspo.held import Storage
 from gspo.learning.critic import Critic
 from gspo.learning.rewards import STATISTICS, CompletionRows, make_reward_fn
-from gspo.model.transformer import abstract_params
 from gspo.parallel import distributed
-from gspo.run.checkpoint import restore_params
-from gspo.run.identity import REWARD_MODEL, check_identity, identity, spec_of
+from gspo.run.identity import REWARD_MODEL, identity, restore_known, spec_of
 from gspo.run.stored import read_content
 from gspo.steps import Steps, check_heads, rows_per_prompt_of
 from gspo.types import Params, Rollout, UserError
@@ -68,9 +66,7 @@ def _load(folder: str, plan: plans.RLPlan, steps: Steps, tokenizer: Tokenizer) -
     spec = dataclasses.replace(spec_of(saved), **runs)
     check_heads(layout, spec, whose="its ")
     model, own = Critic(spec, layout), identity(spec, tokenizer, kind=REWARD_MODEL)
-    _, params = restore_params(
-        folder, abstract_params(model, layout), lambda where, saved: check_identity(where, saved, own)
-    )
+    _, params = restore_known(folder, model, layout, own)
     reward = make_reward_fn(
         model,
         completion_width=plan.data.max_completion_length,

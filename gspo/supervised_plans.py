@@ -2,13 +2,11 @@
 `gspo.label`, which makes such data."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from gspo.checks import need, positive
-from gspo.data.scoring import Judging
 from gspo.model.distribution import Sampling
-from gspo.plans import DataPlan, MeshPlan, ModelPlan, RunPlan
+from gspo.plans import PolicyPlan, RunPlan
 from gspo.run.identity import REWARD_MODEL
 from gspo.types import UserError
 
@@ -86,20 +84,10 @@ class DPOPlan(PairPlan):
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelPlan:
+class LabelPlan(PolicyPlan):
     """Preferences from a judge, over two completions of each prompt that the policy in init_from draws. judge: the name
-    of a reward, or "model:FOLDER". label_temperature: 0: the better text is chosen; else drawn. The first fields are
-    those of `plans.RunPlan`."""
+    of a reward, or "model:FOLDER". label_temperature: 0: the better text is chosen; else drawn."""
 
-    written: Mapping[str, Any]
-    seed: int
-    init_from: str
-    missing: str
-    date: str | None
-    data: DataPlan
-    mesh: MeshPlan
-    model: ModelPlan
-    judging: Judging
     num_prompts: int  # of the training split; the next of the evaluation split
     num_eval_prompts: int
     prompts_at_a_time: int
@@ -122,11 +110,11 @@ class LabelPlan:
 
 def check_template(template: str) -> None:
     """Raises UserError where one of the three parts of a question is missing, or it has others."""
-    parts = {"prompt": "P", "first": "F", "second": "S"}
+    parts = ("prompt", "first", "second")
     try:
-        written = template.format(**parts)
+        template.format(**dict.fromkeys(parts, ""))
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"judge_template: {error!s}; it may have {{prompt}}, {{first}} and {{second}}") from None
     missing = [f"{{{name}}}" for name in parts if f"{{{name}}}" not in template]
-    if missing or not written:
+    if missing:
         raise UserError(f"judge_template: {', '.join(missing)} is not in it")

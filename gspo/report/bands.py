@@ -6,6 +6,7 @@ Every panel returns what it has drawn as rows for a CSV; `save` writes a figure 
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -150,10 +151,14 @@ def save(figure: Figure, panels: Sequence[Axes], rows: Rows, out: Path) -> None:
     for ending in ("png", "pdf") if rows else ("png",):
         figure.savefig(out.with_suffix(f".{ending}"), metadata={"CreationDate": None} if ending == "pdf" else None)
     plt.close(figure)
-    if not rows:
-        return
+    if rows:
+        write_csv(rows, out.with_suffix(".csv"))
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The columns of all rows; a row has an empty cell where it lacks one."""
     fields = list(dict.fromkeys(name for row in rows for name in row))
-    with open(out.with_suffix(".csv"), "w", newline="") as file:
+    with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, fields, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

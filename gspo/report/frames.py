@@ -67,8 +67,8 @@ def tokens_of(workdir: str | Path, rollout: int) -> Frame:
     frame |= {name: c[name] for name in (*tokens.TOKENS, *tokens.OPTIONAL) if name in c and c[name].ndim == 1}
     frame["log_w"] = c["logp"].astype(np.float64) - c["old_logp"]
     if "routes" in c:
-        differ_NL = (np.sort(c["old_routes"], -1) != np.sort(c["routes"], -1)).any(-1)
-        frame["layers_changed"] = differ_NL.sum(-1).astype(np.int32)
+        changed_NL = tokens.experts_changed(c["old_routes"], c["routes"])
+        frame["layers_changed"] = (changed_NL > 0).sum(-1).astype(np.int32)
     return frame
 
 

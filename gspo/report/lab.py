@@ -17,7 +17,7 @@ import numpy as np
 
 from gspo.learning.learner import Update, gradient_of, inputs_of
 from gspo.learning.scores import Scores
-from gspo.run.tokens import Record
+from gspo.run.tokens import Record, experts_changed
 from gspo.types import Batch, LossInputs, TrainState, UserError
 
 KINDS = ("routers", "experts", "attention", "embeddings", "norms", "dense")  # of parameters
@@ -43,11 +43,7 @@ def batch_of(record: Record, prompt_width: int, completion_width: int, pad_id: i
     if not B or c["length"].max() > C or c["prompt_length"].max() > P:
         raise UserError("config.rollouts: a record does not fit the frames of its run's config; it is of another run")
     tokens_BT = np.full((B, P + C), pad_id, np.int32)
-    ends = np.cumsum(c["prompt_length"])
-    prompts = {
-        int(group): c["prompt_token"][end - length : end]
-        for group, end, length in zip(c["prompt_group"], ends, c["prompt_length"], strict=True)
-    }
+    prompts = record.prompts
     real_BC = np.arange(C) < c["length"][:, None]
     for row, group in enumerate(c["group"]):
         ids = prompts[int(group)]
@@ -168,6 +164,6 @@ def split_variance(log_w_N: np.ndarray, changed_N: np.ndarray) -> dict[str, floa
 
 def routes_changed(old_LBTX: np.ndarray, new_LBTX: np.ndarray, completion_width: int) -> np.ndarray:
     """[B, C] whether any layer chose other experts, as sets, where a token is predicted."""
-    differ_BT = (np.sort(old_LBTX, -1) != np.sort(new_LBTX, -1)).any((0, 3))
+    differ_BT = (experts_changed(old_LBTX, new_LBTX) > 0).any(axis=0)
     T = differ_BT.shape[1]
     return differ_BT[:, T - completion_width - 1 : T - 1]

@@ -13,9 +13,12 @@ from typing import Any
 from gspo.data.tokenizer import Tokenizer, difference, fingerprint, make_tokenizer, now
 from gspo.model.adapters import LoRA
 from gspo.model.spec import ModelSpec
+from gspo.model.transformer import abstract_params
 from gspo.parallel import distributed
+from gspo.parallel.sharding import Layout
+from gspo.run.checkpoint import restore_params
 from gspo.run.stored import read_content, split_step
-from gspo.types import UserError
+from gspo.types import Params, UserError
 
 log = logging.getLogger(__name__)
 HOW_IT_RUNS = (
@@ -72,6 +75,12 @@ def check_identity(where: str | os.PathLike, saved: Mapping[str, Any] | None, no
                 f"tokenizer={now['tokenizer']['spec']}: the weights in {where} were trained with another one; its "
                 f"{found}"
             )
+
+
+def restore_known(path: str | os.PathLike, model: Any, layout: Layout, now: Mapping[str, Any]) -> tuple[int, Params]:
+    """`restore_params` for a model of this identity on its devices: (step, parameters). Raises UserError where
+    `check_identity` does, before anything is read."""
+    return restore_params(path, abstract_params(model, layout), lambda where, saved: check_identity(where, saved, now))
 
 
 def spec_fields(saved: Mapping[str, Any]) -> dict[str, Any]:

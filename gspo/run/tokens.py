@@ -70,6 +70,13 @@ class Record(NamedTuple):
         """[R + 1] where the tokens of each row begin, and the end of all."""
         return np.concatenate([[0], np.cumsum(self.columns["length"])])
 
+    @property
+    def prompts(self) -> dict[int, np.ndarray]:
+        """group -> the ids of its prompt."""
+        ends = np.cumsum(self.columns["prompt_length"])
+        parts = np.split(self.columns["prompt_token"], ends[:-1])
+        return dict(zip(self.columns["prompt_group"].tolist(), parts, strict=True))
+
 
 # ---------------------------------------------------------------------------- writing
 
@@ -187,3 +194,11 @@ def _spans(lengths: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """Where the entries of the chosen spans lie, of spans that follow each other."""
     starts = np.cumsum(lengths) - lengths
     return np.concatenate([np.arange(0)] + [np.arange(starts[i], starts[i] + lengths[i]) for i in chosen])
+
+
+def experts_changed(old_X: np.ndarray, new_X: np.ndarray) -> np.ndarray:
+    """[..., X] -> [...] how many of the experts that the old policy chose are not among those now chosen; 255 where -1
+    stands for not recorded. As `gspo.model.routing.changed`, in numbers and not in shares."""
+    kept_X = (old_X[..., :, None] == new_X[..., None, :]).any(axis=-1)
+    changed = (~kept_X).sum(axis=-1)
+    return np.where((old_X < 0).any(axis=-1), 255, changed).astype(np.uint8)

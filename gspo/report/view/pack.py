@@ -156,18 +156,14 @@ def _that_fit(record: tokens.Record, left: int, at_least_one: bool) -> np.ndarra
 def _record(folder: Path, record: tokens.Record, whole: tokens.Record, block: Block) -> dict[str, Any]:
     columns, about, starts = record.columns, record.about, record.starts
     piece, text = _decoding(folder, about)
-    prompts, at = [], 0
-    for group, length in zip(columns["prompt_group"], columns["prompt_length"], strict=True):
-        ids = columns["prompt_token"][at : at + length]
-        at += length
-        prompts.append({"group": int(group), "text": text(ids), "key": _key(ids)})
+    prompts = [{"group": group, "text": text(ids), "key": _key(ids)} for group, ids in record.prompts.items()]
     i4, f4, u1 = ("int32", "float32", "uint8")
     wanted = {"row": i4, "group": i4, "update": i4, "reward": f4, "truncated": u1, "token": i4, "mask": u1}
     wanted |= dict.fromkeys(("advantage", "old_logp", "logp", "after_logp", "entropy", "sampler_logp", "ref_logp"), f4)
     arrays = {name: block.add(columns[name], dtype) for name, dtype in wanted.items() if name in columns}
     arrays["start"] = block.add(starts, i4)
     if "routes" in columns:
-        arrays["changed"] = block.add(experts_changed(columns["old_routes"], columns["routes"]), u1)
+        arrays["changed"] = block.add(tokens.experts_changed(columns["old_routes"], columns["routes"]), u1)
         arrays["margin"] = block.add(columns["margin"].min(axis=1), f4)
     return {
         "rollout": about["rollout"],
@@ -181,14 +177,6 @@ def _record(folder: Path, record: tokens.Record, whole: tokens.Record, block: Bl
         "updates": _of_updates(whole),
         "arrays": arrays,
     }
-
-
-def experts_changed(old_NLX: np.ndarray, new_NLX: np.ndarray) -> np.ndarray:
-    """[N, L] how many of the experts that the old policy chose are not among those now chosen; 255 where -1 stands for
-    not recorded. As `gspo.model.routing.changed`, in numbers and not in shares."""
-    kept_NLX = (old_NLX[..., :, None] == new_NLX[..., None, :]).any(axis=-1)
-    changed_NL = (~kept_NLX).sum(axis=-1)
-    return np.where((old_NLX < 0).any(axis=-1), 255, changed_NL).astype(np.uint8)
 
 
 def _of_updates(whole: tokens.Record) -> dict[str, list[int]]:
