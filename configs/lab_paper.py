@@ -16,6 +16,8 @@ def get_config():
     paper = Paper(paper_cpu.cold_start(), paper_cpu.rl())
     paper.config.base.log.tokens_every = 10
     paper.config.base.checkpoint.update(every=10, keep_last=10)
+    # One device, in training and in the lab: sums over two are rounded otherwise, and fast routers make much of it.
+    paper.config.base.mesh.data = 1
     cold = paper.cold("fine", model=paper_cpu.FINE)
     both, setting = methods(paper_cpu.GRPO, paper_cpu.GSPO), paper_cpu.setting("B")
     arms = [paper.arm(f"B MoE {name}", cold, setting, both[name]) for name in ("GRPO", "GRPO+R2", "GSPO")]
