@@ -24,4 +24,6 @@ def get_config():
     paper.figure("lab", SEEDS, arms)
     for name, value in lab.get_config().items():
         paper.config[name] = value
+    paper.config.objectives += ("reinforce",)  # without ratio and clip: which of the others has left the plain gradient
+    paper.config.updates = (0, *range(1, 16, 2))  # a minibatch holds two prompts: few updates would say little
     return paper.config

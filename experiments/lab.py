@@ -4,9 +4,11 @@ python experiments/lab.py --config=configs/lab.py --workdir=runs/lab --config.ro
 
 The runs must have recorded their tokens (log.tokens_every) and kept the checkpoint before each such rollout. What is
 computed: gspo/report/lab.py. Leaves in the workdir lab.csv (a line for each run, rollout, update, replay and
-objective), table.md (means), and as PNG, PDF and CSV cosine (GRPO's gradient against GSPO's over training), kinds
-(share of the squared norm by kind of layer) and variance (share of the variance of log w on tokens whose experts
-changed). replay_error in lab.csv is the largest difference of a log-prob between the policy that the updates, made
+objective), table.md (means), and as PNG, PDF and CSV cosine (GRPO's gradient against GSPO's, and all against each
+other), kinds (share of the squared norm by kind of layer) and variance (of log w: with replay and without, and the
+share of tokens whose experts changed).
+
+replay_error in lab.csv is the largest difference of a log-prob between the policy that the updates, made
 again, end in and the one on record: it says how exactly the policies of training were met. configs/lab_paper.py trains
 its runs first; --seeds=10,11: only these of them. What was measured is kept in WORKDIR/measured: stopped and started
 again, the lab goes on.

@@ -42,7 +42,7 @@ Settings = dict[str, dict[str, Any]]  # name of an objective -> all that it is m
 
 class Asked(NamedTuple):
     """objectives: presets. epsilons: preset -> its clip range (below, above), over its paper's. updates: which of a
-    rollout's are measured, from 0; (): first, middle, last."""
+    rollout's are measured, from 0; (): the first two, a middle one, the last."""
 
     objectives: tuple[str, ...]
     epsilons: Mapping[str, tuple[float, float]]
@@ -66,7 +66,7 @@ class Asked(NamedTuple):
 
     def updates_of(self, plan: RLPlan) -> tuple[int, ...]:
         N = plan.updates_per_rollout
-        return self.updates or tuple(sorted({0, N // 2, N - 1}))
+        return self.updates or tuple(sorted({0, min(1, N - 1), N // 2, N - 1}))
 
     def check(self, run: RecordedRun) -> None:
         """Raises UserError for what cannot be asked of this run."""
@@ -160,10 +160,9 @@ def rows_of_rollout(run: RecordedRun, rollout: int, asked: Asked, programs: Prog
     batch = batch.replace(old_routes_LBTX=routes, replayed_routes_LBTX=replayed)
     rows = []
     for j, part in enumerate(steps.minibatches(batch)):
-        for replay in ("off", "on") if j in wanted and routes is not None else ("off",) * (j in wanted):
-            given = part.replace(replayed_routes_LBTX=part.old_routes_LBTX if replay == "on" else None)
-            place = {"run": run.name, "seed": plan.seed, "rollout": rollout, "update": j, "replay": replay}
-            rows += [place | row for row in rows_of_update(state, given, measure, list(settings))]
+        if j in wanted:
+            place = {"run": run.name, "seed": plan.seed, "rollout": rollout, "update": j}
+            rows += [place | row for row in rows_of_update(state, part, measure, list(settings))]
         state, _ = steps.train_step(state, part)
     after = np.asarray(steps.scorer(state.policy, *frames, batch.replayed_routes_LBTX).logp_BC)
     real_BC = np.arange(after.shape[1]) < np.asarray(batch.completion_lengths_B)[:, None]
@@ -172,27 +171,34 @@ def rows_of_rollout(run: RecordedRun, rollout: int, asked: Asked, programs: Prog
 
 
 def rows_of_update(state: TrainState, part: Batch, measure: Measure, names: list[str]) -> list[Row]:
-    """One row for each objective."""
-    measured, scores = measure(state, part)
-    found, kinds_N, common = dict(zip(names, measured, strict=True)), kinds_of(state.params), of_ratios(part, scores)
-    rows = []
-    for name, (gradient_N, metrics) in found.items():
-        row = {"objective": name, "grad_norm": float(np.linalg.norm(gradient_N))}
-        row |= {f"cosine/{other}": cosine(gradient_N, each.gradient_N) for other, each in found.items()}
-        row |= {f"share/{kind}": share for kind, share in shares(gradient_N, kinds_N).items()}
-        row |= {"clipped_tokens": metrics["clip_ratio/tokens"], "clipped_sequences": metrics["clip_ratio/sequences"]}
-        rows.append(row | {"ess": metrics["ess"]} | common)
+    """A row for each replay and objective. With replay on, routed_var is the variance of what replay takes from log w:
+    how far the changed experts move it, in the same tokens at the same parameters."""
+    kinds_N, routes, free, rows = kinds_of(state.params), part.old_routes_LBTX, None, []
+    for replay, given in (("off", None), ("on", routes))[: 1 if routes is None else 2]:
+        part = part.replace(replayed_routes_LBTX=given)
+        measured, scores = measure(state, part)
+        common, free = of_ratios(part, scores, free), scores
+        found = dict(zip(names, measured, strict=True))
+        for name, (gradient_N, metrics) in found.items():
+            row = {"replay": replay, "objective": name, "grad_norm": float(np.linalg.norm(gradient_N))}
+            row |= {f"cosine/{other}": cosine(gradient_N, each.gradient_N) for other, each in found.items()}
+            row |= {f"share/{kind}": share for kind, share in shares(gradient_N, kinds_N).items()}
+            row |= {f"clipped_{unit}": metrics[f"clip_ratio/{unit}"] for unit in ("tokens", "sequences")}
+            rows.append(row | {"ess": metrics["ess"]} | common)
     return rows
 
 
 # ---------------------------------------------------------------------------- ratios of tokens
 
 
-def of_ratios(part: Batch, scores: Scores) -> Row:
-    """What the ratios of a minibatch's tokens are like, whatever the objective."""
+def of_ratios(part: Batch, scores: Scores, free: Scores | None) -> Row:
+    """What the ratios of a minibatch's tokens are like, whatever the objective. free: the scores without replay."""
     mask_BC = np.asarray(part.inputs.mask_BC)
-    log_w_N = (np.asarray(scores.logp_BC, np.float64) - np.asarray(part.inputs.old_logp_BC, np.float64))[mask_BC]
+    logp_N = np.asarray(scores.logp_BC, np.float64)[mask_BC]
+    log_w_N = logp_N - np.asarray(part.inputs.old_logp_BC)[mask_BC]
     row = {"token_ess": ess(log_w_N)}
+    if free:
+        row["routed_var"] = float(np.var(np.asarray(free.logp_BC)[mask_BC] - logp_N))
     if scores.free_routes_LBTX is None:
         return row
     old, new = np.asarray(part.old_routes_LBTX), np.asarray(scores.free_routes_LBTX)
