@@ -97,10 +97,11 @@ def kind_of(names: list[str]) -> str:
     return "embeddings" if names[-1] in ("embedding", "head") else "dense"
 
 
-def cosine(a_N: np.ndarray, b_N: np.ndarray) -> float:
-    """⟨a, b⟩ / |a||b|; NaN where one of them is 0."""
-    norms = float(np.linalg.norm(a_N) * np.linalg.norm(b_N))
-    return float(a_N @ b_N) / norms if norms else float("nan")
+def cosines(gradients_KN: np.ndarray) -> np.ndarray:
+    """[K, K] ⟨a, b⟩ / |a||b| of K gradients; NaN where one of them is 0."""
+    products = gradients_KN @ gradients_KN.T
+    norms = np.sqrt(np.diag(products))
+    return products / np.where(np.outer(norms, norms) > 0, np.outer(norms, norms), np.nan)
 
 
 def shares(gradient_N: np.ndarray, kinds_N: np.ndarray) -> dict[str, float]:

@@ -26,7 +26,7 @@ from gspo import objectives
 from gspo.learning.learner import Update
 from gspo.learning.scores import Scores
 from gspo.plans import RLPlan
-from gspo.report.gradients import Measure, cosine, kinds_of, make_measure, shares
+from gspo.report.gradients import Measure, cosines, kinds_of, make_measure, shares
 from gspo.report.recorded import RecordedRun
 from gspo.run import disk
 from gspo.run.tokens import experts_changed
@@ -178,10 +178,10 @@ def rows_of_update(state: TrainState, part: Batch, measure: Measure, names: list
         part = part.replace(replayed_routes_LBTX=given)
         measured, scores = measure(state, part)
         common, free = of_ratios(part, scores, free), scores
-        found = dict(zip(names, measured, strict=True))
-        for name, (gradient_N, metrics) in found.items():
+        table = cosines(np.stack([gradient_N for gradient_N, _ in measured]))
+        for name, (gradient_N, metrics), near in zip(names, measured, table.tolist(), strict=True):
             row = {"replay": replay, "objective": name, "grad_norm": float(np.linalg.norm(gradient_N))}
-            row |= {f"cosine/{other}": cosine(gradient_N, each.gradient_N) for other, each in found.items()}
+            row |= {f"cosine/{other}": value for other, value in zip(names, near, strict=True)}
             row |= {f"share/{kind}": share for kind, share in shares(gradient_N, kinds_N).items()}
             row |= {f"clipped_{unit}": metrics[f"clip_ratio/{unit}"] for unit in ("tokens", "sequences")}
             rows.append(row | {"ess": metrics["ess"]} | common)

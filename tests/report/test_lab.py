@@ -75,10 +75,10 @@ def test_effective_sample_size_and_cosine_are_their_sums():
     w = [math.exp(v) for v in log_w]
     assert lab.ess(log_w) == pytest.approx(sum(w) ** 2 / (20 * sum(v * v for v in w)))
     assert lab.ess(log_w + 2000) == pytest.approx(lab.ess(log_w))
-    a, b = [1.0, 2.0, -3.0], [0.5, -1.0, 4.0]
+    a, b, none = [1.0, 2.0, -3.0], [0.5, -1.0, 4.0], [0.0, 0.0, 0.0]
     want = sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(14 * 17.25)
-    assert gradients.cosine(np.array(a), np.array(b)) == pytest.approx(want)
-    assert math.isnan(gradients.cosine(np.zeros(3), np.array(a)))
+    found = gradients.cosines(np.array([a, b, none]))
+    np.testing.assert_allclose(found, [[1, want, np.nan], [want, 1, np.nan], [np.nan] * 3], rtol=1e-12)
 
 
 def test_experts_are_compared_as_sets_where_a_token_is_predicted():
