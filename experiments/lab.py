@@ -49,7 +49,9 @@ def main() -> None:
     for run in runs:
         asked.check(run)
     rows = measured(runs, asked, workdir / "measured")
-    bands.write_csv(rows, workdir / "lab.csv")
+    bands.write_csv(
+        [{k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows], workdir / "lab.csv"
+    )
     cells, columns = table_of(rows)
     (workdir / "table.md").write_text(tables.markdown(cells, columns))
     draw(rows, workdir)

@@ -1,6 +1,7 @@
 """The figures and the table of experiments/lab.py: means over updates and seeds, the first update of a rollout aside,
 where every ratio is 1."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,8 @@ def cosines(rows: list[Row], out: Path) -> None:
     for axes, x in zip(panels, ("rollout", "update"), strict=False):
         drawn += lines(axes, own, "cosine/gspo", x=x, title="GRPO's gradient and GSPO's")
         axes.set(ylabel="Cosine")
-        axes.set_ylim(top=1.02)
+        axes.set_ylim(min(axes.get_ylim()[0], 0), 1.02)
+    unnamed(panels[1:2])
     names = objectives_of(rows)
     table = [[mean_of([r for r in rows if r["objective"] == a], f"cosine/{b}") for b in names] for a in names]
     bands.heat_panel(panels[2], np.array(table), names, names, "Mean cosine, all runs", labels=("", ""))
@@ -105,16 +107,19 @@ def variance(rows: list[Row], out: Path) -> None:
     named(panels[1], ":", "variance of what replay takes")
     panels[1].set(title="With replay, over that without")
 
-    drawn += lines(panels[2], off, "changed_share", x="update", title="Changed tokens: share of Var log w")
-    drawn += lines(panels[2], off, "changed_tokens", x="update", title="Changed tokens: share of tokens", style="--")
-    named(panels[2], "--", "their share of tokens")
+    for axes, column, whose in ((panels[2], "changed_share", "Changed"), (panels[3], "top_share", "Most changed")):
+        drawn += lines(axes, off, column, x="update", title=f"{whose}: share of Var log w")
+        drawn += lines(axes, on, column, x="update", title=f"{whose}: share of Var log w, replay on", style="--")
+        named(axes, "--", "with replay")
+    drawn += lines(panels[2], off, "changed_tokens", x="update", title="Changed: share of tokens", style=":")
+    named(panels[2], ":", "their share of tokens")
+    panels[3].axhline(MOST, linestyle=":", color="0.4", label="their share of tokens")
     panels[2].set(title="Tokens with a changed expert", ylabel="Share of Var log w")
-
-    drawn += lines(panels[3], off, "top_share", x="update", title=f"{MOST:.0%} most changed: share of Var log w")
-    panels[3].axhline(MOST, linestyle="--", color="0.4", label="their share of tokens")
     panels[3].set(title=f"The {MOST:.0%} of tokens with most changes", ylabel="Share of Var log w")
-    for axes in panels[1:]:
+    panels[1].set_ylim(bottom=0)
+    for axes in panels[2:]:
         axes.set_ylim(0, 1.05)
+    unnamed(panels[1:])
     bands.save(figure, panels, drawn, out)
 
 
@@ -126,6 +131,12 @@ def colors(rows: list[Row]) -> dict[str, str]:
 def named(axes: Axes, style: str, label: str) -> None:
     """A line of the legend for what is drawn in this style, whatever its color."""
     axes.plot([], [], style, color="0.4", label=label)
+
+
+def unnamed(panels: Sequence[Axes]) -> None:
+    """Takes the runs out of the legends: the first panel's names them for all."""
+    for line in (line for axes in panels for line in axes.lines if "(n =" in line.get_label()):
+        line.set_label("_")
 
 
 def lines(
