@@ -3,7 +3,8 @@ tenth of them on record with the checkpoint before it, and asks of each what the
 
 python experiments/lab.py --config=configs/lab_paper.py --workdir=runs/lab_paper
 
-Seeds    10, 11, 12: the first three of the paper's. Cost: 12 runs of under a minute a core, then the lab.
+Seeds    10, 11, 12: the first three of the paper's. Cost: 12 runs of under a minute a core, then
+         about ten minutes of one for the lab.
 """
 
 from configs import lab, paper_cpu
@@ -16,7 +17,7 @@ def get_config():
     paper = Paper(paper_cpu.cold_start(), paper_cpu.rl())
     paper.config.base.log.tokens_every = 10
     paper.config.base.checkpoint.update(every=10, keep_last=10)
-    # One device, in training and in the lab: sums over two are rounded otherwise, and fast routers make much of it.
+    # One device, in training and in the lab, whose updates are then the same bits (of two: log-probs within 2e-4).
     paper.config.base.mesh.data = 1
     cold = paper.cold("fine", model=paper_cpu.FINE)
     both, setting = methods(paper_cpu.GRPO, paper_cpu.GSPO), paper_cpu.setting("B")
