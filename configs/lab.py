@@ -15,5 +15,5 @@ def get_config():
     config.objectives = ("grpo", "gspo", "gspo_token", "cispo", "gmpo", "sapo")
     # Clip ranges (below, above) of presets, over those; GSPO's suit sequences of 17 tokens (configs/paper_cpu.py).
     config.epsilons = ConfigDict({"gspo": (3e-3, 4e-3), "gspo_token": (3e-3, 4e-3)})
-    config.updates = ()  # which updates of a rollout are measured, from 0; (): first, middle, last
+    config.updates = ()  # which updates of a rollout are measured, from 0; (): first, second, middle, last
     return config

@@ -7,7 +7,7 @@ Nothing here reads data: of the tokenizer only the ids that end a completion and
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -300,10 +300,14 @@ def _chosen_experts(plan: plans.RLPlan, spec: ModelSpec, devices: int, rows_per_
     return (f"model.moe_backend: {', '.join(found)}",)
 
 
-def objective_of(plan: plans.RLPlan) -> Objective:
+def objective_settings(plan: plans.RLPlan) -> dict[str, Any]:
     """The adaptive entropy bonus, part of the train step, takes the place of the fixed one."""
     adaptive = {} if plan.update.entropy_target is None else {"entropy_coef": 0.0}
-    return make_objective(**plan.objective | adaptive)
+    return {**plan.objective, **adaptive}
+
+
+def objective_of(plan: plans.RLPlan) -> Objective:
+    return make_objective(**objective_settings(plan))
 
 
 def _kept_scores(plan: plans.RLPlan, objective: Objective) -> tuple[str, ...]:

@@ -37,8 +37,9 @@ TOWER = [
     "reward_source", "collect", "evaluate", "resume", "judge", "label", "record", "supervised", "sft", "pairs",
     "reward_model", "dpo", "rl",
     "report.view.pack", "report.view.page", "report.view.serve",
-    "report.campaign", "report.arms", "report.ledger", "report.evidence", "report.bands", "report.lab", "report.frames",
-    "report.aot", "report.verdicts", "report.workload", "report.cases",
+    "report.campaign", "report.arms", "report.ledger", "report.evidence", "report.bands",
+    "report.gradients", "report.recorded", "report.lab", "report.frames", "report.aot",
+    "report.verdicts", "report.workload", "report.cases",
 ]  # fmt: skip
 CONFIG_READERS = ("build",)
 

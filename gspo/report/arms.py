@@ -82,10 +82,10 @@ def _with_start(config: Any, workdir: Path, arm: str, seed: int) -> list[Run]:
     return [*before, Run(arm, seed, workdir / slug(arm) / str(seed), changed, before[-1].folder)]
 
 
-def trained(config: Any, workdir: Path, **options: Any) -> dict[str, list[Path]]:
-    """Trains what `runs_of` lists, side by side. Returns arm -> its folders, one per seed. options: those of
-    `campaign.train_all`."""
-    runs = runs_of(config, workdir)
+def trained(config: Any, workdir: Path, seeds: Iterable[int] = (), **options: Any) -> dict[str, list[Path]]:
+    """Trains what `runs_of` lists, side by side. Returns arm -> its folders, one per seed. seeds: only these; empty:
+    all. options: those of `campaign.train_all`."""
+    runs = runs_of(config, workdir, seeds=seeds)
     train_all(runs, workers=config.workers, **options)
     folders: dict[str, list[Path]] = {}
     for run in runs:
