@@ -19,5 +19,6 @@ def get_config():
     arms = [paper.arm(f"B MoE {name}", cold, setting, both[name]) for name in ("GRPO", "GRPO+R2", "GSPO")]
     paper.figure("quickstart", (0,), arms)
     paper.config.base.num_rollouts = 30
+    paper.config.base.log.tokens_every = 25  # what scripts/view.py shows
     paper.config.reference = "experiments/results/paper_cpu"  # whose seeds show what is ordinary
     return paper.config

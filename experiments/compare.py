@@ -17,7 +17,7 @@ from gspo.parallel import distributed
 from gspo.report import arms, bands, tables
 from gspo.report.ledger import Curve, Ledger, curve_of
 from gspo.report.plots import COLORS
-from gspo.run import cli
+from gspo.run import cli, tokens
 
 COLUMNS = (
     "arm",
@@ -45,6 +45,9 @@ def main() -> None:
     tables.show(rows, COLUMNS)
     seconds = time.perf_counter() - start
     print(f"curves: {workdir / 'curves.png'}   table: {workdir / 'table.md'}   {seconds:.0f} s in all")
+    recorded = [str(folder) for own in folders.values() for folder in own if tokens.files(folder)]
+    if recorded:
+        print(f"token by token: python scripts/view.py {' '.join(recorded)} --out=view.html")
     print(closing({len(seeds) for seeds in folders.values()}, known))
 
 
