@@ -14,8 +14,12 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and run little: LLVM's optimisations would cost more than they save.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# So does XLA's newer code generator for fused loops, which takes two to three times as long, and its splitting of a
+# program into parts that are compiled side by side: there are as many tests at a time as cores.
+COMPILE_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+for flag in ("--xla_force_host_platform_device_count=8", *COMPILE_FLAGS.split()):
+    if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 NO_TIME = "no time left for slow tests"
 LONGEST = ("tests/rl/", "tests/parallel/test_processes", "tests/parallel/test_sharding")  # files of minutes

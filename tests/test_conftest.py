@@ -37,7 +37,9 @@ def suite(pytester):
     pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
     text = (ROOT / "pyproject.toml").read_text()
     options = text[text.index("[tool.pytest.ini_options]") : text.index("[tool.ruff]")]
-    pytester.makepyprojecttoml(options.replace('testpaths = ["tests"]', ""))
+    options = options.replace('testpaths = ["tests"]', "")
+    # Importing hypothesis, whose plugin no test here asks for, is most of what a process would do.
+    pytester.makepyprojecttoml(options.replace('addopts = "', 'addopts = "-p no:hypothesispytest '))
     pytester.makepyfile(test_a=FILE, test_b=FILE)
     return pytester
 

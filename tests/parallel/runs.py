@@ -54,8 +54,6 @@ def launch(folder, name, *, processes, devices, die="", script="experiments/rl.p
     stderr)."""
     command = ["bash", "scripts/launch_local.sh", "-n", str(processes), "--devices-per-process", str(devices), "--"]
     command += [sys.executable, script, f"--config={folder / 'config.py'}", f"--workdir={folder / name}"]
-    environment = (
-        os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "GRACE": "60"} | ({"DIE": die} if die else {}) | more
-    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "GRACE": "60"} | ({"DIE": die} if die else {}) | more
     done = finished(command, timeout=300, cwd=ROOT, env=environment)
     return done.returncode, done.stdout, done.stderr

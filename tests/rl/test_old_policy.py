@@ -17,7 +17,6 @@ from tests.tiny_runs import (
     assert_bit_equal,
     rl_config,
     state_of,
-    stateful_config,
 )
 
 
@@ -137,7 +136,7 @@ def test_log_probs_of_sampler_and_learner_agree(folder, tmp_path, changes, updat
 def test_a_kl_term_holds_a_reference_that_starts_equal_and_stays(folder, tmp_path, updates):
     # Catches a reference that shares the policy's buffers or follows it unasked, and a KL that is not 0 against an
     # equal policy.
-    config = stateful_config(folder, sync_ref_model=False)
+    config = rl_config(folder, **FAST | {"objective.beta": 0.1})
     rl.train(build.rl_plan(config), tmp_path)
     run = rl.prepare(build.rl_plan(config))
     initial = initial_state(build.rl_plan(config), run.steps.start)

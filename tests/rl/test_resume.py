@@ -1,19 +1,23 @@
 """A run begins, is refused, goes on; killed anywhere and resumed, it ends like one never killed."""
 
 import os
+import shutil
 import signal
-import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 
 from gspo import build, rl
+from gspo.run import checkpoint
 from gspo.run.writers import read_jsonl
 from gspo.steps import initial_state
 from gspo.types import UserError
-from tests.rl.runs import RESULTS, watch_updates
+from tests.processes import finished
+from tests.rl.runs import RESULTS
 from tests.tiny_runs import (
     ROOT,
     assert_bit_equal,
@@ -106,11 +110,65 @@ def test_NaN_stops_the_run_and_the_last_good_checkpoint_is_kept(folder, tmp_path
     assert os.listdir(tmp_path / "checkpoints") == ["1"]
 
 
+def watched_parts(prepare, reached):
+    """`rl.prepare`, such that reached("rollout") follows each rollout and reached("minibatch") precedes each update.
+    The jitted functions stay the same."""
+
+    def prepared(*args):
+        run = prepare(*args)
+
+        def collector(*args):
+            experience = run.collector(*args)
+            reached("rollout")
+            return experience
+
+        def train_step(*args):
+            reached("minibatch")
+            return run.steps.train_step(*args)
+
+        return run._replace(collector=collector, steps=run.steps._replace(train_step=train_step))
+
+    return prepared
+
+
+WHEN = {  # place: at which of the times that a run comes there
+    "rollout": 2,  # nothing is saved yet
+    "minibatch": 14,  # the second update of the fourth rollout
+    "save": 2,  # the arrays of the second checkpoint are written, nothing is in place
+    "seal": 1,  # the first checkpoint is complete, its seal is not written
+}
+LEFT = {"rollout": set(), "minibatch": {"2"}, "save": {"2"}, "seal": {"2"}}  # complete checkpoints
+
+
+def watch(patch, workdir, reached):
+    """reached(place) is called where and WHEN the run in workdir comes to a place."""
+    count = dict.fromkeys(WHEN, 0)
+
+    def counted(place):
+        count[place] += 1
+        if count[place] == WHEN[place]:
+            while place == "minibatch" and not (workdir / "checkpoints" / "2" / "SEAL.0").exists():
+                time.sleep(0.01)  # so that there is a checkpoint to go on from
+            reached(place)
+
+    def hook(owner, attribute, place):
+        function = getattr(owner, attribute)
+        patch.setattr(owner, attribute, lambda *args, **kwargs: (counted(place), function(*args, **kwargs))[1])
+
+    patch.setattr(rl, "prepare", watched_parts(rl.prepare, counted))
+    hook(ocp.PyTreeCheckpointHandler, "finalize", "save")
+    hook(checkpoint, "write_seal", "seal")
+
+
 @pytest.fixture(scope="module")
 def unbroken(folder):
-    """The run that the killed ones are compared with; on the way, its compilations are kept for them."""
-    rl.train(build.rl_plan(stateful_config(folder)), folder / "unbroken")
-    return folder / "unbroken"
+    """The run that those which were killed are compared with. What a kill at a place would leave behind is in
+    killed/<place> beside it."""
+    workdir = folder / "unbroken"
+    with pytest.MonkeyPatch.context() as patch:
+        watch(patch, workdir, lambda place: shutil.copytree(workdir, folder / "killed" / place))
+        rl.train(build.rl_plan(stateful_config(folder)), workdir)
+    return workdir
 
 
 def assert_ends_like(folder, workdir, unbroken):
@@ -134,102 +192,47 @@ def test_the_unbroken_run_moves_all_that_it_carries(folder, unbroken):
     )  # so that the data position is no function of the step
 
 
+def assert_goes_on_from(folder, workdir, place, unbroken):
+    """What a kill at the place has left is what it should be, and the resumed run ends like the unbroken one."""
+    assert {name for name in os.listdir(workdir / "checkpoints") if name.isdecimal()} == LEFT[place]
+    assert (workdir / "checkpoints" / "2" / "SEAL.0").exists() == (place in ("minibatch", "save"))
+    rl.train(build.rl_plan(stateful_config(folder)), workdir)
+    assert_ends_like(folder, workdir, unbroken)
+
+
+@pytest.mark.parametrize("place", WHEN)
+def test_what_a_kill_leaves_anywhere_is_enough_to_end_bit_equal_to_a_run_never_killed(folder, unbroken, place):
+    # Catches a lost optimizer, reference, bonus, key or data position; lines of metrics or samples twice or never; half
+    # a checkpoint taken for a whole one.
+    assert_goes_on_from(folder, folder / "killed" / place, place, unbroken)
+
+
 VICTIM = '''
 """Runs `stateful_config` and dies at a place: python victim.py PLACE FOLDER WORKDIR"""
-import os, signal, sys, time
+import os, signal, sys
 from pathlib import Path
 
-import orbax.checkpoint as ocp
+import pytest
 
-from gspo import build, evaluate, rl, steps
-from gspo.run import checkpoint
+from gspo import build, rl
+from tests.rl.test_resume import watch
 from tests.tiny_runs import stateful_config
 
 place, folder, workdir = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-count = {}
-
-
-def die_at(call, name):
-    count[name] = count.get(name, 0) + 1
-    if place == name and count[name] == call:
-        while place == "minibatch" and not (workdir / "checkpoints" / "2" / "SEAL.0").exists():
-            time.sleep(0.01)  # so that one of the victims leaves a checkpoint to go on from
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def hook(owner, attribute, call, name):
-    function = getattr(owner, attribute)
-
-    def hooked(*args, **kwargs):
-        die_at(call, name)
-        return function(*args, **kwargs)
-
-    setattr(owner, attribute, hooked)
-
-
-def sampler_that_dies(make):
-    def make_hooked(*args):
-        sample = make(*args)
-
-        def hooked(*args):
-            result = sample(*args)  # the device works on: jax returns before it has finished
-            if count.get("collect") == 2:
-                die_at(1, "rollout")
-            return result
-
-        return hooked
-
-    return make_hooked
-
-
-hook(rl.Collector, "__call__", 0, "collect")
-steps.sampler_of = evaluate.sampler_of = sampler_that_dies(steps.sampler_of)  # in the second rollout
-make_steps = rl.make_steps
-
-
-def steps_that_die(*args):
-    steps = make_steps(*args)
-
-    def train_step(state, part):
-        die_at(14, "minibatch")  # before the second update of the fourth rollout
-        return steps.train_step(state, part)
-
-    return steps._replace(train_step=train_step)
-
-
-rl.make_steps = steps_that_die
-# "save": the arrays of the second checkpoint are written, nothing is in place.
-hook(ocp.PyTreeCheckpointHandler, "finalize", 2, "save")
-hook(checkpoint, "write_seal", 1, "seal")  # the first checkpoint is complete, its seal is not written
+watch(pytest.MonkeyPatch(), workdir, lambda reached: reached == place and os.kill(os.getpid(), signal.SIGKILL))
 rl.train(build.rl_plan(stateful_config(folder)), workdir)
 '''
 
 
-LEFT = {"rollout": set(), "minibatch": {"2"}, "save": {"2"}, "seal": {"2"}}  # complete checkpoints
-
-
-@pytest.mark.parametrize("places", [
-    ("rollout", "minibatch", "save"), pytest.param(("seal",), marks=pytest.mark.slow),
-], ids=str)  # fmt: skip
-def test_a_run_killed_anywhere_and_resumed_ends_bit_equal_to_one_never_killed(folder, unbroken, tmp_path, places):
-    # Catches a lost optimizer, reference, bonus, key or data position; lines of metrics or samples twice or never; half
-    # a checkpoint taken for a whole one.
+@pytest.mark.slow
+@pytest.mark.parametrize("place", WHEN)
+def test_a_run_killed_anywhere_and_resumed_ends_bit_equal_to_one_never_killed(folder, unbroken, tmp_path, place):
+    # Catches what the copies above do not show: something outside the folder, or a lock, that a dead process leaves.
     (tmp_path / "victim.py").write_text(VICTIM)
-    victims = [
-        subprocess.Popen(
-            [sys.executable, tmp_path / "victim.py", place, folder, tmp_path / place], cwd=ROOT, text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )
-        for place in places
-    ]  # fmt: skip
-    for place, victim in zip(places, victims, strict=True):
-        _, stderr = victim.communicate()
-        assert victim.returncode == -signal.SIGKILL, (place, stderr)
-    for place in places:
-        assert {name for name in os.listdir(tmp_path / place / "checkpoints") if name.isdecimal()} == LEFT[place]
-        assert (tmp_path / place / "checkpoints" / "2" / "SEAL.0").exists() == (place in ("minibatch", "save"))
-        rl.train(build.rl_plan(stateful_config(folder)), tmp_path / place)
-        assert_ends_like(folder, tmp_path / place, unbroken)
+    command = [sys.executable, tmp_path / "victim.py", place, folder, tmp_path / "run"]
+    done = finished(command, timeout=300, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert_goes_on_from(folder, tmp_path / "run", place, unbroken)
 
 
 def test_SIGTERM_saves_says_so_and_leaves_and_the_resumed_run_ends_the_same(
@@ -237,17 +240,17 @@ def test_SIGTERM_saves_says_so_and_leaves_and_the_resumed_run_ends_the_same(
 ):
     # Catches a preempted job that loses its work since the last checkpoint, that leaves between two updates of a
     # rollout, or that a scheduler takes for a success.
-    cuts = []
+    updates = []
 
-    def terminated_at_the_ninth(_, part):
-        cuts.append(part)
-        if len(cuts) == 9:
+    def terminated_at_the_ninth(place):
+        updates.extend([place] * (place == "minibatch"))
+        if place == "minibatch" and len(updates) == 9:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    watch_updates(monkeypatch, terminated_at_the_ninth)
+    monkeypatch.setattr(rl, "prepare", watched_parts(rl.prepare, terminated_at_the_ninth))
     with pytest.raises(SystemExit) as stopped:
         rl.train(build.rl_plan(stateful_config(folder)), tmp_path)
-    assert stopped.value.code == 143 and len(cuts) == 12
+    assert stopped.value.code == 143 and len(updates) == 12
     assert f"stopped by SIGTERM: saved rollout 3 in {tmp_path}" in capsys.readouterr().err
     assert state_of(stateful_config(folder), tmp_path)[0] == 3
     rl.train(build.rl_plan(stateful_config(folder)), tmp_path)
@@ -258,14 +261,14 @@ def test_a_signal_before_the_first_rollout_leaves_what_its_message_says(
     folder, unbroken, tmp_path, monkeypatch, capsys
 ):
     # Catches "saved rollout 0" where nothing was saved, and Ctrl-C that loses what SIGTERM keeps.
-    make = rl.make_evaluator
+    prepare = rl.prepare
 
-    def make_interrupted(*args, **kwargs):
-        evaluate = make(*args, **kwargs)
-        return lambda params: (os.kill(os.getpid(), signal.SIGINT), evaluate(params))[1]
+    def interrupted(*args):
+        run = prepare(*args)
+        return run._replace(evaluate=lambda params: (os.kill(os.getpid(), signal.SIGINT), run.evaluate(params))[1])
 
     with monkeypatch.context() as patch:
-        patch.setattr(rl, "make_evaluator", make_interrupted)
+        patch.setattr(rl, "prepare", interrupted)
         with pytest.raises(SystemExit) as stopped:
             rl.train(build.rl_plan(stateful_config(folder)), tmp_path)
     assert stopped.value.code == 130 and "stopped by SIGINT: saved rollout 0" in capsys.readouterr().err
