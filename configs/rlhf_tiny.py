@@ -1,18 +1,20 @@
-"""The road from demonstrations to a policy that follows a learned reward, on running sums of 8 digits, where the truth
-is known: fine-tuning, preferences by a hidden judge, a reward model, then PPO, GRPO and GSPO against that model.
+"""The road from demonstrations to a policy that follows a learned reward, on running sums of 8 digits modulo 2, where
+the truth is known: fine-tuning, preferences by a hidden judge, a reward model, then PPO, GRPO and GSPO against it.
 
 Hidden   the share of right digits (`matching_characters`). It labels the pairs, is logged beside the model's reward,
          and is never trained on.
 Arms     each method without a penalty on its distance to the start, and with one. Without: a weight of 1e-6, which
          does nothing but make the distance known.
-Cost     minutes on 2 CPU cores.
+weak     --config=configs/rlhf_tiny.py:weak has 512 prompts to make pairs of, and its reward model overfits them: what a
+         policy finds in a model that is often wrong.
+Cost     under 7 minutes on 2 CPU cores for one seed.
 """
 
 from ml_collections import ConfigDict
 
 from configs import base
 
-DIGITS = {"num_digits": 8, "modulus": 10, "error_rate": 0.15}
+DIGITS = {"num_digits": 8, "modulus": 2, "error_rate": 0.15}
 MEASURED, HELD = 1e-6, 0.1  # weights of the distance
 
 
@@ -22,7 +24,10 @@ def on_digits(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def get_config():
+def get_config(kind=""):
+    if kind not in ("", "weak"):
+        raise ValueError(f"no kind named {kind!r}; leave it out, or write weak")
+    weak = kind == "weak"
     config = ConfigDict()
     config.seeds = (0,)
     config.workers = 0  # runs side by side; 0: one for each core of a CPU, one on an accelerator
@@ -33,10 +38,11 @@ def get_config():
     config.sft.optimizer.update(learning_rate=3e-3, schedule="cosine", warmup_steps=20)
 
     config.labels = on_digits(base.labels())
-    config.labels.update(num_prompts=4096, num_eval_prompts=512)
+    config.labels.update(num_prompts=512 if weak else 16_384, num_eval_prompts=1024)
 
     config.reward_model = on_digits(base.reward_model())
-    config.reward_model.num_updates = 300
+    config.reward_model.update(num_updates=100 if weak else 450, batch_size=128)
+    config.reward_model.eval.update(every=0, num_prompts=1024)
     config.reward_model.center_rewards_coefficient = 0.01
     config.reward_model.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup_steps=20)
 

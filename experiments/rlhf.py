@@ -3,9 +3,9 @@
     python experiments/rlhf.py --config=configs/rlhf_tiny.py --workdir=runs/rlhf
 
 For each seed: fine-tuning (sft), preferences by a hidden judge (preferences), a reward model (rm), then every arm of
-the config against that model. Leaves table.md and rlhf.png in the workdir: the model's reward and the true one, both in
-deviations of what the fine-tuned policy gets, and their gap against the distance to it, which is what over-optimisation
-looks like. Run again, it goes on where it was stopped.
+the config against that model. Leaves table.md and rlhf.png, .pdf and .csv in the workdir: the model's reward and the
+true one, both in deviations of what the fine-tuned policy gets, and their gap against the distance to it, which is what
+over-optimisation looks like. Run again, it goes on where it was stopped.
 """
 
 from pathlib import Path
@@ -17,10 +17,10 @@ from gspo import build, label, reward_model, sft
 from gspo.parallel import distributed
 from gspo.report import bands, campaign, tables
 from gspo.report.arms import laid_over, slug
+from gspo.report.evidence import LAST, smoothed
 from gspo.report.plots import COLORS
 from gspo.run import cli
 
-LAST = 5  # rollouts at the end that the table is about
 COLUMNS = ("arm", "model's reward", "true reward", "gap", "true reward at its best", "KL per token", "right digits")
 
 
@@ -94,28 +94,38 @@ def row(arm: str, curves: list[dict[str, np.ndarray]]) -> list[str]:
         over(ends["model"]),
         over(ends["truth"]),
         over([a - b for a, b in zip(ends["model"], ends["truth"], strict=True)]),
-        over([float(each["truth"].max()) for each in curves]),
+        over([float(smoothed(each["truth"]).max()) for each in curves]),
         over(ends["kl"], "{:.3f}"),
         over(ends["share"], "{:.3f}"),
     ]
 
 
 def draw(curves: dict[str, list[dict[str, np.ndarray]]], out: Path) -> None:
-    """Both rewards over training, and the gap against the distance; arms with a penalty dashed."""
+    """Both rewards over training, and the gap against the distance: means over seeds, each seed as a thin line, all
+    smoothed over 5 rollouts; arms with a penalty dashed, their dots hollow."""
     figure, axes = bands.new_figure(1, 3, width=3.7)
-    methods = list(dict.fromkeys(arm.partition(" ")[0] for arm in curves))
+    methods, rows = list(dict.fromkeys(arm.partition(" ")[0] for arm in curves)), []
     for arm, own in curves.items():
         style = {"color": COLORS[methods.index(arm.partition(" ")[0])], "linestyle": "--" if "+" in arm else "-"}
-        for i, each in enumerate(own):
-            name = arm if i == 0 else "_"
-            axes[0].plot(each["model"], **style, label=name)
-            axes[1].plot(each["truth"], **style)
-            axes[2].plot(each["kl"], each["model"] - each["truth"], **style, linewidth=0.9)
-    axes[0].set(xlabel="Rollout", ylabel="Model's reward [deviations of the start]")
-    axes[1].set(xlabel="Rollout", ylabel="True reward [deviations of the start]")
-    axes[2].set(xlabel="KL to the start, per token [nats]", ylabel="Model's reward - true reward")
-    axes[2].set_xscale("symlog", linthresh=1e-3)
-    bands.save(figure, axes, [], out)
+        smooth = [{name: smoothed(values) for name, values in each.items()} for each in own]
+        mean = {name: np.mean([each[name] for each in smooth], axis=0) for name in smooth[0]}
+        for each in smooth:
+            axes[0].plot(each["model"], **style, alpha=0.3, linewidth=0.6)
+            axes[1].plot(each["truth"], **style, alpha=0.3, linewidth=0.6)
+            gap, color = each["model"] - each["truth"], style["color"]
+            face = "none" if "+" in arm else color
+            axes[2].scatter(each["kl"], gap, s=9, facecolors=face, edgecolors=color, linewidths=0.6)
+        axes[0].plot(mean["model"], **style, linewidth=1.6, label=f"{arm} (n = {len(own)})")
+        axes[1].plot(mean["truth"], **style, linewidth=1.6)
+        for rollout in range(len(mean["kl"])):
+            numbers = {name: f"{values[rollout]:.6g}" for name, values in mean.items()}
+            rows.append({"arm": arm, "rollout": str(rollout), **numbers})
+    axes[0].set(xlabel="Rollout", ylabel="Model's reward [std of start]")
+    axes[1].set(xlabel="Rollout", ylabel="True reward [std of start]")
+    axes[2].set(xlabel="KL to the start, per token [nats]", ylabel="Model's - true [std of start]")
+    axes[2].set_xscale("log")
+    axes[1].sharey(axes[0])
+    bands.save(figure, axes[:1], rows, out)
 
 
 if __name__ == "__main__":

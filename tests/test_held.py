@@ -1,15 +1,19 @@
 """The trees that a run holds: what the log says of them, and how frozen ones are kept between their uses."""
 
+import csv
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import models
 from gspo import build, held, rl
 from gspo.held import HOST, Storage, describe_trees, trees_of
 from gspo.run.writers import read_jsonl
 from gspo.steps import initial_state
 from gspo.types import TrainState, UserError
+from scripts import draw_trees
 from tests.rl.runs import RESULTS
 from tests.tiny_runs import assert_bit_equal, kept_compiles, rl_config, state_of  # noqa: F401 - a fixture
 
@@ -120,3 +124,17 @@ def test_runs_whose_reference_lies_in_the_hosts_memory_are_bit_equal_and_go_on(t
     kls = [[line["kl"] for line in lines[name][:3]] for name in ("plain", "half")]
     np.testing.assert_allclose(*kls, atol=2e-3)
     assert kls[0] != kls[1]
+
+
+def test_the_figure_says_which_trees_a_method_holds(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "tiny", {"num_layers": 1, "d_model": 8, "vocab_size": 16, "num_experts": 2})
+    sizes = draw_trees.held("tiny")
+    policy, optimizer = sizes["GSPO"].pop("policy"), sizes["GSPO"].pop("optimizer")
+    assert not sizes["GSPO"] and optimizer == 2 * policy + 8  # moments of Adam and two counts
+    assert sizes["GRPO, beta > 0"]["reference"] == sizes["PPO"]["reference"] == sizes["DPO"]["reference"] == policy
+    assert {"critic", "critic's optimizer", "reward model"} <= set(sizes["PPO, reward model"])
+    draw_trees.draw(draw_trees.held("tiny"), "tiny", tmp_path / "trees")
+    rows = list(csv.DictReader((tmp_path / "trees.csv").open()))
+    assert {row["tree"] for row in rows if row["method"] == "DPO" and float(row["GiB"])} == {
+        "policy", "optimizer", "reference",
+    }  # fmt: skip
