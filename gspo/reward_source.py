@@ -7,7 +7,7 @@ their own folder: a run does not save them.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from gspo.generate import Judged
 from gspo.held import Storage
 from gspo.learning.critic import Critic
 from gspo.learning.rewards import STATISTICS, CompletionRows, make_reward_fn
+from gspo.model.transformer import abstract_params
 from gspo.parallel import distributed
 from gspo.run.identity import REWARD_MODEL, identity, restore_known, spec_of
 from gspo.run.stored import read_content
@@ -53,26 +54,23 @@ def load_reward_models(plan: plans.RLPlan, steps: Steps, tokenizer: Tokenizer) -
     return found
 
 
-def _load(folder: str, plan: plans.RLPlan, steps: Steps, tokenizer: Tokenizer) -> RewardModel:
-    content = read_content(folder)
-    saved = (content or {}).get("identity")
-    if saved is None:
+def _content_of(folder: str) -> dict[str, Any]:
+    content = read_content(folder) or {}
+    if content.get("identity") is None:
         raise UserError(
             "there is no checkpoint that says what it is of; give the workdir of experiments/reward_model.py"
         )
+    return content
+
+
+def _load(folder: str, plan: plans.RLPlan, steps: Steps, tokenizer: Tokenizer) -> RewardModel:
+    content = _content_of(folder)
+    saved = content["identity"]
     if saved["tokenizer"] is None:
         raise UserError("it was saved without a tokenizer; import it from a folder with a tokenizer.json")
-    layout, runs = steps.layout, {name: getattr(steps.model.spec, name) for name in ("dtype", "moe_backend")}
-    spec = dataclasses.replace(spec_of(saved), **runs)
-    check_heads(layout, spec, whose="its ")
-    model, own = Critic(spec, layout), identity(spec, tokenizer, kind=REWARD_MODEL)
-    _, params = restore_known(folder, model, layout, own)
-    reward = make_reward_fn(
-        model,
-        completion_width=plan.data.max_completion_length,
-        micro_batch_size=plan.rows_at_a_time,
-        rows_per_prompt=rows_per_prompt_of(plan, layout),
-    )
+    model, reward = _scorer_of(saved, plan, steps)
+    own = identity(model.spec, tokenizer, kind=REWARD_MODEL)
+    _, params = restore_known(folder, model, steps.layout, own)
     mean, std = 0.0, 1.0
     if plan.experience.normalize_reward_models:
         statistics = content["meta"].get(STATISTICS)
@@ -81,6 +79,35 @@ def _load(folder: str, plan: plans.RLPlan, steps: Steps, tokenizer: Tokenizer) -
         mean, std = statistics["mean"], max(statistics["std"], 1e-6)
     storage = plan.experience.reward_model_storage
     return RewardModel(reward, storage.kept(params), mean, std, plan.experience.clip_reward_models, storage)
+
+
+def _scorer_of(saved: Mapping, plan: plans.RLPlan, steps: Steps) -> tuple[Critic, Callable]:
+    """A reward model of that identity under the run's layout, and RewardModel.reward."""
+    layout, runs = steps.layout, {name: getattr(steps.model.spec, name) for name in ("dtype", "moe_backend")}
+    spec = dataclasses.replace(spec_of(saved), **runs)
+    check_heads(layout, spec, whose="its ")
+    model = Critic(spec, layout)
+    reward = make_reward_fn(
+        model,
+        completion_width=plan.data.max_completion_length,
+        micro_batch_size=plan.rows_at_a_time,
+        rows_per_prompt=rows_per_prompt_of(plan, layout),
+    )
+    return model, reward
+
+
+def abstract_reward_models(plan: plans.RLPlan, steps: Steps) -> dict[str, RewardModel]:
+    """As `load_reward_models`, with abstract parameters: nothing is restored, and no tokenizer compared."""
+    found = {}
+    for name in plan.experience.reward_models:
+        try:
+            content = _content_of(name.removeprefix(plans.REWARD_MODEL_PREFIX))
+        except UserError as error:
+            raise UserError(f"rewards: {name!r}: {error}") from None
+        model, reward = _scorer_of(content["identity"], plan, steps)
+        kept = plan.experience.reward_model_storage.abstract(abstract_params(model, steps.layout))
+        found[name] = RewardModel(reward, kept)
+    return found
 
 
 def with_models(judged: Judged, plan: plans.ExperiencePlan, models: Mapping[str, RewardModel]) -> Judged:

@@ -25,11 +25,13 @@ import jax
 from jax.experimental import topologies
 
 from gspo.held import bytes_per_device
+from gspo.learning.rewards import CompletionRows
 from gspo.model.transformer import param_shardings
 from gspo.parallel.sharding import Layout, make_mesh, with_shardings
 from gspo.plans import RLPlan
 from gspo.report import program
 from gspo.report.collectives import by_kind
+from gspo.reward_source import abstract_reward_models
 from gspo.steps import Steps, make_rollout_layout, make_steps
 from gspo.types import Batch, LossInputs, UserError
 
@@ -108,11 +110,15 @@ def lowerables(plan: RLPlan, layout: Layout) -> list[Lowerable]:
     if not plan.model.fields["vocab_size"]:
         raise UserError("model.vocab_size=0: no tokenizer is read here; give the number of ids")
     steps: Steps = make_steps(plan, layout, Ids())
-    more = [name for name in steps.objective.needs if name not in ("entropy_BC", "sampler_logp_BC")]
-    if more or plan.critic or plan.experience.reward_kl_coef or plan.experience.router_kl:
+    if plan.experience.router_kl or "old_router_logp_LBCX" in steps.objective.needs:
         raise UserError(
-            "the report knows no critic, no reference (objective.beta, reward_kl_coef) and no measures of routers "
-            "(router_shift_floor, log.router_kl) yet: switch them off, and add what they take"
+            "the report knows no measures of routers yet: set router_shift_floor and log.router_kl off, and add what "
+            "they take"
+        )
+    if plan.reference.storage.offload or plan.experience.reward_model_storage.offload:
+        raise UserError(
+            "the report knows no memory of the host: set ref_offload and reward_model.offload to False; beside the "
+            "steps that read them these trees take nothing"
         )
     Q, P, C = plan.rollout.num_prompts, plan.data.max_prompt_length, plan.data.max_completion_length
     state = steps.abstract
@@ -123,8 +129,14 @@ def lowerables(plan: RLPlan, layout: Layout) -> list[Lowerable]:
     params = jax.eval_shape(steps.rollout_params, state.policy)
     params = with_shardings(params, param_shardings(steps.model, rollout_layout))
     rollout = layout.map_fields(with_shardings, jax.eval_shape(steps.sampler, params, *prompts, key))
-    held = bytes_per_device(state)
+    judges = abstract_reward_models(plan, steps)
+    judges_size = sum(bytes_per_device(judge.params) for judge in judges.values())
+    held = bytes_per_device(state) + judges_size
     found = []
+
+    def add(name: str, function: Any, arguments: tuple, beside: int, *, runs: int = 1, loops: int = 1, at=layout):
+        found.append(Lowerable(name, function, arguments, runs, loops, ragged_rows(steps, at), beside))
+
     beside = held
     if jax.tree.leaves(params) == jax.tree.leaves(state.policy):
         beside -= bytes_per_device(state.policy)  # rollouts read the learner's own
@@ -134,40 +146,42 @@ def lowerables(plan: RLPlan, layout: Layout) -> list[Lowerable]:
                 "reshard", steps.rollout_params, (state.policy,), 1, 1, 1.0, held - bytes_per_device(state.policy)
             )
         )
-    found.append(
-        Lowerable(
-            "rollout", steps.sampler, (params, *prompts, key), 1, C - 1, ragged_rows(steps, rollout_layout), beside
-        )
-    )
-    batch = _batch_of(layout, rollout, C, plan.experience.replay != "disabled")
+    add("rollout", steps.sampler, (params, *prompts, key), beside, loops=C - 1, at=rollout_layout)
+
+    batch = _batch_of(plan, layout, rollout, C)
+    around = held + bytes_per_device(batch)  # less what a step reads itself
+    rows = (batch.tokens_BT, batch.prompt_lengths_B)
+    for name, judge in judges.items():
+        arguments = (judge.params, CompletionRows(*rows, batch.completion_lengths_B))
+        add(name, judge.reward, arguments, around - bytes_per_device(judge.params))
     if plan.experience.old_logps == "learner" or plan.experience.replay == "R2":
-        arguments = (
-            state.policy,
-            batch.tokens_BT,
-            batch.prompt_lengths_B,
-        )  # R3 gives routes too, which changes no matmul
-        beside = held - bytes_per_device(state.policy) + bytes_per_device(batch)
-        found.append(Lowerable("log-probs", steps.scorer, arguments, 1, 1, ragged_rows(steps, layout), beside))
+        # R3 gives routes too, which changes no matmul.
+        add("log-probs", steps.scorer, (state.policy, *rows), around - bytes_per_device(state.policy))
+    if state.ref_params is not None:
+        add("reference", steps.scorer, (state.ref_params, *rows), around - bytes_per_device(state.ref_params))
+    if plan.critic:
+        add("values", steps.value_fn, (state.critic.params, *rows), around - bytes_per_device(state.critic.params))
     parts = jax.eval_shape(steps.minibatches, batch)
-    part = layout.map_fields(with_shardings, parts[0])
-    beside = bytes_per_device(batch)
-    found.append(
-        Lowerable("update", steps.train_step, (state, part), len(parts), 1, ragged_rows(steps, layout), beside)
-    )
+    part, runs = layout.map_fields(with_shardings, parts[0]), plan.updates
+    add("update", steps.train_step, (state, part), bytes_per_device(batch) + judges_size, runs=runs)
+    if plan.critic:
+        add("critic", steps.critic_step, (state.critic, part), around - bytes_per_device(state.critic), runs=runs)
     return found
 
 
-def _batch_of(layout: Layout, rollout: Any, C: int, replay: bool) -> Batch:
-    """The batch that the updates share, as `gspo.collect` fills it without critic, reference or measures of routers."""
+def _batch_of(plan: RLPlan, layout: Layout, rollout: Any, C: int) -> Batch:
+    """The batch that the updates share, as `gspo.collect` fills it without measures of routers."""
     B = rollout.tokens_BT.shape[0]
     float_BC = jax.ShapeDtypeStruct((B, C), "float32")
     inputs = LossInputs(
         logp_BC=None, old_logp_BC=float_BC, advantages_BC=float_BC, mask_BC=jax.ShapeDtypeStruct((B, C), "bool"),
-        sampler_logp_BC=float_BC,
+        sampler_logp_BC=float_BC, ref_logp_BC=float_BC if plan.needs_reference else None,
     )  # fmt: skip
     frames = {name: getattr(rollout, name) for name in ("tokens_BT", "prompt_lengths_B", "completion_lengths_B")}
+    replay = plan.experience.replay != "disabled"
     routes = {"old_routes_LBTX": rollout.routes_LBTX, "replayed_routes_LBTX": rollout.routes_LBTX if replay else None}
-    return layout.map_fields(with_shardings, Batch(**frames, **routes, inputs=inputs))
+    values = {"old_values_BC": float_BC, "returns_BC": float_BC} if plan.critic else {}
+    return layout.map_fields(with_shardings, Batch(**frames, **routes, **values, inputs=inputs))
 
 
 def ragged_rows(steps: Steps, layout: Layout) -> float:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gspo import build
+from gspo import build, reward_model
 from gspo.parallel.sharding import Layout, make_mesh
 from gspo.report import aot
 from gspo.report.collectives import COLLECTIVES, Collective
@@ -19,7 +19,7 @@ from gspo.report.program import Program
 from gspo.report.verdicts import checks
 from gspo.steps import make_layout
 from gspo.types import UserError
-from tests.tiny_runs import ROOT, kept_compiles, rl_config  # noqa: F401 - a fixture
+from tests.tiny_runs import ROOT, kept_compiles, reward_model_config, rl_config  # noqa: F401 - a fixture
 
 needs_eight = pytest.mark.skipif(jax.device_count() < 8, reason="eight devices, real or virtual")
 DENSE = {"model.num_experts": 0, "model.d_ff": 16, "model.num_kv_heads": 2}
@@ -74,12 +74,38 @@ def test_the_report_compiles_the_steps_of_a_run_and_their_flops_add_up(tmp_path)
     assert (
         costs["rollout"].beside == whole - weights > 2 * weights > 0
     )  # Adam's moments: it reads the learner's weights
-    with pytest.raises(UserError, match="knows no critic, no reference"):
-        aot.lowerables(build.rl_plan(rl_config(tmp_path, **DENSE | MESH | {"objective.beta": 0.1})), layout)
+    with pytest.raises(UserError, match="knows no memory of the host: set ref_offload"):
+        aot.lowerables(
+            build.rl_plan(rl_config(tmp_path, **DENSE | MESH | {"objective.beta": 0.1, "ref_offload": True})), layout
+        )
     assert all(kind in COLLECTIVES for cost in costs.values() for kind in cost.collectives)
     verdicts = checks(plan, layout, list(costs.values()), "v5e:2x2")
     assert [holds for holds, _ in verdicts] == [True] * 4, verdicts
     assert aot.table(list(costs.values()), "v5e:2x2").count("\n") == 4
+
+
+@pytest.mark.slow
+@needs_eight
+def test_the_report_knows_all_four_models(tmp_path):
+    # Catches a tree that nobody counts while another step runs, and a step of the run that the report leaves out.
+    judge = reward_model_config(tmp_path, num_updates=1, **{"model.d_model": 8, "eval.every": 0})
+    reward_model.train(build.reward_model_plan(judge), tmp_path / "judge")
+    name = f"reward_model:{tmp_path / 'judge'}"
+    changes = {"rewards": (name,), "critic.enable": True, "reward_kl_coef": 0.1, "objective.preset": "ppo"}
+    plan = build.rl_plan(rl_config(tmp_path, **DENSE | MESH | changes))
+    layout = make_layout(plan.mesh)
+    costs = {cost.name: cost for cost in aot.report(plan, layout)}
+    assert list(costs) == ["rollout", name, "log-probs", "reference", "values", "update", "critic"]
+    assert [cost.runs for cost in costs.values()] == [1, 1, 1, 1, 1, 2, 2]
+    for cost in costs.values():
+        loose = cost.name == "critic"  # XLA makes a sum of the last layer's product with one column
+        assert 0 < cost.flops == pytest.approx(cost.ideal_flops, rel=5e-3 if loose else 1e-6), cost.name
+    steps = {step.name: step for step in aot.lowerables(plan, layout)}
+    state, judged = steps["update"].arguments[0], aot.bytes_per_device(steps[name].arguments[0])
+    whole, batch = aot.bytes_per_device(state) + judged, costs["update"].beside - judged
+    assert costs["rollout"].beside == whole - aot.bytes_per_device(state.params)
+    assert costs["critic"].beside == whole + batch - aot.bytes_per_device(state.critic)
+    assert costs["reference"].beside == whole + batch - aot.bytes_per_device(state.ref_params)
 
 
 @pytest.mark.slow
