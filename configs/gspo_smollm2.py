@@ -7,7 +7,7 @@ Task     "Which number is the largest: 31, 87, 42, 65?", or with --config.task.o
          random is right in a quarter of all cases: more than that is reading. Before training an eighth of 64 samples
          named the largest, and 18% of 136 the product of test prompts (half of the products within four samples); most
          completions are cut off at 24 tokens.
-Rollout  32 prompts x 8 completions of at most 24 tokens at temperature 1, through the model's own chat template;
+Rollout  16 prompts x 8 completions of at most 24 tokens at temperature 1, through the model's own chat template;
          4 updates each, against the policy that sampled.
 Clip     3e-3 / 4e-3: completions of about ten tokens, for which the paper's 3e-4 / 4e-4 would clip nearly everything.
 Cost     24 rollouts, not timed yet. 64 completions in minibatches of 32 rows took at most 8.3 GB of memory.
@@ -24,12 +24,12 @@ def get_config():
     config.max_prompt_length = 72
     config.max_completion_length = 24
     config.num_rollouts = 24
-    config.num_prompts = 32
+    config.num_prompts = 16
     config.num_generations = 8
     config.micro_batch_size = 32  # rows; a vocabulary of 49,152 takes 5 MB of logits for each
     config.objective.epsilon = 3e-3
     config.objective.epsilon_high = 4e-3
-    config.optimizer.update(learning_rate=1e-5, warmup_steps=4)
+    config.optimizer.update(learning_rate=2e-5, warmup_steps=4)
     config.eval.update(every=24, num_prompts=128, num_generations_eval=8)  # before and after
     config.checkpoint.update(every=8, keep_last=1, keep_best=False)  # 1.6 GB each: parameters and Adam's two moments
     return config

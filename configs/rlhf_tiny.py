@@ -5,21 +5,21 @@ Hidden   the share of right digits (`matching_characters`). It labels the pairs,
          and is never trained on.
 Arms     each method without a penalty on its distance to the start, and with one. Without: a weight of 1e-6, which
          does nothing but make the distance known.
-weak     --config=configs/rlhf_tiny.py:weak has 512 prompts to make pairs of, and its reward model overfits them: what a
-         policy finds in a model that is often wrong.
-Cost     under 7 minutes on 2 CPU cores for one seed.
+weak     --config=configs/rlhf_tiny.py:weak has sums modulo 10 and fewer pairs, from which a model of this size learns
+         little: what a policy finds in a reward that is often wrong.
+Cost     about 7 minutes on 2 CPU cores for one seed (experiments/results/rlhf).
 """
 
 from ml_collections import ConfigDict
 
 from configs import base
 
-DIGITS = {"num_digits": 8, "modulus": 2, "error_rate": 0.15}
+DIGITS = {"num_digits": 8, "error_rate": 0.15}
 MEASURED, HELD = 1e-6, 0.1  # weights of the distance
 
 
-def on_digits(config: ConfigDict) -> ConfigDict:
-    config.task.options = dict(DIGITS)
+def on_digits(config: ConfigDict, weak: bool) -> ConfigDict:
+    config.task.options = DIGITS | {"modulus": 10 if weak else 2}
     config.max_prompt_length, config.max_completion_length = 9, 12
     return config
 
@@ -33,20 +33,20 @@ def get_config(kind=""):
     config.workers = 0  # runs side by side; 0: one for each core of a CPU, one on an accelerator
     config.hidden = "matching_characters"
 
-    config.sft = on_digits(base.sft())
+    config.sft = on_digits(base.sft(), weak)
     config.sft.num_updates = 250
     config.sft.optimizer.update(learning_rate=3e-3, schedule="cosine", warmup_steps=20)
 
-    config.labels = on_digits(base.labels())
-    config.labels.update(num_prompts=512 if weak else 16_384, num_eval_prompts=1024)
+    config.labels = on_digits(base.labels(), weak)
+    config.labels.update(num_prompts=4096 if weak else 16_384, num_eval_prompts=1024)
 
-    config.reward_model = on_digits(base.reward_model())
-    config.reward_model.update(num_updates=100 if weak else 450, batch_size=128)
+    config.reward_model = on_digits(base.reward_model(), weak)
+    config.reward_model.update(num_updates=300 if weak else 800, batch_size=64 if weak else 128)
     config.reward_model.eval.update(every=0, num_prompts=1024)
     config.reward_model.center_rewards_coefficient = 0.01
     config.reward_model.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup_steps=20)
 
-    config.rl = on_digits(base.rl())
+    config.rl = on_digits(base.rl(), weak)
     config.rl.update(num_rollouts=40, num_prompts=16, updates_per_rollout=4)
     config.rl.optimizer.learning_rate = 3e-4
     config.rl.eval.update(every=0, num_prompts=128)
