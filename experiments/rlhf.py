@@ -125,7 +125,7 @@ def draw(curves: dict[str, list[dict[str, np.ndarray]]], out: Path) -> None:
     axes[2].set(xlabel="KL to the start, per token [nats]", ylabel="Model's - true [std of start]")
     axes[2].set_xscale("log")
     axes[1].sharey(axes[0])
-    bands.save(figure, axes[:1], rows, out)
+    bands.save(figure, axes, rows, out)
 
 
 if __name__ == "__main__":
