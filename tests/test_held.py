@@ -4,7 +4,6 @@ import csv
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from configs import models
@@ -105,13 +104,11 @@ def test_runs_whose_reference_lies_in_the_hosts_memory_are_bit_equal_and_go_on(t
     # Catches a reference that is lost, donated, or left behind where it should follow.
     changes = {"objective.beta": 0.05, "sync_ref_model": True, "ref_model_sync_steps": 1, "num_rollouts": 2}
     changes |= {"optimizer.learning_rate": 0.02}
-    lines = {}
-    for name, more in {"plain": {}, "host": {"ref_offload": True}, "half": {"ref_dtype": "bfloat16"}}.items():
+    for name, more in {"plain": {}, "host": {"ref_offload": True}}.items():
         config = rl_config(tmp_path, **changes | more)
         rl.train(build.rl_plan(config), tmp_path / name)
         longer = rl_config(tmp_path, **changes | more | {"num_rollouts": 3})
         rl.train(build.rl_plan(longer), tmp_path / name, allow_changed_config=True)
-        lines[name] = read_jsonl(tmp_path / name / "metrics.jsonl")
     for name in RESULTS:
         assert (tmp_path / "host" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
     plain, host = (
@@ -120,10 +117,18 @@ def test_runs_whose_reference_lies_in_the_hosts_memory_are_bit_equal_and_go_on(t
     )
     assert jax.tree.leaves(host.ref_params)[0].sharding.memory_kind == HOST
     assert_bit_equal(host, plain)
-    # Rounded to 8 bits of mantissa: near, and not the same.
-    kls = [[line["kl"] for line in lines[name][:3]] for name in ("plain", "half")]
-    np.testing.assert_allclose(*kls, atol=2e-3)
-    assert kls[0] != kls[1]
+
+
+@pytest.mark.slow
+def test_a_reference_of_8_bits_of_mantissa_is_near_the_policy_that_it_was_rounded_from(tmp_path):
+    # Catches a reference that is not rounded, or is another policy. Updates that move nothing: Adam would make steps of
+    # full size of the smallest gradient.
+    changes = {"objective.beta": 0.05, "num_rollouts": 1, "optimizer.learning_rate": 1e-9}
+    kls = {}
+    for dtype in ("float32", "bfloat16"):
+        rl.train(build.rl_plan(rl_config(tmp_path, **changes | {"ref_dtype": dtype})), tmp_path / dtype)
+        kls[dtype] = read_jsonl(tmp_path / dtype / "metrics.jsonl")[0]["kl"]
+    assert kls["float32"] < 1e-9 < kls["bfloat16"] < 1e-3
 
 
 def test_the_figure_says_which_trees_a_method_holds(tmp_path, monkeypatch):
