@@ -7,7 +7,7 @@ Arms     each method without a penalty on its distance to the start, and with on
          does nothing but make the distance known.
 weak     --config=configs/rlhf_tiny.py:weak has sums modulo 10 and fewer pairs, from which a model of this size learns
          little: what a policy finds in a reward that is often wrong.
-Cost     about 7 minutes on 2 CPU cores for one seed (experiments/results/rlhf).
+Cost     about 9 minutes on 2 CPU cores for one seed (experiments/results/rlhf).
 """
 
 from ml_collections import ConfigDict
