@@ -45,10 +45,26 @@ class RewardModel(NamedTuple):
 def load_reward_models(plan: plans.RLPlan, steps: Steps, tokenizer: Tokenizer) -> dict[str, RewardModel]:
     """Those among plan.experience.rewards, by their whole names. Raises UserError where one cannot be read, is none, or
     reads other tokens than the policy writes."""
+    return _by_name(plan, lambda folder: _load(folder, plan, steps, tokenizer))
+
+
+def abstract_reward_models(plan: plans.RLPlan, steps: Steps) -> dict[str, RewardModel]:
+    """As `load_reward_models`, with abstract parameters: nothing is restored, and no tokenizer compared."""
+    kept = plan.experience.reward_model_storage.abstract
+
+    def made(folder: str) -> RewardModel:
+        model, reward = _scorer_of(_content_of(folder)["identity"], plan, steps)
+        return RewardModel(reward, kept(abstract_params(model, steps.layout)))
+
+    return _by_name(plan, made)
+
+
+def _by_name(plan: plans.RLPlan, make: Callable[[str], RewardModel]) -> dict[str, RewardModel]:
+    """Those of the rewards that are models, each made from its folder; its mistakes name it."""
     found = {}
     for name in plan.experience.reward_models:
         try:
-            found[name] = _load(name.removeprefix(plans.REWARD_MODEL_PREFIX), plan, steps, tokenizer)
+            found[name] = make(name.removeprefix(plans.REWARD_MODEL_PREFIX))
         except UserError as error:
             raise UserError(f"rewards: {name!r}: {error}") from None
     return found
@@ -94,20 +110,6 @@ def _scorer_of(saved: Mapping, plan: plans.RLPlan, steps: Steps) -> tuple[Critic
         rows_per_prompt=rows_per_prompt_of(plan, layout),
     )
     return model, reward
-
-
-def abstract_reward_models(plan: plans.RLPlan, steps: Steps) -> dict[str, RewardModel]:
-    """As `load_reward_models`, with abstract parameters: nothing is restored, and no tokenizer compared."""
-    found = {}
-    for name in plan.experience.reward_models:
-        try:
-            content = _content_of(name.removeprefix(plans.REWARD_MODEL_PREFIX))
-        except UserError as error:
-            raise UserError(f"rewards: {name!r}: {error}") from None
-        model, reward = _scorer_of(content["identity"], plan, steps)
-        kept = plan.experience.reward_model_storage.abstract(abstract_params(model, steps.layout))
-        found[name] = RewardModel(reward, kept)
-    return found
 
 
 def with_models(judged: Judged, plan: plans.ExperiencePlan, models: Mapping[str, RewardModel]) -> Judged:

@@ -130,42 +130,41 @@ def lowerables(plan: RLPlan, layout: Layout) -> list[Lowerable]:
     params = with_shardings(params, param_shardings(steps.model, rollout_layout))
     rollout = layout.map_fields(with_shardings, jax.eval_shape(steps.sampler, params, *prompts, key))
     judges = abstract_reward_models(plan, steps)
-    judges_size = sum(bytes_per_device(judge.params) for judge in judges.values())
-    held = bytes_per_device(state) + judges_size
-    found = []
-
-    def add(name: str, function: Any, arguments: tuple, beside: int, *, runs: int = 1, loops: int = 1, at=layout):
-        found.append(Lowerable(name, function, arguments, runs, loops, ragged_rows(steps, at), beside))
-
+    held = bytes_per_device((state, [judge.params for judge in judges.values()]))
+    policy_size, found = bytes_per_device(state.policy), []
     beside = held
     if jax.tree.leaves(params) == jax.tree.leaves(state.policy):
-        beside -= bytes_per_device(state.policy)  # rollouts read the learner's own
+        beside -= policy_size  # rollouts read the learner's own
     else:
-        found.append(
-            Lowerable(
-                "reshard", steps.rollout_params, (state.policy,), 1, 1, 1.0, held - bytes_per_device(state.policy)
-            )
+        found.append(Lowerable("reshard", steps.rollout_params, (state.policy,), 1, 1, 1.0, held - policy_size))
+    found.append(
+        Lowerable(
+            "rollout", steps.sampler, (params, *prompts, key), 1, C - 1, ragged_rows(steps, rollout_layout), beside
         )
-    add("rollout", steps.sampler, (params, *prompts, key), beside, loops=C - 1, at=rollout_layout)
+    )
 
     batch = _batch_of(plan, layout, rollout, C)
-    around = held + bytes_per_device(batch)  # less what a step reads itself
+    around, ragged = held + bytes_per_device(batch), ragged_rows(steps, layout)
+
+    def add(name: str, function: Any, tree: Any, *more: Any, runs: int = 1):
+        """A step of the learner that reads a tree of those that are held: the others lie beside it, with the batch."""
+        beside = around - bytes_per_device(tree)
+        found.append(Lowerable(name, function, (tree, *more), runs, 1, ragged, beside))
+
     rows = (batch.tokens_BT, batch.prompt_lengths_B)
     for name, judge in judges.items():
-        arguments = (judge.params, CompletionRows(*rows, batch.completion_lengths_B))
-        add(name, judge.reward, arguments, around - bytes_per_device(judge.params))
+        add(name, judge.reward, judge.params, CompletionRows(*rows, batch.completion_lengths_B))
     if plan.experience.old_logps == "learner" or plan.experience.replay == "R2":
-        # R3 gives routes too, which changes no matmul.
-        add("log-probs", steps.scorer, (state.policy, *rows), around - bytes_per_device(state.policy))
+        add("log-probs", steps.scorer, state.policy, *rows)  # R3 gives routes too, which changes no matmul
     if state.ref_params is not None:
-        add("reference", steps.scorer, (state.ref_params, *rows), around - bytes_per_device(state.ref_params))
+        add("reference", steps.scorer, state.ref_params, *rows)
     if plan.critic:
-        add("values", steps.value_fn, (state.critic.params, *rows), around - bytes_per_device(state.critic.params))
+        add("values", steps.value_fn, state.critic.params, *rows)
     parts = jax.eval_shape(steps.minibatches, batch)
-    part, runs = layout.map_fields(with_shardings, parts[0]), plan.updates
-    add("update", steps.train_step, (state, part), bytes_per_device(batch) + judges_size, runs=runs)
+    part = layout.map_fields(with_shardings, parts[0])
+    add("update", steps.train_step, state, part, runs=plan.updates)
     if plan.critic:
-        add("critic", steps.critic_step, (state.critic, part), around - bytes_per_device(state.critic), runs=runs)
+        add("critic", steps.critic_step, state.critic, part, runs=plan.updates)
     return found
 
 

@@ -66,9 +66,10 @@ def make_measure(update: Update, objectives: Sequence[Objective]) -> Measure:
     def measure(state: TrainState, batch: Batch) -> tuple[list[Measured], Scores]:
         found = []
         for which in range(len(objectives)):
-            grads, scores, metrics = jax.device_get(of(state, batch, jnp.int32(which)))
+            grads, scores, metrics = of(state, batch, jnp.int32(which))
+            grads, metrics = jax.device_get((grads, metrics))
             found.append(Measured(flat(grads), {name: float(metric.value) for name, metric in metrics.items()}))
-        return found, scores
+        return found, jax.device_get(scores)  # the same for all
 
     return measure
 

@@ -3,6 +3,8 @@
 import os
 import sys
 
+import numpy as np
+
 from tests.processes import finished
 from tests.tiny_runs import ROOT
 
@@ -57,3 +59,13 @@ def launch(folder, name, *, processes, devices, die="", script="experiments/rl.p
     environment = os.environ | {"PYTHONPATH": str(ROOT), "GRACE": "60"} | ({"DIE": die} if die else {}) | more
     done = finished(command, timeout=300, cwd=ROOT, env=environment)
     return done.returncode, done.stdout, done.stderr
+
+
+def assert_same_metrics(lines, expected, *, atol):
+    """Of one process and several: the same lines and names, numbers up to the order in which they are added up."""
+    assert len(lines) == len(expected)
+    for line, want in zip(lines, expected, strict=True):
+        assert line.keys() == want.keys()
+        for name in want:
+            found, value = (np.asarray(each[name], float) for each in (line, want))  # None, of an empty bin: NaN
+            np.testing.assert_allclose(found, value, rtol=1e-3, atol=atol, err_msg=f"{line['step']} {name}")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gspo.run.writers import read_jsonl
-from tests.parallel.runs import launch
+from tests.parallel.runs import assert_same_metrics, launch
 
 TRAINING = """
 from tests.tiny_runs import reward_model_config
@@ -36,23 +36,16 @@ def both_ways(folder, text, script, name):
     return [read_jsonl(folder / f"{name}-{processes}" / "metrics.jsonl") for processes in (2, 1)]
 
 
-def assert_close(lines, expected):
-    assert len(lines) == len(expected) > 1
-    for line, want in zip(lines, expected, strict=True):
-        assert line.keys() == want.keys()
-        for key in want:
-            found, value = (np.asarray(each[key], float) for each in (line, want))  # None, of an empty bin: NaN
-            np.testing.assert_allclose(found, value, rtol=1e-3, atol=5e-5, err_msg=f"{line['step']} {key}")
-
-
 @pytest.mark.slow
 def test_two_processes_train_the_reward_model_and_the_four_models_that_one_process_trains(tmp_path):
     # Catches pairs that are cut between processes, scores of other rows, a critic or a reference that each process has
     # to itself, and a reward model that only one of them has read.
     judged = both_ways(tmp_path, TRAINING.format(folder=str(tmp_path)), "experiments/reward_model.py", "judge")
-    assert_close(*judged)
+    assert len(judged[1]) > 1
+    assert_same_metrics(*judged, atol=5e-5)
     text = PPO.format(folder=str(tmp_path), judge=str(tmp_path / "judge-1"))
     two, one = both_ways(tmp_path, text, "experiments/rl.py", "ppo")
-    assert_close(two, one)
+    assert len(one) > 1
+    assert_same_metrics(two, one, atol=5e-5)
     assert all(np.isfinite(line["critic/loss"]) and f"rewards/reward_model:{tmp_path}/judge-1" in line
                for line in two[:3])  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 from gspo.parallel import distributed
 from gspo.run.checkpoint import Checkpointer, restore_params
 from gspo.run.writers import read_jsonl
-from tests.parallel.runs import CONFIG, DIVIDED, RESULTS, launch
+from tests.parallel.runs import CONFIG, DIVIDED, RESULTS, assert_same_metrics, launch
 from tests.tiny_runs import ROOT, assert_bit_equal, kept_compiles, rl_config, state_of  # noqa: F401 - a fixture
 
 
@@ -40,10 +40,7 @@ def test_two_processes_run_what_one_process_runs_and_share_the_work_of_the_host(
     assert code == 0, stderr
     lines, expected = (read_jsonl(path / "metrics.jsonl") for path in (two, folder / "one"))
     assert len(lines) == len(expected) == 5 and max(line["clip_ratio/tokens"] for line in lines[:4]) > 0
-    for line, want in zip(lines, expected, strict=True):
-        assert line.keys() == want.keys()
-        for name, value in want.items():
-            np.testing.assert_allclose(line[name], value, rtol=1e-3, atol=2e-5, err_msg=f"{line['step']} {name}")
+    assert_same_metrics(lines, expected, atol=2e-5)
     assert len(read_jsonl(two / "samples.jsonl")) == len(read_jsonl(folder / "one" / "samples.jsonl")) == 16
     scored = {name: list(map(int, (folder / f"scored-{name}").read_text().split())) for name in ("1-0", "2-0", "2-1")}
     assert scored["2-0"] == scored["2-1"] == [n // 2 for n in scored["1-0"]]
