@@ -38,7 +38,7 @@ from gspo.run.checkpoint import Checkpointer
 from gspo.run.cli import StopSignal
 from gspo.run.profile import Profiler
 from gspo.run.progress import Progress, Timer, is_due
-from gspo.steps import Steps, describe, describe_adapters, describe_layout, make_layout, make_steps
+from gspo.steps import Steps, describe, describe_adapters, describe_layout, initial_state, make_layout, make_steps
 from gspo.types import Batch, Diverged, TrainState, UserError
 
 ROLLOUT_STREAM = 1  # of the run's random keys
@@ -118,6 +118,17 @@ def train(plan: plans.RLPlan, workdir: str, *, allow_changed_config: bool = Fals
             text = sample and f"{sample['prompt']}{sample['completion']}  reward {sample['reward']:g}"
             progress.update(index, line | timings, text)
     return line
+
+
+def rehearse(plan: plans.RLPlan) -> None:
+    """One rollout with its updates, and an evaluation, of which nothing is kept but compiled programs
+    (`gspo.run.machine.keep_programs`): a run of the same plan finds them, whatever weights it begins with. Raises
+    UserError as `train` does."""
+    run = prepare(plan)
+    state = initial_state(plan, run.steps.start)
+    run.evaluate(state.policy)
+    experience = run.collector(state, 0, jax.random.key(0), Timer())
+    update(run.steps, state, experience.batch, shuffle_keys(plan, 0)[:1])
 
 
 def update(

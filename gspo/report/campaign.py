@@ -1,7 +1,8 @@
 """The runs of many arms, side by side: each a process of its own on one core, until all have ended.
 
 A finished run is never made again, one that was stopped goes on where it was, and whoever stops the whole has runs of
-all arms alike: they go seed by seed. What has been recorded elsewhere (`gspo.report.ledger`) counts as finished.
+all arms alike: they go seed by seed. What has been recorded elsewhere (`gspo.report.ledger`) counts as finished. A core
+that could only wait for a cold start compiles meanwhile what the arms will run.
 """
 
 import contextlib
@@ -120,17 +121,39 @@ def train_all(
     _Crew(waiting, workers, ended, options).work()
 
 
+Child = Callable[[Run, int, dict[str, Any]], None]  # what a process does: (run, its core, options)
+
+
+class _Job(NamedTuple):
+    """A process at work: on the run, or on a rehearsal of it, which leaves compiled programs and nothing else."""
+
+    process: Any
+    run: Run
+    place: int
+    rehearses: bool
+
+
 class _Crew:
     """Processes at work on runs, each pinned to a core of its own where there are enough: a run's numbers are those of
     one core, however many run beside it."""
 
-    def __init__(self, waiting: list[Run], workers: int, ended: Callable[[Run], None], options: dict[str, Any],
-                 child: Callable[[Run, int, dict[str, Any]], None] | None = None):  # fmt: skip
-        self.waiting, self.ended, self.options, self.child = waiting, ended, options, child or _child
+    def __init__(
+        self,
+        waiting: list[Run],
+        workers: int,
+        ended: Callable[[Run], None],
+        options: dict[str, Any],
+        child: Child | None = None,
+        rehearsal: Child | None = None,
+    ):
+        self.waiting, self.ended, self.options = waiting, ended, options
+        self.child, self.rehearsal = child or _child, rehearsal or _rehearsal
+        self.starts = {run.folder: run for run in waiting if not run.cold}
+        self.rehearsed: set[str] = set()  # arms; the programs of all seeds of one are the same
         self.board = Board(len(waiting), sum(run.length - run.done for run in waiting))
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [-1]
         self.places = [cores[i % len(cores)] for i in range(workers)]  # free ones
-        self.going: dict[int, tuple[Any, Run, int]] = {}  # sentinel -> process, run, its place
+        self.going: dict[int, _Job] = {}  # by the sentinel of its process
 
     def work(self) -> None:
         failure = None
@@ -141,9 +164,9 @@ class _Crew:
                 for sentinel in wait(list(self.going), timeout=0.5):
                     failure = self._end(sentinel) or failure
                 if failure or stop.requested:
-                    for process, _, _ in self.going.values():
-                        process.terminate()  # it saves what it has, and leaves
-                self.board.draw([run for _, run, _ in self.going.values()], self.waiting)
+                    for job in self.going.values():
+                        job.process.terminate()  # it saves what it has, and leaves
+                self.board.draw([job.run for job in self.going.values() if not job.rehearses], self.waiting)
         if stop.requested:
             raise stop.leave(
                 f"{self.board.ended} of {self.board.total} runs ended; start the same command again to go on"
@@ -152,24 +175,37 @@ class _Crew:
             raise UserError(failure)
 
     def _start_next(self) -> bool:
-        """Starts the first run whose cold start has ended. Whether there was one."""
-        unfinished = {run.folder for run in self.waiting} | {run.folder for _, run, _ in self.going.values()}
+        """Starts the first run whose cold start has ended, else a rehearsal of one that waits for it. Whether there was
+        one."""
+        unfinished = {run.folder for run in self.waiting} | {job.run.folder for job in self.going.values()}
         ready = next((run for run in self.waiting if run.cold not in unfinished), None)
-        if ready is None:
+        if ready is not None:
+            self.waiting.remove(ready)
+            ready.folder.mkdir(parents=True, exist_ok=True)
+            self._start(ready, self.child)
+            return True
+        new = (run for run in self.waiting if run.cold in self.starts and run.arm not in self.rehearsed)
+        soon = next(new, None)
+        if soon is None or jax.config.jax_compilation_cache_dir is None:  # or nobody would find what it has compiled
             return False
-        self.waiting.remove(ready)
-        place = self.places.pop(0)
-        ready.folder.mkdir(parents=True, exist_ok=True)
-        process = multiprocessing.get_context("spawn").Process(target=self.child, args=(ready, place, self.options))
-        process.start()
-        self.going[process.sentinel] = (process, ready, place)
+        self.rehearsed.add(soon.arm)
+        self._start(from_nothing(soon, self.starts[soon.cold]), self.rehearsal, rehearses=True)
         return True
 
+    def _start(self, run: Run, child: Child, rehearses: bool = False) -> None:
+        place = self.places.pop(0)
+        process = multiprocessing.get_context("spawn").Process(target=child, args=(run, place, self.options))
+        process.start()
+        self.going[process.sentinel] = _Job(process, run, place, rehearses)
+
     def _end(self, sentinel: int) -> str | None:
-        """Notes that a process has ended; why it failed, or None."""
-        process, run, place = self.going.pop(sentinel)
+        """Notes that a process has ended; why it failed, or None. One that only rehearsed fails nobody: the run itself
+        will say what is wrong."""
+        process, run, place, rehearses = self.going.pop(sentinel)
         process.join()
         self.places.append(place)
+        if rehearses:
+            return None
         if process.exitcode == 0:
             self.ended(run)
             self.board.tell(run)
@@ -231,22 +267,41 @@ class Board:
         return duration((time.perf_counter() - self.began) / done * self.left) if done > 0 else "-"
 
 
+def from_nothing(run: Run, start: Run) -> Run:
+    """The run with weights of its own in place of those of its cold start, of which it has model and tokenizer."""
+    config, begun = run.config.copy_and_resolve_references(), start.config
+    given = {name: value for name, value in config.model.to_dict().items() if value is not None}
+    config.update(model=begun.model.to_dict() | given, tokenizer=config.tokenizer or begun.tokenizer, init_from="")
+    return run._replace(config=config)
+
+
 def _child(run: Run, place: int, options: dict[str, Any]) -> None:
     """The process of one run. What it prints goes into a file of the run's folder."""
-    os.setpgrp()  # Ctrl-C is the parent's to hear, which then stops all
-    _die_with_parent()
-    with open(run.folder / LOG, "a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    if place >= 0:
-        os.sched_setaffinity(0, {place})
-    machine.keep_heap()
-    machine.keep_programs()
+    _settle(run.folder / LOG, place)
     try:
         train_one(run, **options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(MISTAKE)
+
+
+def _rehearsal(run: Run, place: int, options: dict[str, Any]) -> None:
+    """The process of one rehearsal, which nobody hears."""
+    _settle(Path(os.devnull), place)
+    rl.rehearse(build.rl_plan(run.config))
+
+
+def _settle(log: Path, place: int) -> None:
+    """This process prints into a file, stays on its core, and ends with its parent."""
+    os.setpgrp()  # Ctrl-C is the parent's to hear, which then stops all
+    _die_with_parent()
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if place >= 0:
+        os.sched_setaffinity(0, {place})
+    machine.keep_heap()
+    machine.keep_programs()
 
 
 def _die_with_parent() -> None:

@@ -9,13 +9,15 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
+from gspo import build, rl
 from gspo.report import campaign
 from gspo.report.campaign import DIVERGED, LOG, Run
 from gspo.types import UserError
-from tests.tiny_runs import rl_config
+from tests.tiny_runs import kept_compiles, rl_config, sft_config  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -23,11 +25,14 @@ ROOT = Path(__file__).parent.parent.parent
 def runs_in(folder, seeds=(0, 1), arms=("first", "second")):
     """A cold start for each seed, and each arm from it."""
     found = []
+    model = {"num_layers": 3, "moe_backend": None}
+    begun = ConfigDict({"num_updates": 3, "model": model, "tokenizer": "bytes"})
+    config = ConfigDict({"num_rollouts": 4, "model": dict.fromkeys(model), "tokenizer": "", "init_from": "cold"})
     for seed in seeds:
-        cold = Run("cold start", seed, folder / "cold" / str(seed), ConfigDict({"num_updates": 3}), None)
+        cold = Run("cold start", seed, folder / "cold" / str(seed), begun, None)
         found.append(cold)
         for arm in arms:
-            found.append(Run(arm, seed, folder / arm / str(seed), ConfigDict({"num_rollouts": 4}), cold.folder))
+            found.append(Run(arm, seed, folder / arm / str(seed), config, cold.folder))
     return found
 
 
@@ -42,12 +47,21 @@ def pretend(run, place, options):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         (run.folder / "waits").touch()
         time.sleep(60)
+    for _ in range(1200 if not run.cold else 0):  # a cold start waits for so many rehearsals
+        if len([*run.folder.parent.parent.glob("*.json")]) >= options.get("rehearsals", 0):
+            break
+        time.sleep(0.05)
     (run.folder / "metrics.jsonl").write_text(json.dumps({"step": run.length}) + "\n")
     (run.folder / "place").write_text(str(place))
 
 
+def rehearse(run, place, options):
+    """In place of a rehearsal: what it was told, not in the run's folder."""
+    (run.folder.parent.parent / f"{run.name}.json").write_text(json.dumps(run.config.to_dict()))
+
+
 def work(runs, workers=2, ended=lambda run: None, **options):
-    campaign._Crew([run for run in runs if not run.ended], workers, ended, options, pretend).work()
+    campaign._Crew([run for run in runs if not run.ended], workers, ended, options, pretend, rehearse).work()
 
 
 def test_cold_starts_come_before_their_arms_and_nothing_is_made_twice(tmp_path, capsys):
@@ -60,6 +74,49 @@ def test_cold_starts_come_before_their_arms_and_nothing_is_made_twice(tmp_path, 
     assert places <= os.sched_getaffinity(0)
     assert capsys.readouterr().out.count(": done  ETA ") == len(runs)
     work(runs, ended=lambda run: pytest.fail(f"{run.name} again"))
+
+
+def test_a_core_that_could_only_wait_compiles_for_each_arm_once(tmp_path):
+    # Catches a second core that idles while the cold start runs; and a rehearsal that needs the weights that are not
+    # there yet, has another model than the run will have, or leaves something in the run's folder.
+    runs = runs_in(tmp_path, seeds=(0,))
+    work(runs, rehearsals=2)
+    assert all(run.ended for run in runs) and not list(tmp_path.glob("*/*/compiled*"))
+    told = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    wanted = {"num_rollouts": 4, "model": {"num_layers": 3, "moe_backend": None}, "tokenizer": "bytes", "init_from": ""}
+    assert told == {"first, seed 0": wanted, "second, seed 0": wanted}
+
+
+def test_nothing_is_rehearsed_where_programs_are_not_kept_or_no_core_is_free(tmp_path):
+    # Catches a minute of compiling that nobody finds, and one in the cold start's way.
+    work(runs_in(tmp_path / "one core", seeds=(0,)), workers=1)
+    kept = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        work(runs_in(tmp_path / "not kept", seeds=(0,)))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept)
+    assert not list(tmp_path.glob("*/*.json"))
+
+
+def test_a_run_finds_the_programs_that_were_rehearsed(tmp_path):
+    # Catches a rehearsal of other programs than the run's, whose arrays come from a checkpoint.
+    begun = sft_config(tmp_path, num_updates=1, **{"eval.every": 0, "model.num_layers": 1})
+    start = Run("cold start", 0, tmp_path / "cold", begun, None)
+    config = rl_config(tmp_path, num_rollouts=1, init_from=str(start.folder))
+    run = Run("arm", 0, tmp_path / "arm", config, start.folder)
+    campaign.train_one(start)
+    events = []
+    listener = lambda event, **_: events.append(event.rpartition("/")[2])  # noqa: E731
+    jax.monitoring.register_event_listener(listener)
+    try:
+        rl.rehearse(build.rl_plan(campaign.from_nothing(run, start).config))
+        compiled = events.count("cache_misses")
+        events.clear()
+        campaign.train_one(run)
+    finally:
+        jax.monitoring.unregister_event_listener(listener)
+    assert events.count("cache_hits") == compiled >= 5  # to sample, compare, cut, update ...
 
 
 @pytest.mark.slow
@@ -101,7 +158,7 @@ def test_a_run_whose_loss_is_no_number_has_ended_and_says_why(tmp_path):
 CONFIG = """
 from ml_collections import ConfigDict
 from configs.paper import Paper
-from tests.tiny_runs import rl_config, sft_config
+from tests.tiny_runs import kept_compiles, rl_config, sft_config  # noqa: F401 - a fixture, sft_config
 
 SMALL = {{"num_rollouts": 2, "num_prompts": 2, "num_generations": 2, "eval.num_prompts": 2, "eval.every": 0}}
 
