@@ -37,11 +37,10 @@ def figure_1(curves: Of, setting: str, out: Path) -> None:
     bands.save(figure, axes, rows, out)
 
 
-def end_panel(axes, ends: dict[str, list[tuple[float, Curves]]]) -> bands.Rows:
-    rows = bands.dial_panel(axes, ends, PASS, "Held-out pass@1 at the end", "arm", colors=COLORS)
+def end_panel(axes, ends: dict[str, list[tuple[float, Curves]]], colors: dict[str, str] = COLORS) -> bands.Rows:
+    rows = bands.dial_panel(axes, ends, PASS, "Held-out pass@1 at the end", "arm", colors=colors)
     axes.set_xticks(range(len(ends)), ends, rotation=35, ha="right")
-    axes.set_xlabel("")
-    axes.set_ylim(0, 1)
+    axes.set(xlabel="", ylabel="Held-out pass@1", ylim=(0, 1))
     for line in axes.containers:
         line.set_label("_")  # the axis names them
     return rows
@@ -157,19 +156,30 @@ def depth(curves: Of, layers: tuple[int, ...], out: Path) -> None:
 def compared(curves: Of, labels: dict[str, str], out: Path) -> None:
     """Arms beside each other: training reward, clipped tokens, and held-out pass@1 at the end. labels: label -> arm."""
     arms = some(curves, labels)
-    figure, axes = bands.new_figure(1, 3)
+    figure, axes = bands.new_figure(1, 3, height=3.4)
     rows = bands.curve_panel(axes[0], arms, "reward", "Training reward")
     rows += bands.curve_panel(axes[1], arms, "clipped", "Clipped tokens [%]", factor=100, log=True)
-    rows += end_panel(axes[2], {label: [(i, own)] for i, (label, own) in enumerate(arms.items())})
+    rows += end_panel(axes[2], {label: [(i, own)] for i, (label, own) in enumerate(arms.items())}, colors={})
     axes[0].set_ylim(0, 1)
-    bands.save(figure, axes, rows, out)
+    bands.save(figure, axes, rows, out, one_legend=True)
+
+
+def labels_of(config, figure: str) -> dict[str, str]:
+    """label -> arm, of a figure in COMPARED: an arm is called as this figure calls it, whatever name it runs under."""
+    beside, known = COMPARED[figure]
+    here = {own: name for name, own in config.same.items() if name.startswith(known)}
+    named = {arm: here.get(arm, arm) if not arm.startswith(known) else arm for arm in config.figures[figure].arms}
+    labels = {arm: name.removeprefix(known) for arm, name in ({arm: arm for arm in beside} | named).items()}
+    for power, factor in ((" clip 2^-2", ", ranges / 4"), (" clip 2^2", ", ranges x 4")):
+        labels = {arm: label.replace(power, factor) for arm, label in labels.items()}
+    return {label: arm for arm, label in labels.items()}
 
 
 COMPARED = {  # figure of the config -> what stands in it beside its own arms, and what its labels need not say
     "best": ((), "best "),
     "clips": (("B MoE GRPO", "B MoE GSPO"), "B MoE "),
     "objectives": (("B MoE GRPO", "B MoE GSPO"), "B MoE "),
-    "old_logps": ((), "old by "),
+    "old_logps": ((), "old by "),  # each method with the sampler's log-probs and with the learner's
     "again": ((), "B MoE "),
 }
 
@@ -204,9 +214,7 @@ def draw_all(curves: Of, config, folder: Path) -> list[Path]:
         places = {int(arm.split()[0]) for arm in names if arm.split()[1] == kind and curves(arm)}
         if len(places) > 1:
             draw(curves, tuple(sorted(places | ({4} if kind == "layers" else set()))), to(name))
-    for name, (beside, known) in COMPARED.items():
-        own = config.figures[name].arms if name in config.figures else ()
-        if any(curves(arm) for arm in own):
-            arms = (*beside, *own)
-            compared(curves, {arm.removeprefix(known): arm for arm in arms}, to(name))
+    for name in COMPARED:
+        if name in config.figures and any(curves(arm) for arm in config.figures[name].arms):
+            compared(curves, labels_of(config, name), to(name))
     return drawn

@@ -18,6 +18,7 @@ from gspo.report.ledger import Curves
 from gspo.report.plots import COLORS, MARKERS, STYLE
 
 Rows = list[dict[str, str]]
+LINES = ("-", "--", ":")
 
 
 def matrix(curves: Curves, column: str, length: int = 0) -> np.ndarray:
@@ -53,7 +54,8 @@ def curve_panel(
         middle_R, low_R, high_R = band(values_SR)
         axes.plot(at_R, values_SR.T, color=color, alpha=0.22, linewidth=0.5)
         axes.fill_between(at_R, low_R, high_R, color=color, alpha=0.2, linewidth=0)
-        axes.plot(at_R, middle_R, color=color, linewidth=1.8, label=f"{name} (n = {len(curves)})")
+        style = LINES[i // len(COLORS) % len(LINES)]  # where colours begin again
+        axes.plot(at_R, middle_R, style, color=color, linewidth=1.8, label=f"{name} (n = {len(curves)})")
         rows += [
             {"panel": label, "arm": name, x: f"{a:.6g}", "iqm": f"{m:.6g}", "low": f"{lo:.6g}", "high": f"{hi:.6g}"}
             for a, m, lo, hi in zip(at_R, middle_R, low_R, high_R, strict=True)
@@ -140,12 +142,17 @@ def heat_panel(
     ]
 
 
-def save(figure: Figure, panels: Sequence[Axes], rows: Rows, out: Path) -> None:
-    """Letters and legends for the panels; OUT.png, and with rows OUT.pdf and OUT.csv."""
+def save(figure: Figure, panels: Sequence[Axes], rows: Rows, out: Path, one_legend: bool = False) -> None:
+    """Letters, where there are several panels, and legends; OUT.png, and with rows OUT.pdf and OUT.csv. one_legend:
+    that of the first panel stands below the figure, for all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    for letter, axes in zip("abcdefgh", panels, strict=False):
+    for letter, axes in zip("abcdefgh" if len(panels) > 1 else "", panels, strict=False):
         axes.annotate(letter, (0, 1), (-28, 8), xycoords="axes fraction", textcoords="offset points", weight="bold",
                       fontsize=11)  # fmt: skip
+    if one_legend:
+        handles = panels[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=min(len(handles[0]), 5), fontsize=8, frameon=False)
+    for axes in panels if not one_legend else ():
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7.5, framealpha=0.75, edgecolor="none")
     for ending in ("png", "pdf") if rows else ("png",):
