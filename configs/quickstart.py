@@ -4,7 +4,7 @@ not.
 Setting  B of configs/paper_cpu.py, its first 30 rollouts with one seed: running sums of 16 digits, 64 experts of which
          8 run, routers at 20 times the learning rate of the rest, 16 updates per rollout.
 Arms     GRPO, GRPO with routing replay (R2), GSPO: from one cold start, on the same prompts with the same random keys.
-Cost     about 6 minutes on 2 CPU cores, compilation included; half of it is the cold start.
+Cost     about 5 minutes on 2 CPU cores, compilation included; half of it is the cold start.
 """
 
 from configs import paper_cpu

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs the main comparison: one cold start, then GRPO, GRPO with routing replay, and GSPO from it on the
-# same prompts and keys, where routers move. About 6 minutes on 2 CPU cores, and the installation.
+# same prompts and keys, where routers move. About 6 minutes on 2 CPU cores with the installation.
 # Arguments go to the experiment: bash scripts/quickstart.sh --workdir=runs/other
 set -euo pipefail
 source "$(dirname "$0")/setup_env.sh"

@@ -8,7 +8,7 @@ import pytest
 
 from configs import paper_cpu
 from experiments.paper_claims import CLAIMS
-from experiments.paper_figures import draw_all
+from experiments.paper_figures import draw_all, labels_of
 from gspo.report import bands
 from gspo.report.evidence import smoothed
 from tests.report.test_evidence import curve
@@ -105,3 +105,15 @@ def test_every_claim_is_about_arms_of_one_figure_that_runs_them():
         ]
         assert len(set.intersection(*seeds)) >= 3, claim.number
         assert claim.figure in config.figures, claim.number
+
+
+def test_an_arm_is_called_as_its_figure_means_it():
+    # Catches "16 updates mismatch GRPO" in a figure that asks whose log-probs are the old ones, and two arms under one
+    # label.
+    config = paper_cpu.get_config()
+    called = labels_of(config, "old_logps")
+    assert set(called) == {f"{whose} {method}" for whose in ("sampler", "learner") for method in ("GRPO", "GSPO")}
+    assert called["learner GRPO"] == "16 updates mismatch GRPO"
+    assert labels_of(config, "objectives")["rspo"] == "router x20 RSPO"
+    for name in ("clips", "objectives", "old_logps", "again"):
+        assert set(labels_of(config, name).values()) >= set(config.figures[name].arms)
