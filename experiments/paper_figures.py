@@ -164,6 +164,11 @@ def compared(curves: Of, labels: dict[str, str], out: Path) -> None:
     bands.save(figure, axes, rows, out, one_legend=True)
 
 
+def _of_seeds(curves: Of, seeds: tuple[int, ...]) -> Of:
+    """Arms that have more seeds, since they stand in other figures, with those of this one."""
+    return lambda arm: {seed: own for seed, own in curves(arm).items() if seed in seeds}
+
+
 def labels_of(config, figure: str) -> dict[str, str]:
     """label -> arm, of a figure in COMPARED: an arm is called as this figure calls it, whatever name it runs under."""
     beside, known = COMPARED[figure]
@@ -216,5 +221,5 @@ def draw_all(curves: Of, config, folder: Path) -> list[Path]:
             draw(curves, tuple(sorted(places | ({4} if kind == "layers" else set()))), to(name))
     for name in COMPARED:
         if name in config.figures and any(curves(arm) for arm in config.figures[name].arms):
-            compared(curves, labels_of(config, name), to(name))
+            compared(_of_seeds(curves, config.figures[name].seeds), labels_of(config, name), to(name))
     return drawn
