@@ -12,6 +12,7 @@ anywhere and started again continues from its last checkpoint as if nothing had 
 """
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -124,11 +125,16 @@ def rehearse(plan: plans.RLPlan) -> None:
     """One rollout with its updates, and an evaluation, of which nothing is kept but compiled programs
     (`gspo.run.machine.keep_programs`): a run of the same plan finds them, whatever weights it begins with. Raises
     UserError as `train` does."""
-    run = prepare(plan)
+    tokenizer = tokenizer_of_run(plan)
+    run = prepare(plan, tokenizer)
     state = initial_state(plan, run.steps.start)
     run.evaluate(state.policy)
     experience = run.collector(state, 0, jax.random.key(0), Timer())
-    update(run.steps, state, experience.batch, shuffle_keys(plan, 0)[:1])
+    with tempfile.TemporaryDirectory() as nowhere:
+        recording = Recorder(plan, run.steps, nowhere, tokenizer, 0).start(0, experience)
+        state, _ = update(run.steps, state, experience.batch, shuffle_keys(plan, 0)[:1], recording)
+        if recording:
+            recording.finish(state.policy)
 
 
 def update(

@@ -103,7 +103,7 @@ def test_a_run_finds_the_programs_that_were_rehearsed(tmp_path):
     # Catches a rehearsal of other programs than the run's, whose arrays come from a checkpoint.
     begun = sft_config(tmp_path, num_updates=1, **{"eval.every": 0, "model.num_layers": 1})
     start = Run("cold start", 0, tmp_path / "cold", begun, None)
-    config = rl_config(tmp_path, num_rollouts=1, init_from=str(start.folder))
+    config = rl_config(tmp_path, num_rollouts=1, init_from=str(start.folder), **{"log.tokens_every": 1})
     run = Run("arm", 0, tmp_path / "arm", config, start.folder)
     campaign.train_one(start)
     events = []
