@@ -1,8 +1,9 @@
 """What is claimed, as data: each claim is a weighted sum of arms of configs/paper_cpu.py, with the smallest effect that
 counts.
 
-Written down and committed before the runs that judge it. `gspo.report.evidence` says how a verdict is reached, and what
-a collapse is. Numbers are those of the paper's figures and sections (GSPO, arXiv 2507.18071, unless said otherwise).
+Written down and committed before the runs that judge it, but where it says "asked afterwards". `gspo.report.evidence`
+says how a verdict is reached, and what a collapse is. Numbers are those of the paper's figures and sections (GSPO,
+arXiv 2507.18071, unless said otherwise).
 """
 
 from gspo.report.evidence import Claim
@@ -56,6 +57,12 @@ CLAIMS += [
           lead("8 layers GRPO", "2 layers GRPO"), 0.01),
     Claim("4b", "more experts change in deeper models, by one update", "§5.3", "depth", "experts changed per update",
           lead("8 layers GRPO", "2 layers GRPO"), 0.002),
+    # Asked when 4a and 4b had been judged: with 8 layers GRPO collapses on every seed, and what has collapsed no longer
+    # moves.
+    Claim("4a after", "the same in the first five rollouts, which nothing has collapsed in (asked afterwards)", "§5.3",
+          "depth", "experts changed per rollout at the start", lead("8 layers GRPO", "2 layers GRPO"), 0.01),
+    Claim("4b after", "the same in the first five rollouts (asked afterwards)", "§5.3",
+          "depth", "experts changed per update at the start", lead("8 layers GRPO", "2 layers GRPO"), 0.002),
     Claim("4c", "one update changes a tenth of the experts", "§5.3", "curves_b", "experts changed per update",
           {"B MoE GRPO": 1.0}, 0.1),
     Claim("6a", "variance of log s falls as 1/length: eightfold from 8 to 64 digits", "derived", "length",

@@ -15,6 +15,10 @@ METHODS = ("GRPO", "GRPO+R2", "GSPO", "GSPO+R2")
 COLORS = {"GRPO": "#D55E00", "GRPO+R2": "#E69F00", "GSPO": "#0072B2", "GSPO+R2": "#56B4E9"}
 COLORS |= {f"dense {name}": color for name, color in COLORS.items()}
 PASS = "held-out pass@1"
+SAID = {
+    "collapsed": "Share of seeds that collapse",
+    "experts changed per rollout at the start": "The same, rollouts 1 to 5",
+}
 
 
 def some(curves: Of, arms: dict[str, str]) -> dict[str, Curves]:
@@ -104,7 +108,7 @@ def dose_response(curves: Of, doses: tuple[int, ...], out: Path) -> None:
                for model in ("MoE", "dense") for m in ("GRPO", "GSPO")}  # fmt: skip
     rows = bands.dial_panel(axes[0], routers, PASS, "Held-out pass@1 at the end", x)
     rows += bands.dial_panel(axes[1], routers, "experts changed per update", "Experts changed per update", x)
-    rows += bands.dial_panel(axes[2], routers, "collapsed", "Share of seeds that collapse", x)
+    rows += bands.dial_panel(axes[2], routers, "collapsed", SAID["collapsed"], x)
     rows += bands.dial_panel(axes[3], placebo, PASS, "Held-out pass@1 at the end", f"{x.replace('routers', 'queries')}")
     for panel in axes:
         panel.set_xscale("symlog", linthresh=1)
@@ -142,12 +146,13 @@ def length(curves: Of, digits: tuple[int, ...], out: Path) -> None:
 
 
 def depth(curves: Of, layers: tuple[int, ...], out: Path) -> None:
-    """Experts changed against the number of layers."""
-    figure, axes = bands.new_figure(1, 2)
+    """Experts changed against the number of layers, over the run and at its start; learning."""
+    figure, axes = bands.new_figure(2, 2)
     arms = {m: [(n, curves(f"{n} layers {m}" if n != 4 else f"B MoE {m}")) for n in layers] for m in ("GRPO", "GSPO")}
     rows: bands.Rows = []
-    for panel, name in zip(axes, ("experts changed per update", "experts changed per rollout"), strict=True):
-        rows += bands.dial_panel(panel, arms, name, name.capitalize(), "Layers")
+    changed = "experts changed per rollout"
+    for panel, name in zip(axes, (changed, f"{changed} at the start", PASS, "collapsed"), strict=True):
+        rows += bands.dial_panel(panel, arms, name, SAID.get(name, name.capitalize()), "Layers")
         panel.set_xticks(layers)
         panel.set_ylim(bottom=0)
     bands.save(figure, axes, rows, out)
@@ -218,7 +223,8 @@ def draw_all(curves: Of, config, folder: Path) -> list[Path]:
     ):
         places = {int(arm.split()[0]) for arm in names if arm.split()[1] == kind and curves(arm)}
         if len(places) > 1:
-            draw(curves, tuple(sorted(places | ({4} if kind == "layers" else set()))), to(name))
+            places |= {4} if kind == "layers" else set()
+            draw(_of_seeds(curves, config.figures[name].seeds), tuple(sorted(places)), to(name))
     for name in COMPARED:
         if name in config.figures and any(curves(arm) for arm in config.figures[name].arms):
             compared(_of_seeds(curves, config.figures[name].seeds), labels_of(config, name), to(name))

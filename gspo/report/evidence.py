@@ -17,6 +17,7 @@ from gspo.report.ledger import Curves
 RESAMPLES = 10_000
 WINDOW = 5  # rollouts over which training reward is smoothed before a collapse is looked for
 COLLAPSED = 0.6  # of the largest value before
+START = 5  # rollouts at the start, in which nothing has collapsed yet
 LAST = 5  # rollouts at the end over which what fluctuates is averaged
 TINY = 1e-6  # stands for a share of nothing where its logarithm is taken
 
@@ -58,8 +59,9 @@ def area(curve: Mapping[str, np.ndarray]) -> float:
     return float(reward_of(curve).mean())
 
 
-def mean_of(column: str) -> Callable[[Mapping[str, np.ndarray]], float]:
-    return lambda curve: float(np.nanmean(curve[column]))
+def mean_of(column: str, first: int | None = None) -> Callable[[Mapping[str, np.ndarray]], float]:
+    """The mean over the run, or over its first rollouts."""
+    return lambda curve: float(np.nanmean(curve[column][:first]))
 
 
 def log10_of(column: str) -> Callable[[Mapping[str, np.ndarray]], float]:
@@ -75,6 +77,8 @@ STATISTICS = {
     "orders of magnitude of clipped tokens": log10_of("clipped"),
     "experts changed per rollout": mean_of("experts_changed"),
     "experts changed per update": mean_of("experts_changed_per_update"),
+    "experts changed per rollout at the start": mean_of("experts_changed", START),
+    "experts changed per update at the start": mean_of("experts_changed_per_update", START),
     "log10 of the variance of log s": log10_of("sequence_variance"),
     "log10 of the variance of token log-ratios": log10_of("token_variance"),
 }
