@@ -14,6 +14,7 @@ Grouped matmuls are counted at balanced load: their buffers are made for the wor
 exist. The decode loop is taken to run to the maximum length.
 """
 
+import dataclasses
 import importlib.metadata
 import math
 import os
@@ -266,11 +267,17 @@ def _complaint(text: str) -> str:
     return "; ".join([head, *(f"{size} {shape} {name}".strip() for size, name, shape in buffers[:5])])
 
 
+def _of_one_device(plan: RLPlan, layout: Layout) -> RLPlan:
+    """The plan with as many rows at a time as a device of the layout has: as many have their prompt in common."""
+    rows = max(plan.rows_at_a_time // layout.parts("rows"), 1)
+    return dataclasses.replace(plan, update=dataclasses.replace(plan.update, micro_batch_size=rows))
+
+
 def report(plan: RLPlan, layout: Layout) -> list[Cost]:
     """The costs of every step of a run on the devices of a layout. Raises UserError."""
     alone = Layout(make_mesh({}, jax.devices("cpu")[:1]))
     ideal = {}
-    for step in lowerables(plan, alone):
+    for step in lowerables(_of_one_device(plan, layout), alone):
         jaxpr = jax.make_jaxpr(step.function)(
             *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), step.arguments)
         )

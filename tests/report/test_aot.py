@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import pytest
 
 from gspo import build, reward_model
-from gspo.parallel.sharding import Layout, make_mesh
+from gspo.parallel.sharding import ONE_DEVICE, Layout, make_mesh
 from gspo.report import aot
 from gspo.report.collectives import COLLECTIVES, Collective
 from gspo.report.hlo import Array
 from gspo.report.program import Program
 from gspo.report.verdicts import checks
-from gspo.steps import make_layout
+from gspo.steps import make_layout, rows_per_prompt_of
 from gspo.types import UserError
 from tests.tiny_runs import ROOT, kept_compiles, reward_model_config, rl_config  # noqa: F401 - a fixture
 
@@ -82,6 +82,17 @@ def test_the_report_compiles_the_steps_of_a_run_and_their_flops_add_up(tmp_path)
     verdicts = checks(plan, layout, list(costs.values()), "v5e:2x2")
     assert [holds for holds, _ in verdicts] == [True] * 4, verdicts
     assert aot.table(list(costs.values()), "v5e:2x2").count("\n") == 4
+
+
+@needs_eight
+def test_what_one_device_would_make_shares_prompts_among_as_many_rows_as_a_device_has(tmp_path):
+    # Catches a duty of devices with single rows of a group to share its prompt, which only one device could.
+    few = {"num_generations": 8, "micro_batch_size": 8}
+    plan = build.rl_plan(rl_config(tmp_path, **DENSE | MESH | few))
+    layout = make_layout(plan.mesh)
+    assert rows_per_prompt_of(plan, layout) < 8 == rows_per_prompt_of(plan, ONE_DEVICE)
+    for cost in aot.report(plan, layout)[1:]:
+        assert cost.flops == pytest.approx(cost.ideal_flops, rel=1e-6), cost.name
 
 
 @pytest.mark.slow
