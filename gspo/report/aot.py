@@ -26,6 +26,7 @@ import jax
 from jax.experimental import topologies
 
 from gspo.held import bytes_per_device
+from gspo.learning.decoded import cache_widths
 from gspo.learning.rewards import CompletionRows
 from gspo.model.transformer import param_shardings
 from gspo.parallel.sharding import Layout, make_mesh, with_shardings
@@ -138,9 +139,11 @@ def lowerables(plan: RLPlan, layout: Layout) -> list[Lowerable]:
         beside -= policy_size  # rollouts read the learner's own
     else:
         found.append(Lowerable("reshard", steps.rollout_params, (state.policy,), 1, 1, 1.0, held - policy_size))
+    # The cache grows in loops one after the other, of C - 1 trips together: each is taken to have its share.
+    trips = C - 1 if plan.rollout.max_num_seqs else round((C - 1) / len(cache_widths(C)))
     found.append(
         Lowerable(
-            "rollout", steps.sampler, (params, *prompts, key), 1, C - 1, ragged_rows(steps, rollout_layout), beside
+            "rollout", steps.sampler, (params, *prompts, key), 1, trips, ragged_rows(steps, rollout_layout), beside
         )
     )
 

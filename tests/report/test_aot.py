@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from gspo import build, reward_model
+from gspo.learning.decoded import FIRST_WIDTH, cache_widths
 from gspo.parallel.sharding import ONE_DEVICE, Layout, make_mesh
 from gspo.report import aot
 from gspo.report.collectives import COLLECTIVES, Collective
@@ -82,6 +83,17 @@ def test_the_report_compiles_the_steps_of_a_run_and_their_flops_add_up(tmp_path)
     verdicts = checks(plan, layout, list(costs.values()), "v5e:2x2")
     assert [holds for holds, _ in verdicts] == [True] * 4, verdicts
     assert aot.table(list(costs.values()), "v5e:2x2").count("\n") == 4
+
+
+def test_decoding_is_counted_once_however_many_loops_the_cache_grows_in(tmp_path):
+    # Catches each of the loops taken for all of the completion.
+    flops, alone = {}, Layout(make_mesh({}, jax.devices()[:1]))
+    for length in (FIRST_WIDTH, 4 * FIRST_WIDTH):
+        plan = build.rl_plan(rl_config(tmp_path, **DENSE | {"model.vocab_size": 16, "max_completion_length": length}))
+        (step,) = [step for step in aot.lowerables(plan, alone) if step.name == "rollout"]
+        flops[length] = aot.matmul_flops(jax.make_jaxpr(step.function)(*step.arguments).jaxpr, step.loops)
+    assert len(cache_widths(4 * FIRST_WIDTH)) == 3
+    assert 3.5 < flops[4 * FIRST_WIDTH] / flops[FIRST_WIDTH] < 10  # attention reads more columns; 22 with all for each
 
 
 @needs_eight
