@@ -122,8 +122,8 @@ def staleness(curves: Of, updates: tuple[int, ...], out: Path) -> None:
     exact = {m: [(n, curves(f"{n} updates {m}")) for n in updates] for m in METHODS}
     names = [f"{m}{r}" for m in ("GRPO", "GSPO") for r in ("", "+R2", "+R3")]
     other = {m: [(n, curves(f"{n} updates mismatch {m}")) for n in updates] for m in names}
-    rows = bands.dial_panel(axes[0], exact, PASS, "Held-out pass@1, exact sampler", "Updates per rollout")
-    rows += bands.dial_panel(axes[1], other, PASS, "Held-out pass@1, int8 and noisy routers", "Updates per rollout")
+    rows = bands.dial_panel(axes[0], exact, PASS, "Pass@1, exact sampler", "Updates per rollout")
+    rows += bands.dial_panel(axes[1], other, PASS, "Pass@1, int8, noisy routers", "Updates per rollout")
     for panel in axes:
         panel.set_xscale("log", base=2)
         panel.set_xticks(updates, [f"{n}" for n in updates])
