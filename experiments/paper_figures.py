@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gspo.report import bands
-from gspo.report.evidence import LAST
+from gspo.report.evidence import LAST, START
 from gspo.report.ledger import Curves
 
 Of = Callable[[str], Curves]  # arm -> its curves
@@ -17,7 +17,7 @@ COLORS |= {f"dense {name}": color for name, color in COLORS.items()}
 PASS = "held-out pass@1"
 SAID = {
     "collapsed": "Share of seeds that collapse",
-    "experts changed per rollout at the start": "The same, rollouts 1 to 5",
+    "experts changed per rollout at the start": f"The same, rollouts 1 to {START}",
 }
 
 
@@ -178,11 +178,12 @@ def labels_of(config, figure: str) -> dict[str, str]:
     """label -> arm, of a figure in COMPARED: an arm is called as this figure calls it, whatever name it runs under."""
     beside, known = COMPARED[figure]
     here = {own: name for name, own in config.same.items() if name.startswith(known)}
-    named = {arm: here.get(arm, arm) if not arm.startswith(known) else arm for arm in config.figures[figure].arms}
-    labels = {arm: name.removeprefix(known) for arm, name in ({arm: arm for arm in beside} | named).items()}
-    for power, factor in ((" clip 2^-2", ", ranges / 4"), (" clip 2^2", ", ranges x 4")):
-        labels = {arm: label.replace(power, factor) for arm, label in labels.items()}
-    return {label: arm for arm, label in labels.items()}
+    labels = {}
+    for arm in (*beside, *config.figures[figure].arms):
+        name = arm if arm.startswith(known) else here.get(arm, arm)
+        label = name.removeprefix(known).replace(" clip 2^-2", ", ranges / 4").replace(" clip 2^2", ", ranges x 4")
+        labels[label] = arm
+    return labels
 
 
 COMPARED = {  # figure of the config -> what stands in it beside its own arms, and what its labels need not say

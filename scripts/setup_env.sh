@@ -23,20 +23,24 @@ accelerator() {
     fi
 }
 
+pip_install() {
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@"
+}
+
 # The path of a uv in .venv, which takes a seventh of pip's time; nothing where pip cannot install it.
 own_uv() {
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check "uv==$UV" 2>/dev/null && echo .venv/bin/uv
+    pip_install "uv==$UV" 2>/dev/null && echo .venv/bin/uv
 }
 
 # By $1: uv, a path of our own uv, or nothing. What our own one cannot do, since only pip knows this machine's index, pip does.
-install() {
+install_packages() {
     local uv=$1
     shift
     if [ "$uv" = uv ]; then
         uv pip install --quiet --python "$PYTHON" "$@"
     else
         { [ -n "$uv" ] && "$uv" pip install --quiet --python "$PYTHON" "$@" 2>/dev/null; } ||
-            "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@"
+            pip_install "$@"
     fi
 }
 
@@ -65,8 +69,8 @@ setup_env() {
         [ -x "$PYTHON" ] || "$python" -m venv .venv || fail "could not make .venv"
         uv=$(own_uv) || uv=
     fi
-    install "$uv" -r requirements.txt "$jax" || fail "installing requirements.txt failed"
-    install "$uv" --no-deps -e . || fail "installing the project failed"
+    install_packages "$uv" -r requirements.txt "$jax" || fail "installing requirements.txt failed"
+    install_packages "$uv" --no-deps -e . || fail "installing the project failed"
     echo "$wanted" > "$stamp"
 }
 

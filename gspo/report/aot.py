@@ -155,15 +155,15 @@ def lowerables(plan: RLPlan, layout: Layout) -> list[Lowerable]:
         beside = around - bytes_per_device(tree)
         found.append(Lowerable(name, function, (tree, *more), runs, 1, ragged, beside))
 
-    rows = (batch.tokens_BT, batch.prompt_lengths_B)
+    frames = (batch.tokens_BT, batch.prompt_lengths_B)
     for name, judge in judges.items():
-        add(name, judge.reward, judge.params, CompletionRows(*rows, batch.completion_lengths_B))
+        add(name, judge.reward, judge.params, CompletionRows(*frames, batch.completion_lengths_B))
     if plan.experience.old_logps == "learner" or plan.experience.replay == "R2":
-        add("log-probs", steps.scorer, state.policy, *rows)  # R3 gives routes too, which changes no matmul
+        add("log-probs", steps.scorer, state.policy, *frames)  # R3 gives routes too, which changes no matmul
     if state.ref_params is not None:
-        add("reference", steps.scorer, state.ref_params, *rows)
+        add("reference", steps.scorer, state.ref_params, *frames)
     if plan.critic:
-        add("values", steps.value_fn, state.critic.params, *rows)
+        add("values", steps.value_fn, state.critic.params, *frames)
     parts = jax.eval_shape(steps.minibatches, batch)
     part = layout.map_fields(with_shardings, parts[0])
     add("update", steps.train_step, state, part, runs=plan.updates)

@@ -1,5 +1,6 @@
 """Many runs side by side: order, cores, what is not made again, and how the whole stops."""
 
+import contextlib
 import json
 import os
 import signal
@@ -78,6 +79,19 @@ def test_cold_starts_come_before_their_arms_and_nothing_is_made_twice(tmp_path, 
     work(runs, ended=lambda run: pytest.fail(f"{run.name} again"))
 
 
+@contextlib.contextmanager
+def programs_in(folder):
+    """Compiled programs are kept in this folder; None: nowhere."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+
+
 def started(runs, workers, monkeypatch):
     """(name, whether it is a rehearsal, config) of what is started before anything has ended."""
 
@@ -106,12 +120,8 @@ def test_nothing_is_rehearsed_where_programs_are_not_kept_or_no_core_is_free(tmp
     # Catches a minute of compiling that nobody finds, and one in the cold start's way.
     runs = runs_in(tmp_path, seeds=(0,))
     assert [name for name, *_ in started(runs, 1, monkeypatch)] == ["cold start, seed 0"]
-    kept = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    try:
+    with programs_in(None):
         assert [name for name, *_ in started(runs_in(tmp_path, seeds=(0,)), 9, monkeypatch)] == ["cold start, seed 0"]
-    finally:
-        jax.config.update("jax_compilation_cache_dir", kept)
 
 
 def test_a_rehearsal_ends_before_its_run_and_fails_nobody(tmp_path):
@@ -129,20 +139,17 @@ def test_a_run_finds_the_programs_that_were_rehearsed(tmp_path):
     config = rl_config(tmp_path, num_rollouts=1, init_from=str(start.folder), **{"log.tokens_every": 1})
     run = Run("arm", 0, tmp_path / "arm", config, start.folder)
     campaign.train_one(start)
-    folder, events = jax.config.jax_compilation_cache_dir, []
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))  # other tests compile the same
-    compilation_cache.reset_cache()
+    events = []
     listener = lambda event, **_: events.append(event.rpartition("/")[2])  # noqa: E731
     jax.monitoring.register_event_listener(listener)
     try:
-        rl.rehearse(build.rl_plan(campaign.from_nothing(run, start).config))
-        compiled = events.count("cache_misses")
-        events.clear()
-        campaign.train_one(run)
+        with programs_in(str(tmp_path / "compiled")):  # other tests compile the same
+            rl.rehearse(build.rl_plan(campaign.from_nothing(run, start).config))
+            compiled = events.count("cache_misses")
+            events.clear()
+            campaign.train_one(run)
     finally:
         jax.monitoring.unregister_event_listener(listener)
-        jax.config.update("jax_compilation_cache_dir", folder)
-        compilation_cache.reset_cache()
     assert events.count("cache_hits") >= compiled - 1 >= 5  # to sample, compare, cut, update ..., not to make weights
 
 
@@ -185,7 +192,7 @@ def test_a_run_whose_loss_is_no_number_has_ended_and_says_why(tmp_path):
 CONFIG = """
 from ml_collections import ConfigDict
 from configs.paper import Paper
-from tests.tiny_runs import kept_compiles, rl_config, sft_config  # noqa: F401 - a fixture, sft_config
+from tests.tiny_runs import rl_config, sft_config
 
 SMALL = {{"num_rollouts": 2, "num_prompts": 2, "num_generations": 2, "eval.num_prompts": 2, "eval.every": 0}}
 
