@@ -5,12 +5,11 @@ all arms alike: they go seed by seed. What has been recorded elsewhere (`gspo.re
 that could only wait for a cold start compiles meanwhile what the arms will run.
 """
 
-import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
@@ -34,6 +33,7 @@ from gspo.types import Diverged, UserError
 
 LOG, DIVERGED = "log.txt", "diverged.txt"  # in a run's folder: what it prints; why it could not go on
 MISTAKE = 2  # exit code of a user's mistake
+_CONTEXT = multiprocessing.get_context("forkserver")  # whose server imports jax and the rest once, not for each run
 
 
 class Run(NamedTuple):
@@ -154,6 +154,7 @@ class _Crew:
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [-1]
         self.places = [cores[i % len(cores)] for i in range(workers)]  # free ones
         self.going: dict[int, _Job] = {}  # by the sentinel of its process
+        multiprocessing.set_forkserver_preload(["__main__", __name__])
 
     def work(self) -> None:
         failure = None
@@ -194,7 +195,7 @@ class _Crew:
 
     def _start(self, run: Run, child: Child, rehearses: bool = False) -> None:
         place = self.places.pop(0)
-        process = multiprocessing.get_context("spawn").Process(target=child, args=(run, place, self.options))
+        process = _CONTEXT.Process(target=child, args=(run, place, self.options))
         process.start()
         self.going[process.sentinel] = _Job(process, run, place, rehearses)
 
@@ -294,7 +295,7 @@ def _rehearsal(run: Run, place: int, options: dict[str, Any]) -> None:
 def _settle(log: Path, place: int) -> None:
     """This process prints into a file, stays on its core, and ends with its parent."""
     os.setpgrp()  # Ctrl-C is the parent's to hear, which then stops all
-    _die_with_parent()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -304,7 +305,7 @@ def _settle(log: Path, place: int) -> None:
     machine.keep_programs()
 
 
-def _die_with_parent() -> None:
-    """SIGTERM when the parent has been killed: nobody would wait for this one. Linux only."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+def _end_with_parent() -> None:
+    """SIGTERM when the parent has been killed: nobody would wait for this one."""
+    wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)

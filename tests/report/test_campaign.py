@@ -179,6 +179,45 @@ def test_a_stop_stops_all_of_them_and_says_how_to_go_on(tmp_path, capsys):
     assert [run.ended for run in runs] == [True, False, False]
 
 
+def outlive(run, place, options):
+    """A process that would work on for ever."""
+    campaign._settle(run.folder / LOG, place)
+    (run.folder / "pid").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def crew_of_one(folder):
+    campaign._Crew(runs_in(folder, seeds=(0,), arms=())[:1], 1, print, {}, child=outlive).work()
+
+
+def test_processes_end_with_the_one_that_was_killed(tmp_path):
+    code = f"import pathlib, tests.report.test_campaign as t; t.crew_of_one(pathlib.Path({str(tmp_path)!r}))"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    pid = tmp_path / "cold" / "0" / "pid"
+    try:
+        wait_for(lambda: pid.exists() and pid.read_text())
+        os.kill(int(pid.read_text()), 0)  # it is there
+    finally:
+        parent.kill()
+        parent.wait()
+
+    def gone():
+        try:
+            os.kill(int(pid.read_text()), 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    wait_for(gone)
+
+
+def wait_for(true, seconds=60):
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 def test_a_run_whose_loss_is_no_number_has_ended_and_says_why(tmp_path):
     # Catches a diverged run that stops all others, and one that is started again for ever.
     config = rl_config(tmp_path, **{"optimizer.learning_rate": 1e30, "optimizer.max_grad_norm": None})
