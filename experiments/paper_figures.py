@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gspo.report import bands
-from gspo.report.evidence import LAST, START
+from gspo.report.evidence import LAST, START, final_reward
 from gspo.report.ledger import Curves
 
 Of = Callable[[str], Curves]  # arm -> its curves
@@ -80,22 +80,52 @@ def figure_3(curves: Of, settings: tuple[str, ...], out: Path) -> None:
     bands.save(figure, axes, rows, out)
 
 
+def swept(model: str, method: str, rate: str, power: int) -> str:
+    """The sweep's arm of a cell."""
+    return f"{model} {method} lr {rate} clip 2^{power}"
+
+
 def heat_maps(curves: Of, rates: tuple[str, ...], clips: tuple[int, ...], out: Path) -> None:
     """Learning rate x clip range, alike for both methods: training reward at the end, mean over the seeds."""
     figure, axes = bands.new_figure(2, 2, width=3.9)
     rows: bands.Rows = []
     for panel, (model, method) in zip(axes, itertools.product(("B MoE", "dense"), ("GRPO", "GSPO")), strict=True):
-        table, seeds = np.full((len(rates), len(clips)), np.nan), set()
-        for i, rate in enumerate(rates):
-            for j, power in enumerate(clips):
-                own = curves(f"{model} {method} lr {rate} clip 2^{power}")
-                if own:
-                    table[i, j] = bands.matrix(own, "reward")[:, -LAST:].mean()
-                    seeds.add(len(own))
+        cells = {(i, j): curves(swept(model, method, rates[i], clips[j]))
+                 for i, j in np.ndindex(len(rates), len(clips))}  # fmt: skip
+        table = np.full((len(rates), len(clips)), np.nan)
+        for cell, own in cells.items():
+            if own:
+                table[cell] = bands.matrix(own, "reward")[:, -LAST:].mean()
+        seeds = sorted({len(own) for own in cells.values() if own})
         names = [f"x {2.0**power:g}" for power in clips]
         labels = ("Learning rate", "Clip range")
-        title = f"{model} {method} (n = {' to '.join(map(str, sorted(seeds))) or 0})"
+        title = f"{model} {method} (n = {' to '.join(map(str, seeds)) or 0})"
         rows += bands.heat_panel(panel, table, list(rates), names, title, labels=labels)
+    bands.save(figure, axes, rows, out)
+
+
+def gains(curves: Of, rates: tuple[str, ...], clips: tuple[int, ...], out: Path) -> None:
+    """What GSPO gains over GRPO at each learning rate of the sweep, on the MoE and on its dense twin, and the
+    interaction: the one minus the other. A number for each seed and clip range."""
+    gained: dict[str, list[tuple[float, np.ndarray]]] = {"MoE": [], "dense twin": []}
+    for rate in rates:
+        for label, model in (("MoE", "B MoE"), ("dense twin", "dense")):
+            found = []
+            for power in clips:
+                grpo, gspo = (curves(swept(model, method, rate, power)) for method in ("GRPO", "GSPO"))
+                found += [final_reward(gspo[seed]) - final_reward(grpo[seed]) for seed in sorted({*grpo} & {*gspo})]
+            if found:
+                gained[label].append((float(rate), np.array(found)))
+    both = {"MoE - dense twin": [(at, moe - dense) for (at, moe), (_, dense) in zip(*gained.values(), strict=False)
+                                 if len(moe) == len(dense)]}  # fmt: skip
+    figure, axes = bands.new_figure(1, 2, width=4.0)
+    rows = bands.value_panel(axes[0], gained, "GSPO - GRPO, reward at the end", "Learning rate")
+    rows += bands.value_panel(axes[1], both, "Interaction", "Learning rate", colors={"MoE - dense twin": "0.25"})
+    for panel in axes:
+        panel.axhline(0, color="0.6", linewidth=0.8)
+        panel.set_xscale("log")
+        panel.set_xticks([float(rate) for rate in rates], rates)
+        panel.minorticks_off()
     bands.save(figure, axes, rows, out)
 
 
@@ -187,7 +217,6 @@ def labels_of(config, figure: str) -> dict[str, str]:
 
 
 COMPARED = {  # figure of the config -> what stands in it beside its own arms, and what its labels need not say
-    "best": ((), "best "),
     "clips": (("B MoE GRPO", "B MoE GSPO"), "B MoE "),
     "objectives": (("B MoE GRPO", "B MoE GSPO"), "B MoE "),
     "old_logps": ((), "old by "),  # each method with the sampler's log-probs and with the learner's
@@ -210,10 +239,12 @@ def draw_all(curves: Of, config, folder: Path) -> list[Path]:
     if settings:
         figure_2(curves, settings, to("fig2"))
         figure_3(curves, settings, to("fig3"))
-    swept = [name.split(" lr ")[1].split(" clip 2^") for name in names if " lr " in name and curves(name)]
-    if swept:
-        rates = sorted({rate for rate, _ in swept}, key=float)
-        heat_maps(curves, tuple(rates), tuple(sorted({int(power) for _, power in swept})), to("sweep"))
+    cells = [name.split(" lr ")[1].split(" clip 2^") for name in names if " lr " in name and curves(name)]
+    if cells:
+        rates = sorted({rate for rate, _ in cells}, key=float)
+        clips = sorted({int(power) for _, power in cells})
+        for name, draw in (("sweep", heat_maps), ("gains", gains)):
+            draw(curves, tuple(rates), tuple(clips), to(name))
     doses = {int(name.split()[1][1:]) for name in names if name.startswith("router x") and curves(name)}
     if len(doses) > 1:
         dose_response(curves, tuple(sorted(doses)), to("dose"))

@@ -4,7 +4,7 @@ Every panel returns what it has drawn as rows for a CSV; `save` writes a figure 
 """
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gspo.report.evidence import STATISTICS, WINDOW, band, interval, middle_of, smoothed
+from gspo.report.evidence import STATISTICS, WINDOW, band, interval, iqm, middle_of, smoothed
 from gspo.report.ledger import Curves
 from gspo.report.plots import COLORS, MARKERS, STYLE
 
@@ -95,28 +95,42 @@ def dial_panel(
     *,
     colors: Mapping[str, str] | None = None,
 ) -> Rows:
-    """A statistic of runs against a dial: label -> (position, curves). Points are interquartile means (of collapses:
-    shares) with 95% bootstrap intervals; single seeds are small dots."""
+    """A statistic of runs against a dial: label -> (position, curves)."""
+    measure = STATISTICS[statistic]
+    values = {
+        name: [(at, np.array([measure(curve) for curve in curves.values()])) for at, curves in places if curves]
+        for name, places in arms.items()
+    }
+    return value_panel(axes, values, label, dial, middle=middle_of(statistic), colors=colors)
+
+
+def value_panel(
+    axes: Axes,
+    arms: Mapping[str, Sequence[tuple[float, np.ndarray]]],
+    label: str,
+    dial: str,
+    *,
+    middle: Callable[..., np.ndarray] = iqm,
+    colors: Mapping[str, str] | None = None,
+) -> Rows:
+    """Numbers against a dial: label -> (position, numbers [n]). Points are interquartile means, or another middle, with
+    95% bootstrap intervals; the single numbers are small dots."""
     rows: Rows = []
-    measure, summed = STATISTICS[statistic], middle_of(statistic)
     for i, (name, places) in enumerate(arms.items()):
-        color = (colors or {}).get(name, COLORS[i % len(COLORS)])
-        known = [(at, curves) for at, curves in places if curves]
-        if not known:
+        if not places:
             continue
-        values = [np.array([measure(curve) for curve in curves.values()]) for _, curves in known]
-        at, middle = [at for at, _ in known], [float(summed(v)) for v in values]
-        edges = np.array([interval(v, middle=summed) for v in values]).T
-        away = np.abs(edges - np.array(middle))
-        counts = sorted({len(v) for v in values})
+        color = (colors or {}).get(name, COLORS[i % len(COLORS)])
+        at, middles = [at for at, _ in places], [float(middle(own)) for _, own in places]
+        edges = np.array([interval(own, middle=middle) for _, own in places]).T
+        counts = sorted({len(own) for _, own in places})
         n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        axes.errorbar(at, middle, away, color=color, marker=MARKERS[i % len(MARKERS)], markersize=4.5, linewidth=1.5,
-                      elinewidth=0.9, label=f"{name} (n = {n})")  # fmt: skip
-        for place, own in zip(at, values, strict=True):
+        axes.errorbar(at, middles, np.abs(edges - np.array(middles)), color=color, marker=MARKERS[i % len(MARKERS)],
+                      markersize=4.5, linewidth=1.5, elinewidth=0.9, label=f"{name} (n = {n})")  # fmt: skip
+        for place, own in places:
             axes.plot([place] * len(own), own, ".", color=color, alpha=0.35, markersize=3)
         rows += [
             {"panel": label, "arm": name, dial: f"{a:g}", "iqm": f"{m:.6g}", "low": f"{lo:.6g}", "high": f"{hi:.6g}"}
-            for a, m, lo, hi in zip(at, middle, *edges, strict=True)
+            for a, m, lo, hi in zip(at, middles, *edges, strict=True)
         ]
     axes.set(xlabel=dial, ylabel=label)
     return rows

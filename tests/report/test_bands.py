@@ -8,7 +8,7 @@ import pytest
 
 from configs import paper_cpu
 from experiments.paper_claims import CLAIMS
-from experiments.paper_figures import draw_all, labels_of
+from experiments.paper_figures import draw_all, gains, labels_of
 from gspo.report import bands
 from gspo.report.evidence import smoothed
 from tests.report.test_evidence import curve
@@ -83,7 +83,7 @@ def test_every_figure_of_the_paper_is_drawn_from_what_there_is(tmp_path, all_of_
     drawn = draw_all(curves, config, tmp_path)
     names = {path.name for path in drawn}
     assert names == (
-        {"fig1_a", "fig1_b", "fig2", "fig3", "sweep", "dose", "staleness", "length", "depth"}
+        {"fig1_a", "fig1_b", "fig2", "fig3", "sweep", "gains", "dose", "staleness", "length", "depth"}
         | {"clips", "objectives", "old_logps", "again"}
         if all_of_them
         else {"fig1_b", "fig2", "fig3"}
@@ -91,6 +91,24 @@ def test_every_figure_of_the_paper_is_drawn_from_what_there_is(tmp_path, all_of_
     assert all(path.with_suffix(".png").exists() and path.with_suffix(".csv").exists() for path in drawn)
     known = {*config.arms, *config.same}
     assert set(asked) <= known, set(asked) - known
+
+
+def test_the_interaction_is_the_gain_on_the_moe_less_that_on_its_twin(tmp_path):
+    # Catches a gain of other seeds than those that both methods have, and one with its sign turned.
+    level = {"B MoE GRPO": 0.5, "B MoE GSPO": 0.8, "dense GRPO": 0.7, "dense GSPO": 0.6}
+
+    def curves(arm):
+        model, rate, power = arm.replace(" lr ", "|").replace(" clip 2^", "|").split("|")
+        more = 0.0 if rate == "1e-4" else 0.1 * (model == "B MoE GSPO")
+        found = seeds_of(level[model] + more, level[model] + more)
+        return found if power == "0" else {10: found[10]} if model != "dense GRPO" or rate == "1e-4" else {}
+
+    gains(curves, ("1e-4", "2e-4"), (0, 1), tmp_path / "gains")
+    told = {(row["arm"], row["Learning rate"]): float(row["iqm"]) for row in rows_of(tmp_path / "gains.csv")}
+    assert told == {
+        ("MoE", "0.0001"): 0.3, ("MoE", "0.0002"): 0.4, ("dense twin", "0.0001"): -0.1, ("dense twin", "0.0002"): -0.1,
+        ("MoE - dense twin", "0.0001"): 0.4,
+    }  # fmt: skip
 
 
 def test_every_claim_is_about_arms_of_one_figure_that_runs_them():
