@@ -92,17 +92,20 @@ class Generator(NamedTuple):
         tokens_BT, lengths_B = distributed.fetch_rows(local_B, rollout.tokens_BT, rollout.completion_lengths_B)
         if self.stop:
             tokenizer, width = self.source.tokenizer, prompts.tokens_QP.shape[1]
-            lengths_B = batches.stopped_lengths(tokenizer, tokens_BT, width, lengths_B, self.stop)
-            (new_B,) = distributed.put_rows(rows, local_B, len(rollout.tokens_BT), lengths_B)
-            rollout = shortened(rollout, new_B, self.layout, width, tokenizer.pad_id)
+            lengths_B, stopped_B = batches.stopped_lengths(tokenizer, tokens_BT, width, lengths_B, self.stop)
+            new = distributed.put_rows(rows, local_B, len(rollout.tokens_BT), lengths_B, stopped_B)
+            rollout = shortened(rollout, *new, self.layout, width, tokenizer.pad_id)
         return Completions(rollout, local_B, prompts, tokens_BT, lengths_B)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def shortened(rollout: Rollout, lengths_B: jax.Array, layout: Layout, prompt_width: int, pad_id: int) -> Rollout:
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def shortened(
+    rollout: Rollout, lengths_B: jax.Array, stopped_B: jax.Array, layout: Layout, prompt_width: int, pad_id: int
+) -> Rollout:
     """The rollout as a sampler would have left it that had ended its rows after so many tokens, and sampled the same
-    until then: pads and log-probs of 0 after them, no routes from the last token on, which was then never fed. A row
-    that has become shorter was not cut off. decode_steps stays what it was."""
+    until then: pads and log-probs of 0 after them, no routes from the last token on, which was then never fed.
+    stopped_B: which rows contain what they were to stop at; these were not cut off, even where it was their last token
+    that completed it. decode_steps stays what it was."""
     P, T = prompt_width, rollout.tokens_BT.shape[1]
     end_B1 = P + lengths_B[:, None]
     kept_BT = jnp.arange(T) < end_B1
@@ -114,7 +117,7 @@ def shortened(rollout: Rollout, lengths_B: jax.Array, layout: Layout, prompt_wid
         completion_lengths_B=lengths_B,
         logp_BC=jnp.where(kept_BT[:, P:], rollout.logp_BC, 0.0),
         routes_LBTX=routes_LBTX,
-        truncated_B=rollout.truncated_B & (lengths_B == rollout.completion_lengths_B),
+        truncated_B=rollout.truncated_B & ~stopped_B,
     )
     return layout.constrain_fields(short)
 

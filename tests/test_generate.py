@@ -52,6 +52,18 @@ def test_a_stop_string_of_one_token_does_what_an_end_token_does(parts):
     assert shorter.any() and not (stopped.rollout.truncated_B & shorter).any()
 
 
+def test_a_stop_string_that_the_last_token_completes_is_no_truncation(parts):
+    # Catches an answer that ends where the frame does, masked as one that was cut off.
+    whole = completions(parts)
+    tokenizer, width = parts[1], whole.prompts.tokens_QP.shape[1]
+    texts = [tokenizer.decode(row[width:]) for row in whole.tokens_BT[whole.rollout.truncated_B]]
+    endings = [text[-n:] for n in range(1, len(texts[0])) for text in texts if text.find(text[-n:]) == len(text) - n]
+    stopped = completions(parts, stop=(endings[0],))
+    same = np.asarray(whole.rollout.truncated_B) & (stopped.lengths_B == whole.lengths_B)
+    ends = [tokenizer.decode(row[width:]).find(endings[0]) >= 0 for row in whole.tokens_BT[same]]
+    assert any(ends) and np.asarray(stopped.rollout.truncated_B)[same].tolist() == [not end for end in ends]
+
+
 def test_a_stop_string_that_never_comes_changes_nothing(parts):
     # Catches: rows that lose their last token.
     whole, same = (completions(parts, stop=stop) for stop in ((), ("0 1 0 1 0 1",)))

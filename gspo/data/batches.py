@@ -259,18 +259,19 @@ def end_of_stop(text: str, stop: Sequence[str]) -> int | None:
 
 def stopped_lengths(
     tokenizer: Tokenizer, tokens_BT: np.ndarray, prompt_width: int, lengths_B: np.ndarray, stop: Sequence[str]
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """[B] int32: the lengths of completions that end with the first token after which their text contains one of the
-    stop strings; as given where it contains none.
+    stop strings; as given where it contains none. [B] bool: which contain one.
 
     The tokens decide, by what they decode to, since a stop string may begin and end in the middle of one. A text that
     contains it goes on containing it as tokens are added, so the first such token is found by bisection."""
-    new_B = np.array(lengths_B, np.int32)
+    new_B, stopped_B = np.array(lengths_B, np.int32), np.zeros(len(lengths_B), bool)
     for b, row in enumerate(np.asarray(tokens_BT)[:, prompt_width:].tolist()):
         ids = row[: new_B[b]]
         if end_of_stop(tokenizer.decode(ids), stop) is not None:
             counts = range(1, len(ids) + 1)
+            stopped_B[b] = True
             new_B[b] = 1 + bisect.bisect_left(
                 counts, True, key=lambda n, ids=ids: end_of_stop(tokenizer.decode(ids[:n]), stop) is not None
             )
-    return new_B
+    return new_B, stopped_B

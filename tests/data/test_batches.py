@@ -188,6 +188,7 @@ def test_a_completion_ends_with_the_token_that_completes_a_stop_string():
             return "".join(self.pieces[i] for i in ids)
 
     rows = [
+        ([0, 0, 1, 2, 3], 5, 5, "aab</x>"),  # with the last
         ([0, 1, 2, 3, 0], 5, 4, "ab</x>"),  # b< + / + x>c: complete with the third of them, which says more
         ([0, 4, 0, 4, 5], 5, 2, "a</x>"),
         ([4, 0, 0, 0, 0], 5, 1, "</x>"),
@@ -197,11 +198,12 @@ def test_a_completion_ends_with_the_token_that_completes_a_stop_string():
     ]
     tokens_BT = np.array([[0, 0, *ids] for ids, *_ in rows])
     lengths_B = np.array([length for _, length, *_ in rows])
-    new_B = stopped_lengths(Words(), tokens_BT, 2, lengths_B, ("</x>", "<never>"))
+    new_B, stopped_B = stopped_lengths(Words(), tokens_BT, 2, lengths_B, ("</x>", "<never>"))
+    assert stopped_B.tolist() == ["</x>" in text for *_, text in rows]
     assert new_B.tolist() == [new for *_, new, _ in rows] and new_B.dtype == np.int32
     assert completion_texts(Words(), tokens_BT, 2, new_B, ("</x>",)) == [text for *_, text in rows]
-    assert lengths_B.tolist() == [5, 5, 5, 3, 5, 3]  # as they were
-    first = stopped_lengths(Words(), tokens_BT[:1], 2, lengths_B[:1], ("x>", "<", "c"))
+    assert lengths_B.tolist() == [5, 5, 5, 5, 3, 5, 3]  # as they were
+    first, _ = stopped_lengths(Words(), tokens_BT[1:2], 2, lengths_B[:1], ("x>", "<", "c"))
     assert first.tolist() == [2]  # whichever comes first
 
 
@@ -211,7 +213,8 @@ def test_a_stop_string_is_found_where_a_scan_finds_it(text, stop):
     # Catches: a bisection that is off by one.
     tokens_BT = np.array([[0, *text.encode(), *[BYTES.pad_id] * (12 - len(text))]])
     scan = next((n for n in range(1, len(text) + 1) if any(s in text[:n] for s in stop)), len(text))
-    assert stopped_lengths(BYTES, tokens_BT, 1, np.array([len(text)]), stop).tolist() == [scan]
+    (length,), (stopped,) = stopped_lengths(BYTES, tokens_BT, 1, np.array([len(text)]), stop)
+    assert length == scan and stopped == any(s in text for s in stop)
     (cut,) = completion_texts(BYTES, tokens_BT, 1, np.array([len(text)]), stop)
     assert cut == text[:scan]
 
