@@ -6,7 +6,7 @@
 
 The question goes through the tokenizer's chat template, where it has one, as in training; --raw continues it as it
 stands. Without a question, standard input is the question; at a terminal, each line is one, until Ctrl-D. --logps adds
-each token with its log-probability under softmax(logits / temperature).
+each token with its log-probability under softmax(logits / temperature), at temperature 0 under softmax(logits).
 """
 
 import argparse
@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from gspo.data.batches import left_padded
+from gspo.data.hf_tokenizer import HFTokenizer
 from gspo.data.tokenizer import Tokenizer
 from gspo.learning.sampler import make_sampler
 from gspo.model.distribution import Sampling
@@ -57,8 +58,7 @@ def open_model(args: argparse.Namespace) -> tuple[Tokenizer, Callable[[str, int]
     )
 
     def complete(question: str, which: int) -> Rollout:
-        raw = [*getattr(tokenizer, "prefix_ids", ()), *tokenizer.encode(question)]  # behind a BOS, where one is wanted
-        ids = raw if args.raw else tokenizer.prompt_ids(question)
+        ids = raw_ids(tokenizer, question) if args.raw else tokenizer.prompt_ids(question)
         if not ids:
             raise UserError("the question is empty: nothing to continue from")
         width = prompt_width(len(ids))
@@ -67,6 +67,12 @@ def open_model(args: argparse.Namespace) -> tuple[Tokenizer, Callable[[str, int]
         return jax.device_get(sampler(params, prompt_QP, np.array([len(ids)], np.int32), key))
 
     return tokenizer, complete
+
+
+def raw_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The text as it stands, behind a beginning-of-sequence token where the model wants one and it has none."""
+    begin, ids = tokenizer.prefix_ids if isinstance(tokenizer, HFTokenizer) else (), tokenizer.encode(text)
+    return ids if tuple(ids[: len(begin)]) == begin else [*begin, *ids]
 
 
 def questions(given: str | None) -> Iterator[str]:

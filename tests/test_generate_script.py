@@ -14,7 +14,7 @@ from gspo.run.identity import identity
 from scripts import generate
 from tests import model_oracle as oracle
 from tests.tiny_runs import command, kept_compiles  # noqa: F401 - fixtures
-from tests.tokenizer_folders import CHAT, write_folder
+from tests.tokenizer_folders import CHAT, write_family, write_folder
 
 SIZES = dict(num_layers=1, d_model=16, num_heads=2, num_kv_heads=1, head_width=8, d_ff=16, moe_backend="dense")
 
@@ -112,6 +112,15 @@ def test_a_question_goes_through_the_template_of_the_weights_unless_it_is_raw(tm
         with pytest.raises(KeyboardInterrupt):
             generate.main(["--workdir", str(tmp_path / "run"), *flags, "the cat"])
     assert seen == ["<|start|>user\nthe cat<|end|>\n<|start|>assistant\n", "the cat"]
+
+
+def test_a_text_that_has_its_beginning_gets_no_second_one(tmp_path):
+    # Catches two BOS tokens before a raw text that was printed with one.
+    tokenizer = make_tokenizer(str(write_family(tmp_path, "llama3")))
+    text = tokenizer._tokenizer.decode(tokenizer.prefix_ids, skip_special_tokens=False)
+    assert text and generate.raw_ids(tokenizer, "the cat") == [*tokenizer.prefix_ids, *tokenizer.encode("the cat")]
+    assert generate.raw_ids(tokenizer, f"{text}the cat") == tokenizer.encode(f"{text}the cat")
+    assert generate.raw_ids(make_tokenizer("bytes"), "a") == [97]
 
 
 def test_mistakes_are_one_line(command, digits):  # noqa: F811

@@ -10,6 +10,8 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 import tokenizers
 from absl import logging
@@ -26,6 +28,10 @@ FILES = (  # all that is read
 )
 
 
+ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
+NOTHING = {"tools": None, "documents": None}  # a template may ask whether they are none, where we have none
+
+
 def now() -> str:
     """The date of a run, to be saved with it: the local time, ISO 8601."""
     return datetime.datetime.now().isoformat(timespec="seconds")
@@ -40,7 +46,9 @@ class HFTokenizer:
       tokenizer_config.json     eos_token, pad_token, bos_token, chat_template
       special_tokens_map.json   the same tokens, where tokenizer_config.json leaves them out
       chat_template.jinja       goes before the chat_template of tokenizer_config.json
-    The eos tokens of all files count. Without a pad token, the first eos pads.
+    The eos tokens of all files count. The first of them, which ends what is imitated and pads where there is no pad
+    token, is the one that the chat template writes behind an answer; where there is none, that of
+    generation_config.json.
 
     A prompt begins with the tokens that the files put before a text, mostly one beginning-of-sequence token: those of
     the post-processor in tokenizer.json, else the bos_token where tokenizer_config.json says add_bos_token. Behind a
@@ -77,14 +85,14 @@ class HFTokenizer:
                 if value is not None
             },
         }
-        self._special = {
-            key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")
-        }
-        self.eos_ids = self._read_eos_ids(file.parent)
-        pad = self._special["pad_token"]
-        self.pad_id = self.eos_ids[0] if pad is None else self._id_of(pad, "pad_token", file.parent)
+        tokens = {f"{role}_token": _token_text(config.get(f"{role}_token")) for role in ROLES}
+        self._special = {key: tokens[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self._said = {key: token for key, token in tokens.items() if token is not None} | NOTHING  # to the template
         self._template_source = _template_source(file.parent, config)
         self._template = _compiled(self._template_source, file.parent, self.date)
+        self.eos_ids = self._turn_end_first(self._read_eos_ids(file.parent))
+        pad = self._special["pad_token"]
+        self.pad_id = self.eos_ids[0] if pad is None else self._id_of(pad, "pad_token", file.parent)
         self.prefix_ids = self._read_prefix_ids(content.get("post_processor"), config.get("add_bos_token"))
 
     def _id_of(self, token: str, field: str, folder: Path) -> int:
@@ -110,6 +118,22 @@ class HFTokenizer:
                 f"the vocabulary size {self.vocab_size}"
             )
         return tuple(dict.fromkeys(ids))
+
+    def _turn_end_first(self, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """With the token in front that the chat template writes behind an answer."""
+        if self._template is None or len(eos_ids) == 1:
+            return eos_ids
+        answer = "An answer."
+        try:
+            text = self._rendered([{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}], False)
+        except Exception:  # one that knows no answers, say
+            return eos_ids
+        behind = self.encode(text.rpartition(answer)[2])
+        end = next((i for i in behind if i in eos_ids), eos_ids[0])
+        return (end, *(i for i in eos_ids if i != end))
+
+    def _rendered(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._said)
 
     def _read_prefix_ids(self, processor: dict[str, Any] | None, add_bos_token: Any) -> tuple[int, ...]:
         """Ids that the files put before a text. Those after it (an eos) are no business of a prompt."""
@@ -144,10 +168,9 @@ class HFTokenizer:
     def format_prompt(self, prompt: str | Sequence[Message]) -> str:
         if self._template is None:
             return plain_prompt(prompt, self.spec)
-        special = {key: value for key, value in self._special.items() if value is not None}
         try:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-            return self._template.render(messages=messages, add_generation_prompt=True, **special)
+            return self._rendered(messages, True)
         except Exception as error:  # a template is a program of the model's authors: it may fail in any way
             raise UserError(f"the tokenizer's chat template failed: {_first_line(error)}") from None
 
@@ -226,6 +249,16 @@ def _template_source(folder: Path, config: dict[str, Any]) -> Any:
     return source
 
 
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}, by which templates mark what the model says: a block like others."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Scope:
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
 def _compiled(source: Any, folder: Path, date: str) -> jinja2.Template | None:
     """The template as a program. Sandboxed: it came with a download, and may neither reach attributes nor change
     objects."""
@@ -236,11 +269,12 @@ def _compiled(source: Any, folder: Path, date: str) -> jinja2.Template | None:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)  # Jinja's own filter escapes for HTML
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        # Jinja's own filter escapes for HTML.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
     )
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=day.strftime)

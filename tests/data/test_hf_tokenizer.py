@@ -67,6 +67,20 @@ def test_eos_tokens_of_all_files_count_and_the_generation_config_comes_first(tmp
     assert (one.eos_ids, many.eos_ids) == ((3, 1), (3, 1))
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_what_is_imitated_ends_as_the_chat_template_ends_an_answer(tmp_path, first):
+    # Catches demonstrations of a Llama 3 that end in <|end_of_text|>, which its generation_config.json names first and
+    # its template never writes.
+    generation = {"eos_token_id": [3, 1] if first else [1, 3]}
+    config = {"eos_token": "<eos>"}
+    folder = write_folder(tmp_path, generation=generation, config=config, jinja=CHAT)
+    assert make_tokenizer(str(folder)).eos_ids == (3, 1) and make_tokenizer(str(folder)).pad_id == 3
+    only_users = "{% for m in messages %}{{ raise_exception('no') if m.role == 'assistant' }}{% endfor %}"
+    for other in (CHAT.replace("<|end|>", ""), only_users):
+        (folder / "chat_template.jinja").write_text(other)
+        assert list(make_tokenizer(str(folder)).eos_ids) == generation["eos_token_id"]
+
+
 def test_pad_and_eos_decode_to_nothing_even_where_the_file_does_not_call_them_special(tmp_path):
     # Catches: "348<eos>" in the eyes of the reward: such files exist, and skip_special_tokens alone would keep the
     # token.
@@ -297,3 +311,18 @@ def test_a_template_writes_the_saved_date_on_whatever_day_it_runs(tmp_path, monk
     assert first.format_prompt("hi") == "31 Jan 2026: hi"  # fixed when it was made, not when it is used
     assert make_tokenizer(folder, date=date).prompt_ids("hi") == first.prompt_ids("hi")
     assert make_tokenizer(folder).format_prompt("hi") == "01 Feb 2026: hi"
+
+
+def test_a_template_may_use_all_that_transformers_gives_it(tmp_path):
+    # Catches templates of TRL, which mark what the model says, and those that ask whether there are tools.
+    template = (
+        "{% if tools is not none or documents is not none %}TOOLS{% endif %}{{ mask_token }}"
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m | tojson(ensure_ascii=True, separators=(',', ':'), "
+        "sort_keys=True) }}{% else %}{% generation %}{% set said = m.content %}{{ said }}{% endgeneration %}{% endif %}"
+        "{% endfor %}{{ said }}"
+    )
+    tokenizer = make_tokenizer(str(write_folder(tmp_path, config={"eos_token": "<eos>", "mask_token": "<m>"},
+                                                jinja=template)))  # fmt: skip
+    conversation = [{"role": "user", "content": "é"}, {"role": "assistant", "content": "yes"}]
+    assert tokenizer.format_prompt(conversation) == '<m>{"content":"\\u00e9","role":"user"}yes'
+    assert tokenizer.contents()["special_tokens"].keys() == {"bos_token", "eos_token", "pad_token", "unk_token"}
