@@ -86,11 +86,13 @@ def draw(key: chex.PRNGKey, logits: chex.Array, sampling: Sampling) -> tuple[che
     """float32 logits [..., V] -> tokens [...] int32 drawn from q, and their log-probs [...] float32 under p.
 
     By inversion: the first token at which the summed probability passes one uniform number. Gumbel noise would take V
-    of them, a fifth of the time of a small model's rollout."""
+    of them, a fifth of the time of a small model's rollout. One number in 2^23 is 0, which the first token of the
+    vocabulary would pass however improbable it is: half a step is the least."""
     kept = drawn_logits(logits, sampling)
     weight = jnp.exp(kept - jnp.max(kept, axis=-1, keepdims=True))
     summed = jnp.cumsum(weight, axis=-1)
-    passed = summed > jax.random.uniform(key, (*logits.shape[:-1], 1)) * summed[..., -1:]
+    uniform = jnp.maximum(jax.random.uniform(key, (*logits.shape[:-1], 1)), 2.0**-24)
+    passed = summed > uniform * summed[..., -1:]
     # A sum taken in parallel need not stay where it is at a token of weight 0: only those that are kept may be hit.
     vocab, held = logits.shape[-1], weight > 0
     first = jnp.min(jnp.where(passed & held, jnp.arange(vocab), vocab), axis=-1)

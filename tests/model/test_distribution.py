@@ -218,3 +218,11 @@ def test_a_cut_out_of_its_range_is_a_one_line_error_that_starts_with_the_field(f
     with pytest.raises(UserError) as error:
         Sampling(**{field: value})
     assert str(error.value).startswith(f"{field}={value}: ") and "\n" not in str(error.value)
+
+
+def test_a_number_of_nothing_does_not_draw_what_is_all_but_impossible(monkeypatch):
+    # Catches the first token of the vocabulary at log-prob -60, once in 8 million draws.
+    logits = jnp.array([-60.0, -2.0, 0.0, -1.0])
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.zeros(shape))
+    tokens, logps = draw.__wrapped__(jax.random.key(0), logits, Sampling())
+    assert tokens == 1 and logps == log_prob(logits, tokens)
