@@ -8,6 +8,8 @@ step in it. Each layer's feed-forward is copied into the experts, behind a route
 --experts and --experts_per_token, which count those, are then multiples of N (`gspo.model.upcycle` says what holds).
 Writes under --out what scripts/import_hf.py writes, so that --config.init_from starts from it, and
 scripts/export_hf.py makes a Mixtral folder of it, or a Qwen3-MoE folder where the model normalises queries and keys.
+A model with biases there, as Qwen2 has them, becomes what no architecture of Hugging Face is: it trains, but it cannot
+be exported.
 
 The copies are alike at first, and only the tokens that they see pull them apart: fine-tune with
 --config.router_aux_loss_coef=0.01 to keep them all in use.
@@ -56,34 +58,41 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--from={args.source}: {why}")
     dense = spec_of(saved)
     spec = plan.spec(dense)
-    family = family_of(spec)
+    family = _family(spec)
     layout = Layout(make_mesh(parse_sizes(args.mesh)))
     step, params = restore_params(args.source, abstract_params(Transformer(dense), layout))
     params = plan.params(params, jax.random.key(args.seed), param_shardings(Transformer(spec), layout))
     own = identity(spec, None) | {"tokenizer": saved["tokenizer"], "date": saved.get("date")}
     with start_folder.written(out):
-        _describe(run_folder(args.source), out, spec)
+        _describe(run_folder(args.source), out, spec if family else None)
         start_folder.save(out, spec, own, params, {"upcycled_from": args.source, "step": step})
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, params["blocks"]["moe"])]
     active = sizes[0] - sizes[1] * (plan.experts - plan.experts_per_token) // plan.experts
-    print(f"{out}: {family}, {plan.experts_per_token} of {plan.experts} experts run, {sizes[0]:,} parameters, "
+    what = family or "no Hugging Face architecture, so that it cannot be exported"
+    print(f"{out}: {what}, {plan.experts_per_token} of {plan.experts} experts run, {sizes[0]:,} parameters, "
           f"about {active:,} active, from step {step}")  # fmt: skip
     print(start_folder.how_to_start(out, bool(saved["tokenizer"])))
     return 0
 
 
-def _describe(source: Path, out: Path, spec: ModelSpec) -> None:
+def _family(spec: ModelSpec) -> str | None:
+    """The architecture of an export; None where there is none."""
+    try:
+        return family_of(spec)
+    except UserError:
+        return None
+
+
+def _describe(source: Path, out: Path, spec: ModelSpec | None) -> None:
     """The files beside the weights: those of the tokenizer, and the config.json that an export begins with, which keeps
-    what the source's says of token ids and lengths."""
-    base, files = None, source / TOKENIZER
-    if files.is_dir():
-        shutil.copytree(files, out / TOKENIZER, dirs_exist_ok=True)
-    if (source / "hf" / "config.json").is_file():
-        base, files = read_config(source / "hf"), source / "hf"
-        for key in ("architectures", "model_type"):
-            base.pop(key, None)
+    what the source's says of token ids and lengths. spec: None where the model cannot be exported."""
+    if (source / TOKENIZER).is_dir():
+        shutil.copytree(source / TOKENIZER, out / TOKENIZER, dirs_exist_ok=True)
+    files = source / "hf" if (source / "hf").is_dir() else source / TOKENIZER
     hf.carry_over(files, out / "hf")
-    (out / "hf" / "config.json").write_text(json.dumps(hf_config(spec, base=base), indent=2) + "\n")
+    if spec is not None:
+        base = read_config(files) if (files / "config.json").is_file() else None
+        (out / "hf" / "config.json").write_text(json.dumps(hf_config(spec, base=base), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -105,6 +105,7 @@ FAMILIES = {
         "olmoe", DECODER + QK_NORM + MOE, PLAIN | ALL_MOE | dict(qk_norm=True, qk_norm_over="projection"),
         BIAS | EXPERTS | dict(d_expert="intermediate_size", norm_topk_prob="norm_topk_prob"),
         COMMON | dict(rms_norm_eps=1e-5, norm_topk_prob=False, attention_bias=False),
+        fits=lambda spec: spec.num_heads * spec.head_width == spec.d_model,  # it norms queries over the hidden size
     ),
     "Qwen2ForCausalLM": Family(
         "qwen2", DECODER + MLP, WHOLE_HEAD | dict(qk_norm=False, num_experts=0, qkv_bias=True, out_bias=False),
@@ -145,7 +146,14 @@ COMPUTED = dict(
     hidden_act=("silu",), attention_bias=(False, None), mlp_bias=(False, None), clip_qkv=(None,),
     decoder_sparse_step=(1,),
     mlp_only_layers=(None, []), quantization_config=(None,), first_k_dense_replace=(0, None), n_group=(1, None),
-    topk_group=(1, None), scoring_func=("sigmoid",), topk_method=("noaux_tc",), partial_rotary_factor=(1.0, None),
+    topk_group=(1, None), scoring_func=("sigmoid", "noaux_tc"), topk_method=("noaux_tc",),
+    partial_rotary_factor=(1.0, None),
+)  # fmt: skip
+# What another architecture's config.json says of the texts, and not of what is computed.
+OF_TEXTS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+# What does not hold of an export: how the source's tensors were packed, its layers and its code.
+OF_SOURCE = (
+    "rope_parameters", "rope_scaling", "dtype", "num_local_experts", "num_experts", "quantization_config", "auto_map",
 )  # fmt: skip
 # Fields of a spec by which families differ.
 TELLING = (
@@ -248,17 +256,17 @@ def hf_config(spec: ModelSpec, *, dtype: str = "float32", base: Mapping[str, Any
     """ModelSpec -> the object of a config.json, such that spec_from_hf gives the spec back (fields that the model does
     not use apart).
 
-    dtype: of the tensors beside it. base: an earlier config.json of the same architecture, whose other keys are kept
-    (token ids, longest position, ...). Raises UserError where the spec is of no known family, or base of another one.
-    """
+    dtype: of the tensors beside it. base: an earlier config.json, whose other keys are kept; one of another
+    architecture, that of the dense model which has become a MoE or of the model that lent its tokenizer, gives the
+    token ids and the longest position alone. Raises UserError where the spec is of no known family."""
     name = family_of(spec)
     family = FAMILIES[name]
-    if base and [_decoder(given) for given in base.get("architectures", [name])] != [name]:
-        raise UserError(f"the config.json to start from is of {base['architectures'][0]}, but the model is a {name}")
     # Without a base no token has a role: the class defaults would name ids that a small vocabulary does not have.
-    kept = dict(base or dict(max_position_embeddings=32768, bos_token_id=None, eos_token_id=None, pad_token_id=None))
-    for key in ("rope_parameters", "rope_scaling", "dtype", "num_local_experts", "num_experts"):
-        kept.pop(key, None)
+    kept = dict(max_position_embeddings=32768, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    same = base and [_decoder(given) for given in base.get("architectures", [name])] == [name]
+    kept |= {key: value for key, value in (base or {}).items() if (same or key in OF_TEXTS) and key not in OF_SOURCE}
+    if "layer_types" in kept:
+        kept["layer_types"] = ["full_attention"] * spec.num_layers
     config = kept | _keys(family, spec)
     return config | dict(
         architectures=[name],

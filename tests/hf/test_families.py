@@ -77,6 +77,7 @@ def test_a_config_that_we_do_not_compute_is_an_error_and_never_an_approximation(
 ])  # fmt: skip
 def test_a_sigmoid_router_that_is_limited_to_groups_or_has_no_shared_expert_is_refused(changes, words):
     # Catches routes that are chosen among too many experts, and a window that is seen through.
+    spec_from_hf(hf_config(SPECS["Dots1ForCausalLM"]) | dict(scoring_func="noaux_tc"))  # as its release calls it
     config = hf_config(SPECS["Dots1ForCausalLM"]) | dict(sliding_window=4096, max_window_layers=3, n_group=1)
     assert spec_from_hf(config, moe_backend="dense") == SPECS["Dots1ForCausalLM"]
     assert config["n_shared_experts"] == 2 and config["routed_scaling_factor"] == 2.5
@@ -137,6 +138,21 @@ def test_a_spec_knows_its_family_and_survives_its_config(family):
     assert SPECS.keys() == FAMILIES.keys()
 
 
+def test_a_config_to_start_from_gives_what_still_holds_of_the_model():
+    # Catches a MoE that cannot be exported since it began dense, and one that says it is packed in 8 bits, or that has
+    # kinds of more layers than layers.
+    ids = dict(eos_token_id=[7, 8], bos_token_id=5, max_position_embeddings=99)
+    dense = hf_config(SPECS["LlamaForCausalLM"]) | ids | dict(mlp_bias=False, pretraining_tp=1)
+    moe = hf_config(SPECS["MixtralForCausalLM"], base=dense)
+    assert moe == hf_config(SPECS["MixtralForCausalLM"]) | ids
+    packed = dict(quantization_config={"quant_method": "fp8"}, auto_map={"AutoModel": "code.Model"}, use_cache=False)
+    larger = dense | packed | dict(layer_types=["full_attention"] * 28)
+    own = hf_config(SPECS["LlamaForCausalLM"], base=larger)
+    kinds = ["full_attention"] * SPECS["LlamaForCausalLM"].num_layers
+    assert own == dense | dict(use_cache=False, layer_types=kinds)
+    assert spec_from_hf(own, moe_backend="dense") == SPECS["LlamaForCausalLM"]
+
+
 def test_a_part_of_the_head_is_rotated_where_the_family_says_so_and_refused_elsewhere():
     # Catches the share read from one of its two places alone, and a Qwen that is rotated in part without saying so.
     config = hf_config(SPECS["Glm4MoeForCausalLM"])
@@ -169,7 +185,16 @@ def test_a_spec_of_no_family_is_a_one_line_error():
     uneven = dataclasses.replace(SPECS["Dots1ForCausalLM"], d_shared=15)  # no whole number of experts
     scaled = dataclasses.replace(TINY_MOE, routed_scale=2.0)
     last_dense = dataclasses.replace(SPECS["Dots1ForCausalLM"], dense_layers=(1,), d_ff=8)
-    for odd in (dataclasses.replace(TINY, qk_norm_over="projection"), plain_moe, one_bias, uneven, scaled, last_dense):
+    wide = dataclasses.replace(SPECS["OlmoeForCausalLM"], head_width=SPECS["OlmoeForCausalLM"].head_width + 2)
+    for odd in (
+        dataclasses.replace(TINY, qk_norm_over="projection"),
+        wide,
+        plain_moe,
+        one_bias,
+        uneven,
+        scaled,
+        last_dense,
+    ):
         with pytest.raises(UserError, match="no Hugging Face architecture"):
             family_of(odd)
 

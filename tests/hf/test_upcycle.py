@@ -11,7 +11,7 @@ import tokenizers
 
 from configs import base
 from gspo import build
-from gspo.data.tokenizer import make_tokenizer
+from gspo.data.tokenizer import make_tokenizer, save_files
 from gspo.hf import folder as hf
 from gspo.hf.families import read_config, spec_from_hf
 from gspo.model.transformer import Transformer, abstract_params
@@ -149,6 +149,20 @@ def test_an_upcycled_model_is_exported_as_a_mixtral_and_comes_back(made):
     np.testing.assert_array_equal(*w1)
 
 
+def test_what_began_from_an_upcycled_model_is_exported_as_a_mixtral_too(made, tmp_path):
+    # Catches an export that starts from the dense model's config.json, which lies beside the tokenizer of a run.
+    spec = WHOLE.spec(dataclasses.replace(DENSE, moe_backend="auto"))
+    tokenizer = make_tokenizer(str(made[0] / "tokenizer"))
+    save_files(tokenizer, tmp_path / "run" / "tokenizer")
+    assert read_config(tmp_path / "run" / "tokenizer")["architectures"] == ["LlamaForCausalLM"]
+    with Checkpointer(tmp_path / "run", async_save=False, identity=identity(spec, tokenizer)) as checkpointer:
+        checkpointer.save(3, {"params": upcycled(WHOLE)[1]}, {})
+    export_hf.main([f"--checkpoint={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"])
+    config = read_config(tmp_path / "out")
+    assert config["architectures"] == ["MixtralForCausalLM"] and spec_from_hf(config) == spec
+    assert (config["eos_token_id"], config["max_position_embeddings"]) == (1, 99)
+
+
 @needs_transformers
 def test_transformers_gives_the_dense_models_logits_from_the_exported_moe(made, imported):
     # Catches an export whose router or experts mean something else to transformers.
@@ -184,6 +198,20 @@ def test_any_dense_run_can_be_upcycled(plain, tmp_path, capsys):
     config = base.sft()
     config.init_from = str(tmp_path / "moe")
     assert build.sft_plan(config).data.tokenizer == "chars:01="
+
+
+def test_what_has_no_architecture_as_a_moe_trains_and_says_that_it_cannot_be_exported(tmp_path, capsys):
+    # Catches Qwen2.5, which cannot be upcycled for want of a name.
+    spec = SPECS["Qwen2ForCausalLM"]
+    with Checkpointer(tmp_path / "run", async_save=False, identity=identity(spec, make_tokenizer("chars:01="))) as to:
+        to.save(7, {"params": oracle.build(spec)[1]}, {})
+    run(tmp_path / "run", tmp_path / "moe")
+    assert "no Hugging Face architecture, so that it cannot be exported" in capsys.readouterr().out
+    config = base.sft()
+    config.init_from = str(tmp_path / "moe")
+    assert make_model(build.sft_plan(config).model, make_tokenizer("chars:01=")).spec.qkv_bias
+    with pytest.raises(UserError, match="no Hugging Face architecture has"):
+        export_hf.main([f"--checkpoint={tmp_path / 'moe'}", f"--out={tmp_path / 'out'}"])
 
 
 def test_mistakes_are_one_line(plain, made, tmp_path):
