@@ -1,6 +1,7 @@
 """What every script needs: flags for a config and a workdir, and user mistakes as one line with exit code 2."""
 
 import argparse
+import ast
 import contextlib
 import difflib
 import os
@@ -121,6 +122,7 @@ def run_script(main: Callable[[list[str]], int]) -> None:
 def _parse(argv: list[str]) -> None:
     """absl's own parsing, with each of its failures as a UserError."""
     config = _config_as_written(argv)
+    argv[:] = _with_own_options(argv, config)  # in place: ml_collections looks at sys.argv
     try:
         rest = FLAGS(argv)[1:]
     except (AttributeError, KeyError):
@@ -151,6 +153,32 @@ def _config_as_written(argv: list[str]) -> Any:
     if not build.is_config(config):
         raise UserError(f"--config={path}: get_config() returned {type(config).__name__} instead of a ConfigDict")
     return config
+
+
+def _with_own_options(argv: list[str], config: Any) -> list[str]:
+    """The arguments, where they name a task of another kind than the config file's: its options are not those of that
+    task, which has the ones that are given, and else its defaults."""
+    name, option = "config.task.name", "config.task.options."
+    given = [arg.lstrip("-").partition("=") for arg in argv]
+    named = [value for flag, _, value in given if flag == name]
+    written = config.get("task", {}).get("name", "")
+    if (
+        not named
+        or named[-1].partition(":")[0] == written.partition(":")[0]
+        or any(flag == option.rstrip(".") for flag, *_ in given)
+    ):
+        return argv
+    options = {flag.removeprefix(option): _literal(value) for flag, _, value in given if flag.startswith(option)}
+    rest = [arg for arg, (flag, *_) in zip(argv, given, strict=True) if not flag.startswith(option)]
+    return [*rest, f"--{option.rstrip('.')}={options!r}"]
+
+
+def _literal(text: str) -> Any:
+    """A value as it is written in Python, else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _first_line(error: Exception) -> str:

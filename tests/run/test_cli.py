@@ -274,6 +274,25 @@ def test_a_process_ends_with_exit_code_2_and_without_a_traceback(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(("given", "options"), [
+    (["task.name=jsonl:a/{split}.jsonl"], {}),
+    (["task.name=jsonl:a.jsonl", "task.options.prompt_field=question", "task.options.size=8"],
+     {"prompt_field": "question", "size": 8}),
+    (["task.name=jsonl:a.jsonl", "task.options={'size': 9}"], {"size": 9}),
+    (["task.name=running_sum", "task.options.num_digits=5"], {"num_digits": 5, "modulus": 10, "error_rate": 0.12}),
+    (["task.options.num_digits=5"], {"num_digits": 5, "modulus": 10, "error_rate": 0.12}),
+])  # fmt: skip
+def test_the_options_of_a_config_are_those_of_its_own_task(given, options, command, tmp_path, monkeypatch):  # noqa: F811
+    # Catches data of one's own that are refused for the toy's number of digits, and an option that cannot be given.
+    seen = []
+    monkeypatch.setattr(cli, "run", lambda main, needs, run=cli.run: run(
+        lambda: seen.append(cli.FLAGS.config.task.options.to_dict()), needs=needs))  # fmt: skip
+    flags = [f"--config.{field}" for field in given]
+    told = command("rl", f"--config={ROOT / 'configs' / 'gspo_running_sum.py'}", f"--workdir={tmp_path}", *flags)
+    assert told[0] == 0 and seen == [options]
+    assert cli._with_own_options(["x", "--config.a=1"], ConfigDict({"a": 2})) == ["x", "--config.a=1"]
+
+
 def test_the_leaves_of_a_config_have_dotted_names():
     # Catches sections listed as fields, or their fields without the prefix: what suggestions are chosen from.
     assert build.leaf_fields(ConfigDict({"a": 1, "b": {"c": {"d": (2,)}, "e": None}})) == ["a", "b.c.d", "b.e"]
