@@ -1,4 +1,4 @@
-"""How far routing drifts, and what replay mends: the quickstart's model and task, observed closely.
+"""How far routing drifts, and what replay mends: model and task of gspo_running_sum.py, observed closely.
 
 Drift     GSPO, routed freely: experts changed per update and per rollout, router KL, margins, and the variance of token
           and of sequence log-ratios by length. 30 rollouts of 64 x 8, 4 updates each.

@@ -57,7 +57,7 @@ setup_env() {
     local uv=uv
     if command -v uv >/dev/null 2>&1; then
         echo "setting up .venv with uv"
-        [ -x "$PYTHON" ] || uv venv --quiet --python '>=3.11' .venv || fail "uv could not make .venv"
+        [ -x "$PYTHON" ] || uv venv --quiet --seed --python '>=3.11' .venv || fail "uv could not make .venv"
     else
         local python
         python=$(command -v python3) || fail "python3 is missing; on Debian: sudo apt-get install python3 python3-venv"

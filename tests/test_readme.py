@@ -24,7 +24,7 @@ def commands() -> list[str]:
     shell = "\n".join(text for language, text in BLOCKS if language in ("bash", "sh", "shell")).replace("\\\n", " ")
     outside = re.sub(r"^```.*?^```", "", TEXT, flags=re.MULTILINE | re.DOTALL)
     inline = re.findall(r"`((?:python|bash) [^`]+)`", outside)
-    lines = [" ".join(shlex.split(line, comments=True)) for line in [*shell.splitlines(), *inline]]
+    lines = [shlex.join(shlex.split(line, comments=True)) for line in [*shell.splitlines(), *inline]]
     return list(dict.fromkeys(line for line in lines if line))
 
 
