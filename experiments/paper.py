@@ -4,9 +4,9 @@ python experiments/paper.py --config=configs/paper_cpu.py --workdir=runs/paper
 
 Runs all arms with all seeds side by side, one on each core, seed by seed; stopped and started again, it goes on.
 --figures=curves_b,dose --arms='B MoE' --seeds=10,11 run a part. Results lie in --results (default WORKDIR/results),
-where a finished run is known and not made again: curves/ARM.csv, runs.csv, the figures as PNG, PDF and CSV; arms.md,
-what each arm came to, and claims.md, the verdicts on experiments/paper_claims.py. --draw trains nothing and makes these
-of what is there.
+where a finished run is known and not made again: curves/ARM.csv, runs.csv, the figures as PNG, PDF and CSV; runs.md,
+what has run, arms.md, what each arm came to, and claims.md, the verdicts on experiments/paper_claims.py. --draw trains
+nothing and makes these of what is there.
 """
 
 import functools
@@ -21,7 +21,7 @@ from experiments.paper_claims import CLAIMS
 from experiments.paper_figures import draw_all
 from gspo.report import campaign, evidence, tables
 from gspo.report.arms import runs_of
-from gspo.report.ledger import Ledger
+from gspo.report.ledger import Ledger, figures_table
 from gspo.run import cli
 from gspo.types import UserError
 
@@ -67,6 +67,7 @@ def conclude(config: ConfigDict, ledger: Ledger) -> None:
     known = {*config.arms, *config.same}
     verdicts = [evidence.verdict(claim, curves) for claim in CLAIMS if claim.weights.keys() <= known]
     (ledger.folder / "arms.md").write_text(tables.markdown(*evidence.arms_table(list(config.arms), curves)))
+    (ledger.folder / "runs.md").write_text(tables.markdown(*figures_table(config, ledger)))
     rows, columns = evidence.claims_table(verdicts)
     (ledger.folder / "claims.md").write_text(tables.markdown(rows, columns))
     shown = [columns.index(name) for name in ("", "claim", "effect [interval]", "seeds", "verdict")]

@@ -105,6 +105,38 @@ class Ledger:
         return {seed: _columns([row for row in rows if int(row["seed"]) == seed]) for seed in seeds}
 
 
+def figures_table(config: Any, ledger: Ledger) -> tuple[list[list[str]], tuple[str, ...]]:
+    """Rows and columns of a table: how much of each figure of a paper's config has run, the seeds that all its arms
+    have, and all together, where a run that stands in several figures counts once."""
+    columns = ("figure", "seeds of all arms", "runs", "of", "core hours", "commits", "dates")
+    wanted = {
+        name: [(config.same.get(arm, arm), seed) for arm in figure.arms for seed in figure.seeds]
+        for name, figure in config.figures.items()
+    }
+    wanted["all"] = [pair for pairs in wanted.values() for pair in pairs]
+    rows = []
+    for name, named in wanted.items():
+        pairs = dict.fromkeys(named)
+        known = [ledger.runs[pair] for pair in pairs if pair in ledger.runs]
+        whole = {seed for _, seed in pairs} - {seed for arm, seed in pairs if (arm, seed) not in ledger.runs}
+        hours = sum(float(run["seconds"]) for run in known) / 3600
+        commits, dates = (sorted({run[field] for run in known}) for field in ("commit", "date"))
+        rows.append([name, _spans(sorted(whole)), str(len(known)), str(len(pairs)), f"{hours:.1f}", ", ".join(commits),
+                     " to ".join(dict.fromkeys((*dates[:1], *dates[-1:])))])  # fmt: skip
+    return rows, columns
+
+
+def _spans(numbers: list[int]) -> str:
+    """1, 2, 3, 7 as "1 to 3, 7"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1] = [spans[-1][0], number]
+        else:
+            spans.append([number])
+    return ", ".join(" to ".join(map(str, span)) for span in spans) or "-"
+
+
 def curve_of(folder: Path) -> Curve:
     """That of the run in a folder."""
     return _columns(list(_as_rows(read_jsonl(folder / "metrics.jsonl"))))

@@ -8,7 +8,7 @@ import pytest
 from configs import base
 from gspo.report.arms import laid_over, runs_of, seeds_of_arms, slug
 from gspo.report.campaign import DIVERGED, Run
-from gspo.report.ledger import Ledger
+from gspo.report.ledger import Ledger, figures_table
 from gspo.types import UserError
 
 
@@ -75,6 +75,24 @@ def test_a_run_that_diverged_is_in_the_list_as_such(tmp_path):
     ledger.add(run)
     (row,) = ledger.runs.values()
     assert (row["ended"], row["seconds"], row["commit"]) == ("diverged", "4", "abc")
+
+
+def test_a_table_says_how_much_of_each_figure_has_run(tmp_path):
+    # Catches a run of two figures counted twice, and seeds that only some arms have.
+    config = paper(one=(["first", "second"], (10, 11, 12, 14)), two=(["first"], (10, 11, 12)))
+    ledger = Ledger(tmp_path / "results", base.rl(), "abc")
+    for arm, seeds in (("first", (10, 11, 12)), ("second", (10, 11, 14))):
+        for seed in seeds:
+            ledger.add(run_with(tmp_path, seed, arm))
+            ledger.runs[arm, seed] |= {"seconds": "1800", "date": f"2026-11-{seed}"}
+    rows, columns = figures_table(config, ledger)
+    assert rows == [
+        ["one", "10 to 11", "6", "8", "3.0", "abc", "2026-11-10 to 2026-11-14"],
+        ["two", "10 to 12", "3", "3", "1.5", "abc", "2026-11-10 to 2026-11-12"],
+        ["all", "10 to 11", "6", "8", "3.0", "abc", "2026-11-10 to 2026-11-14"],
+    ]
+    assert len(columns) == len(rows[0])
+    assert figures_table(config, Ledger(tmp_path / "none", base.rl()))[0][0] == ["one", "-", "0", "8", "0.0", "", ""]
 
 
 def test_runs_go_seed_by_seed_with_cold_starts_before_what_begins_with_them(tmp_path):
