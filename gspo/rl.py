@@ -282,16 +282,20 @@ def _describe_updates(plan: plans.RLPlan) -> str:
 def guard(
     plan: plans.RLPlan, index: int, steps: list[Metrics], sampler_gap: Gap | None, checkpointer: Checkpointer
 ) -> None:
-    """Stops the run where going on would waste it: NaN, or an old policy that is not the one that sampled. The old
-    log-probs are compared with the policy before the first update, and, where it is free, the sampler's with the
-    learner's over all rows: a learner compared with itself proves nothing. See `gspo.learning.agreement`.
+    """Stops the run where going on would waste it: NaN, of the policy or the critic, or an old policy that is not the
+    one that sampled. The old log-probs are compared with the policy before the first update, and, where it is free, the
+    sampler's with the learner's over all rows: a learner compared with itself proves nothing. See
+    `gspo.learning.agreement`.
     """
     for j, metrics in enumerate(steps):
-        if not (np.isfinite(metrics["loss"].value) and np.isfinite(metrics["grad_norm"].value)):
-            raise Diverged(
-                f"rollout {index}, update {j}: loss or gradient is not finite{checkpointer.last_good()}; lower "
-                "optimizer.learning_rate"
-            )
+        # The critic first: where both are NaN, its values have made the advantages of this rollout.
+        parts = [("critic/", " of the critic", "critic")] if "critic/loss" in metrics else []
+        for prefix, whose, section in [*parts, ("", "", "optimizer")]:
+            if not all(np.isfinite(metrics[prefix + name].value) for name in ("loss", "grad_norm")):
+                raise Diverged(
+                    f"rollout {index}, update {j}: loss or gradient{whose} is not finite{checkpointer.last_good()}; "
+                    f"lower {section}.learning_rate"
+                )
     first = Gap(float(steps[0]["log_ratio/abs_p999"].value), float(steps[0]["approx_kl/k3"].value))
     for gap in (first, sampler_gap):
         wrong = gap and complaint(gap, plan.model.fields["dtype"], plan.check_tolerance)
