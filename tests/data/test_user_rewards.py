@@ -7,6 +7,9 @@ import sys
 import pytest
 
 from gspo.data.example import Example
+from gspo.data.rewards import exact_match
+from gspo.data.scoring import make_scorer
+from gspo.data.tasks import Task
 from gspo.data.user_rewards import attempt, load
 from gspo.types import UserError
 
@@ -152,6 +155,16 @@ def test_a_reward_that_cannot_be_had_is_one_line_before_the_run(here, capfd, nam
     with pytest.raises(UserError, match=rf"^rewards: '{name}'.*{words}") as error:
         load(name, ROW)
     assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("field", ["eval.reward", "judge"])
+@pytest.mark.parametrize("name", ["absent_of_mine:f", "rewards_of_mine:missing", "rewards_of_mine:asks",
+                                  "rewards_of_mine:ids", "rewards_of_mine:later", "math_verify"])  # fmt: skip
+def test_a_reward_that_cannot_be_had_is_told_by_the_field_that_names_it(here, monkeypatch, field, name):
+    # Catches: a mistake in eval.reward or in a judge that is sought in `rewards`.
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # of math_verify, where it is installed
+    with pytest.raises(UserError, match=f"""^{field}: ['"]{name}['"]"""):
+        make_scorer([name], Task("mine", 1, lambda _: ROW, exact_match), field=field)
 
 
 @pytest.mark.parametrize(
