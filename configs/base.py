@@ -132,7 +132,9 @@ def common() -> ConfigDict:
             temperature=1.0,
             top_k=0,  # 0: all tokens
             top_p=1.0,
-            reward="",  # by which completions are judged, as in `rewards`; solved where it is 1. "": the task's own
+            # By which completions are judged, one as in `rewards` that reads texts (reward_model:WORKDIR does not);
+            # solved where it is 1. "": the task's own.
+            reward="",
         )
     )
     config.reward_workers = 0  # processes for rewards "module:function" and math_verify; 0: in this one, without limit
@@ -197,7 +199,9 @@ def labels() -> ConfigDict:
     config.top_k = 0
     config.top_p = 1.0
     config.min_p = 0.0
-    config.judge = "task"  # as in `rewards` of rl(); or model:FOLDER, a language model that is asked to compare the two
+    # One as in `rewards` of rl() that reads texts (reward_model:WORKDIR does not); or model:FOLDER, a language model
+    # that is asked to compare the two.
+    config.judge = "task"
     config.judge_template = ""  # its question, with {prompt}, {first}, {second}; "": that of gspo/judge.py
     config.label_temperature = 0.0  # labels are drawn with sigmoid(difference / temperature); 0: the better is chosen
     return config
