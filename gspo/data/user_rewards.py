@@ -22,11 +22,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gspo.data import math_answers
 from gspo.data.example import Example
 from gspo.types import UserError
 
 MATH_VERIFY = "math_verify"
+LARGEST = float(np.finfo(np.float32).max)  # in which rewards are kept and compared
 
 
 @dataclass(frozen=True)
@@ -138,9 +141,9 @@ def attempt(reward: Reward, texts: Sequence[str], examples: Sequence[Example]) -
     try:
         with _unheard(said) if reward.by_name else contextlib.nullcontext():
             values = [float(value) for value in reward.call(texts, examples)]
-        bad = next((value for value in values if not math.isfinite(value)), None)
+        bad = next((value for value in values if not abs(value) <= LARGEST), None)  # NaN compares as False
         if bad is not None:
-            raise ValueError(f"returned {bad}")
+            raise ValueError(f"returned {bad}{', more than float32 holds' * math.isfinite(bad)}")
     except (Exception, SystemExit) as error:  # whatever a user's function may raise
         return Called([0.0] * len(texts), _told(error), said.first_line())
     return Called(values, "", said.first_line())

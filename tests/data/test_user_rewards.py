@@ -84,6 +84,9 @@ def number(completions, **kwargs):
 def infinite(completions, **kwargs):
     return [1.0, float("inf")]
 
+def huge(completions, **kwargs):
+    return [3e38, -1e39]
+
 constant = 3
 """
 
@@ -178,6 +181,7 @@ def test_a_reward_that_cannot_be_had_is_told_by_the_field_that_names_it(here, mo
         ("short", "ValueError: returned 1 values for 2 completions, not a list of as many floats"),
         ("number", "ValueError: returned 1.0 for 2 completions"),
         ("infinite", "ValueError: returned inf"),
+        ("huge", "ValueError: returned -1e+39, more than float32 holds"),
     ],
 )
 def test_whatever_a_reward_does_wrong_is_a_failed_call_worth_zero(here, name, words):
