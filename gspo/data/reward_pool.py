@@ -102,7 +102,10 @@ class _Worker:
         theirs.close()
 
     def wait_until_ready(self) -> None:
-        told = self.pipe.recv() if self.pipe.poll(START_SECONDS) else f"no answer in {START_SECONDS} s"
+        try:
+            told = self.pipe.recv() if self.pipe.poll(START_SECONDS) else f"no answer in {START_SECONDS} s"
+        except (EOFError, OSError):  # a module that crashes where it is imported, or too little memory
+            told = "its process ended"
         if told:
             raise UserError(f"reward_workers: a process that was to load the rewards did not: {told}")
 
