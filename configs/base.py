@@ -261,7 +261,8 @@ def rl() -> ConfigDict:
     config.ref_model_mixup_alpha = 0.6
     config.ref_dtype = "float32"  # float32 | bfloat16: how the reference is kept; it computes as the policy does
     config.ref_offload = False  # whether it lies in the host's memory between uses
-    config.scale_rewards = "group"  # group | batch | none | rloo | reinforce++ | reinforce++_baseline
+    # group | batch | none | rloo | reinforce++ | reinforce++_baseline: how completions are compared, without a critic
+    config.scale_rewards = "group"
     config.critic = ConfigDict(  # PPO: advantages from a value model by GAE instead of from the group
         dict(
             enable=False,

@@ -178,7 +178,8 @@ def test_tokens_per_second_are_what_was_generated_over_the_time_that_it_took(pla
 def test_the_critic_has_the_optimizer_of_the_run_with_a_learning_rate_of_its_own(folder, tmp_path):
     # Catches a critic without the warm-up of the run: Adam's first step is its learning rate, here a quarter of 0.1.
     changes = {"critic.enable": True, "critic.learning_rate": 0.1, "optimizer.warmup_steps": 4, "optimizer.eps": 1e-30}
-    config = rl_config(folder, **FAST | changes | {"num_rollouts": 1, "updates_per_rollout": 1})
+    changes |= {"num_rollouts": 1, "updates_per_rollout": 1, "scale_rewards": "group"}
+    config = rl_config(folder, **FAST | changes)
     rl.train(build.rl_plan(config), tmp_path)
     critic = state_of(config, tmp_path)[1].critic
     np.testing.assert_allclose(np.abs(critic.params["value"]), 0.025, rtol=1e-4)
