@@ -31,7 +31,7 @@ from gspo.learning.drift import DISTANCES
 from gspo.learning.learner import make_ref_sync
 from gspo.learning.state import copy_tree
 from gspo.masked import Metrics, added, values
-from gspo.objectives import warnings_of
+from gspo.objectives import clip_range, warnings_of
 from gspo.parallel import distributed
 from gspo.record import Recorder, Recording
 from gspo.resume import open_run, tokenizer_of_run
@@ -233,13 +233,13 @@ def _warnings(plan: plans.RLPlan) -> list[str]:
             "objective.preset 'ppo' without a critic takes its advantages from the group; set critic.enable=true"
         )
     per_sequence = plan.objective["importance_sampling_level"] in ("sequence", "sequence_token")
-    narrow = plan.objective["epsilon_high"] < 1e-2 or plan.objective["epsilon"] < 1e-2
+    clips = clip_range(plan.objective)
+    narrow = clips and min(plan.objective["epsilon_high"], plan.objective["epsilon"]) < 1e-2
     rounds = plan.model.fields["dtype"] == "bfloat16" and plan.experience.old_logps == "sampler"
     if per_sequence and narrow and rounds:
         found.append(
             "old_logps 'sampler' with model.dtype 'bfloat16': sampler and learner round differently, by more than the "
-            f"clip range {plan.objective['epsilon']:g}/{plan.objective['epsilon_high']:g} of a sequence; set "
-            "old_logps='learner'"
+            f"clip range {clips} of a sequence; set old_logps='learner'"
         )
     return found
 
@@ -268,11 +268,11 @@ def _describe_updates(plan: plans.RLPlan) -> str:
     """One line for the log: what one rollout is used for."""
     chosen = plan.objective
     passes = f" in {plan.num_iterations} passes" if plan.num_iterations > 1 else ""
+    clips = clip_range(chosen) and f", clip range {clip_range(chosen)}"
     return (
         f"{plan.updates} updates per rollout{passes} of {plan.rollout.num_prompts} x "
         f"{plan.rollout.num_generations} completions; ratio of the {chosen['importance_sampling_level']}, surrogate "
-        f"{chosen['surrogate']}, clip range [1 - {chosen['epsilon']:g}, 1 + {chosen['epsilon_high']:g}], "
-        f"{chosen['loss_agg_mode']}"
+        f"{chosen['surrogate']}{clips}, {chosen['loss_agg_mode']}"
     )
 
 
