@@ -132,7 +132,9 @@ def common() -> ConfigDict:
             temperature=1.0,
             top_k=0,  # 0: all tokens
             top_p=1.0,
-            reward="",  # by which completions are judged, as in `rewards`; solved where it is 1. "": the task's own
+            # By which completions are judged, one as in `rewards` that reads texts (reward_model:WORKDIR does not);
+            # solved where it is 1. "": the task's own.
+            reward="",
         )
     )
     config.reward_workers = 0  # processes for rewards "module:function" and math_verify; 0: in this one, without limit
@@ -197,7 +199,9 @@ def labels() -> ConfigDict:
     config.top_k = 0
     config.top_p = 1.0
     config.min_p = 0.0
-    config.judge = "task"  # as in `rewards` of rl(); or model:FOLDER, a language model that is asked to compare the two
+    # One as in `rewards` of rl() that reads texts (reward_model:WORKDIR does not); or model:FOLDER, a language model
+    # that is asked to compare the two.
+    config.judge = "task"
     config.judge_template = ""  # its question, with {prompt}, {first}, {second}; "": that of gspo/judge.py
     config.label_temperature = 0.0  # labels are drawn with sigmoid(difference / temperature); 0: the better is chosen
     return config
@@ -257,7 +261,8 @@ def rl() -> ConfigDict:
     config.ref_model_mixup_alpha = 0.6
     config.ref_dtype = "float32"  # float32 | bfloat16: how the reference is kept; it computes as the policy does
     config.ref_offload = False  # whether it lies in the host's memory between uses
-    config.scale_rewards = "group"  # group | batch | none | rloo | reinforce++ | reinforce++_baseline
+    # group | batch | none | rloo | reinforce++ | reinforce++_baseline: how completions are compared, without a critic
+    config.scale_rewards = "group"
     config.critic = ConfigDict(  # PPO: advantages from a value model by GAE instead of from the group
         dict(
             enable=False,

@@ -18,5 +18,13 @@ def positive(plan: Any, *names: str, under: str = "") -> None:
         need(value > 0, under + name, value, "must be positive")
 
 
+def not_negative(plan: Any, *names: str, off: str = "") -> None:
+    """Raises UserError for the first of the fields that is not >= 0. off: what 0 means, for who looked for a way to
+    switch it off."""
+    for name in names:
+        value = getattr(plan, name)
+        need(value >= 0, name, value, "must not be negative" + (f" (0: {off})" if off else ""))
+
+
 def one_of(field: str, value: str, known) -> None:
     need(value in known, field, value, f"choose one of {', '.join(known)}")

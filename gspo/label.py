@@ -53,7 +53,7 @@ def label(plan: LabelPlan, workdir: str, *, allow_changed_config: bool = False) 
                     f"task.name={plan.data.task!r}: none of the {count} prompts of split {split!r} gave a pair: "
                     f"{_told(made[split])}"
                 )
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            text = "".join(json.dumps(line) + "\n" for line in lines)
             disk.write_whole(folder / f"{split}.jsonl", text)
         keep_config(folder, dict(plan.written))
         disk.write_whole(folder / SUMMARY, json.dumps(made, indent=1) + "\n")
@@ -84,7 +84,7 @@ class _Labeller:
         scorer = make_scorer([reward], source.task, judging=plan.judging, field="judge")
         generate = Generator(self.layout, source, self.sampler, 2, plan.data.stop)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(plan.seed), LABEL_STREAM), turn)
-        rng = np.random.default_rng([plan.seed, LABEL_STREAM, turn])
+        rng = np.random.default_rng([plan.seed % 2**32, LABEL_STREAM, turn])
         lines, left_out, given, firm = [], {}, [], []
         with Progress(count, start=0, title=f"labels of {split}", shown=()) as progress:
             for start in range(0, count, width):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from gspo.checks import need, one_of, positive
+from gspo.checks import need, not_negative, one_of, positive
 from gspo.data.scoring import Judging
 from gspo.held import ReferencePlan, Storage
 from gspo.learning.critic import CriticPlan
@@ -161,8 +161,8 @@ class ExperiencePlan:
         one_of("scale_rewards", self.scale_rewards, tuple(ADVANTAGES))
         one_of("old_logps", self.old_logps, ("sampler", "learner"))
         one_of("router_replay.mode", self.replay, ("disabled", "R2", "R3"))
-        if min(self.advantage_weight_pos, self.advantage_weight_neg) < 0:
-            raise UserError("advantage_weight_pos and advantage_weight_neg: must not be negative")
+        not_negative(self, "advantage_weight_pos", "advantage_weight_neg")
+        not_negative(self, "reward_kl_coef", off="no penalty")
         if self.filter_groups:
             positive(self, "max_num_gen_batches", under="filter_groups.")
 
@@ -311,22 +311,21 @@ class RLPlan(RunPlan):
     def __post_init__(self):
         positive(self, "num_rollouts", "updates_per_rollout", "num_iterations")
         rows, updates, experience = self.rollout.rows, self.updates_per_rollout, self.experience
-        if rows % updates:
-            raise UserError(
-                f"updates_per_rollout={updates}: must divide the {rows} rows of a rollout "
-                f"(num_prompts={self.rollout.num_prompts} x num_generations={self.rollout.num_generations})"
-            )
+        prompts, group, scale = self.rollout.num_prompts, self.rollout.num_generations, experience.scale_rewards
+        need(rows % updates == 0, "updates_per_rollout", updates,
+             f"must divide the {rows} rows of a rollout (num_prompts={prompts} x num_generations={group})")  # fmt: skip
         self.update.check_rows(rows // updates, "a minibatch")
-        if self.rollout.num_generations < 2 and experience.scale_rewards != "reinforce++" and not self.critic:
-            raise UserError(
-                f"num_generations={self.rollout.num_generations}: group advantages compare completions of a prompt; "
-                "use 2 or more"
-            )
+        need(group > 1 or scale == "reinforce++" or self.critic is not None, "num_generations", group,
+             "group advantages compare completions of a prompt; use 2 or more")  # fmt: skip
+        need(scale == "group" or self.critic is None, "scale_rewards", scale,
+             "a critic (critic.enable) stands in for the group; leave it at 'group'")  # fmt: skip
         width = self.data.max_completion_length
         need(0 <= experience.overlong_len < width, "overlong_buffer.len", experience.overlong_len,
              f"must be in 0..{width - 1} (0: no penalty)")  # fmt: skip
         if experience.filter_groups and self.data.prompt_buckets:
             raise UserError("filter_groups.enable: rows of several draws share one frame; leave prompt_buckets empty")
+        if experience.filter_groups and group < 2:
+            raise UserError("filter_groups.enable: one completion is never mixed; set num_generations to 2 or more")
         if self.objective["sampler_is"] and experience.old_logps != "learner":
             raise UserError("objective.sampler_is: it corrects for sampler against learner; set old_logps='learner'")
         if self.rollout.differs and experience.old_logps != "learner" and self.check_tolerance != math.inf:

@@ -31,7 +31,7 @@ from gspo.learning.drift import DISTANCES
 from gspo.learning.learner import make_ref_sync
 from gspo.learning.state import copy_tree
 from gspo.masked import Metrics, added, values
-from gspo.objectives import warnings_of
+from gspo.objectives import clip_range, warnings_of
 from gspo.parallel import distributed
 from gspo.record import Recorder, Recording
 from gspo.resume import open_run, tokenizer_of_run
@@ -233,13 +233,13 @@ def _warnings(plan: plans.RLPlan) -> list[str]:
             "objective.preset 'ppo' without a critic takes its advantages from the group; set critic.enable=true"
         )
     per_sequence = plan.objective["importance_sampling_level"] in ("sequence", "sequence_token")
-    narrow = plan.objective["epsilon_high"] < 1e-2 or plan.objective["epsilon"] < 1e-2
+    clips = clip_range(plan.objective)
+    narrow = clips and min(plan.objective["epsilon_high"], plan.objective["epsilon"]) < 1e-2
     rounds = plan.model.fields["dtype"] == "bfloat16" and plan.experience.old_logps == "sampler"
     if per_sequence and narrow and rounds:
         found.append(
             "old_logps 'sampler' with model.dtype 'bfloat16': sampler and learner round differently, by more than the "
-            f"clip range {plan.objective['epsilon']:g}/{plan.objective['epsilon_high']:g} of a sequence; set "
-            "old_logps='learner'"
+            f"clip range {clips} of a sequence; set old_logps='learner'"
         )
     return found
 
@@ -268,11 +268,11 @@ def _describe_updates(plan: plans.RLPlan) -> str:
     """One line for the log: what one rollout is used for."""
     chosen = plan.objective
     passes = f" in {plan.num_iterations} passes" if plan.num_iterations > 1 else ""
+    clips = clip_range(chosen) and f", clip range {clip_range(chosen)}"
     return (
         f"{plan.updates} updates per rollout{passes} of {plan.rollout.num_prompts} x "
         f"{plan.rollout.num_generations} completions; ratio of the {chosen['importance_sampling_level']}, surrogate "
-        f"{chosen['surrogate']}, clip range [1 - {chosen['epsilon']:g}, 1 + {chosen['epsilon_high']:g}], "
-        f"{chosen['loss_agg_mode']}"
+        f"{chosen['surrogate']}{clips}, {chosen['loss_agg_mode']}"
     )
 
 
@@ -282,16 +282,20 @@ def _describe_updates(plan: plans.RLPlan) -> str:
 def guard(
     plan: plans.RLPlan, index: int, steps: list[Metrics], sampler_gap: Gap | None, checkpointer: Checkpointer
 ) -> None:
-    """Stops the run where going on would waste it: NaN, or an old policy that is not the one that sampled. The old
-    log-probs are compared with the policy before the first update, and, where it is free, the sampler's with the
-    learner's over all rows: a learner compared with itself proves nothing. See `gspo.learning.agreement`.
+    """Stops the run where going on would waste it: NaN, of the policy or the critic, or an old policy that is not the
+    one that sampled. The old log-probs are compared with the policy before the first update, and, where it is free, the
+    sampler's with the learner's over all rows: a learner compared with itself proves nothing. See
+    `gspo.learning.agreement`.
     """
     for j, metrics in enumerate(steps):
-        if not (np.isfinite(metrics["loss"].value) and np.isfinite(metrics["grad_norm"].value)):
-            raise Diverged(
-                f"rollout {index}, update {j}: loss or gradient is not finite{checkpointer.last_good()}; lower "
-                "optimizer.learning_rate"
-            )
+        # The critic first: where both are NaN, its values have made the advantages of this rollout.
+        parts = [("critic/", " of the critic", "critic")] if "critic/loss" in metrics else []
+        for prefix, whose, section in [*parts, ("", "", "optimizer")]:
+            if not all(np.isfinite(metrics[prefix + name].value) for name in ("loss", "grad_norm")):
+                raise Diverged(
+                    f"rollout {index}, update {j}: loss or gradient{whose} is not finite{checkpointer.last_good()}; "
+                    f"lower {section}.learning_rate"
+                )
     first = Gap(float(steps[0]["log_ratio/abs_p999"].value), float(steps[0]["approx_kl/k3"].value))
     for gap in (first, sampler_gap):
         wrong = gap and complaint(gap, plan.model.fields["dtype"], plan.check_tolerance)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from gspo.checks import need, positive
 from gspo.model.distribution import Sampling
-from gspo.plans import PolicyPlan, RunPlan
+from gspo.plans import REWARD_MODEL_PREFIX, PolicyPlan, RunPlan
 from gspo.run.identity import REWARD_MODEL
 from gspo.types import UserError
 
@@ -86,7 +86,7 @@ class DPOPlan(PairPlan):
 @dataclasses.dataclass(frozen=True)
 class LabelPlan(PolicyPlan):
     """Preferences from a judge, over two completions of each prompt that the policy in init_from draws. judge: the name
-    of a reward, or "model:FOLDER". label_temperature: 0: the better text is chosen; else drawn."""
+    of a reward that reads texts, or "model:FOLDER". label_temperature: 0: the better text is chosen; else drawn."""
 
     num_prompts: int  # of the training split; the next of the evaluation split
     num_eval_prompts: int
@@ -103,7 +103,11 @@ class LabelPlan(PolicyPlan):
              "two greedy completions are the same; give a positive one")  # fmt: skip
         need(self.label_temperature >= 0, "label_temperature", self.label_temperature,
              "must be >= 0 (0: the better text is chosen)")  # fmt: skip
+        need(self.data.eval_split != self.data.train_split, "task.eval_split", self.data.eval_split,
+             "the pairs of each split are a file of its name; name another than task.train_split")  # fmt: skip
         need(bool(self.judge), "judge", self.judge, "name a reward, or model:FOLDER")
+        need(not self.judge.startswith(REWARD_MODEL_PREFIX), "judge", self.judge,
+             "trained reward models are for `rewards` alone; name another reward, or model:FOLDER")  # fmt: skip
         if self.judge_template:
             check_template(self.judge_template)
 

@@ -125,6 +125,17 @@ def test_labels_of_a_temperature_are_drawn_as_bradley_and_terry_say(monkeypatch)
     assert {line["difference"] for line in lines} == {0.4, -0.4}
 
 
+def test_texts_of_any_characters_are_written_in_whatever_encoding_the_system_has(policy, tmp_path, monkeypatch):
+    # Catches half of a surrogate pair, as JSON may have it, on which the run dies when all its work is done; and text
+    # beyond ASCII that is written in the encoding of the locale, which is not that in which data is read.
+    line = {"prompt": "é\ud83d=", "chosen": "日", "rejected": "b", "difference": 1.0}
+    monkeypatch.setattr(label, "_Labeller", lambda plan: lambda split, count, turn: ([line], {"pairs": 1}))
+    _, lines = labelled(config_of(policy, tmp_path), tmp_path / "out")
+    assert lines == {"train": [line], "test": [line]}
+    assert (tmp_path / "out" / "train.jsonl").read_bytes().isascii()
+    assert make_preferences(label.pairs_of(tmp_path / "out"), split="train")[0].chosen == "日"
+
+
 TEMPLATE = "{prompt}A {first}B {second}"
 
 
@@ -159,7 +170,8 @@ def test_a_model_is_asked_in_both_orders(policy):
 
 
 def test_a_model_as_judge_labels_what_a_policy_wrote(policy, tmp_path):
-    config = config_of(policy, tmp_path, judge=f"model:{policy}", judge_template=TEMPLATE)
+    # Catches, besides a line that is not as the judge says, a seed below 0 that only labelling does not take.
+    config = config_of(policy, tmp_path, judge=f"model:{policy}", judge_template=TEMPLATE, seed=-1)
     made, lines = labelled(config, tmp_path / "out")
     judge = load_judge(config.judge, TEMPLATE)
     line = lines["train"][0]
@@ -175,6 +187,9 @@ def test_a_model_as_judge_labels_what_a_policy_wrote(policy, tmp_path):
         ("init_from", "nowhere", "init_from=nowhere"),
         ("judge", "nobody", "judge: no reward named 'nobody'"),
         ("judge", "model:nowhere", "judge='model:nowhere'"),
+        ("judge", "nobody:knows", "^judge: 'nobody:knows': importing 'nobody'"),
+        ("judge", "reward_model:runs/rm", "^judge='reward_model:runs/rm': trained reward models are for `rewards`"),
+        ("task.eval_split", "train", "^task.eval_split='train': the pairs of each split are a file of its name"),
         ("judge_template", "{prompt} {first}", "judge_template: {second} is not in it"),
         ("judge_template", "{prompt} {first} {second} {third}", "judge_template"),
         ("temperature", 0.0, "temperature=0"),

@@ -14,9 +14,11 @@ from gspo.data.example import Example
 from gspo.types import UserError
 
 
-def check_installed() -> None:
+def check_installed(field: str = "rewards") -> None:
+    """Raises UserError where it is not. field: of the config that asks for it."""
     if importlib.util.find_spec("math_verify") is None:
-        raise UserError('rewards: "math_verify" needs an optional package: pip install "math-verify[antlr4_13_2]>=0.8"')
+        package = '"math-verify[antlr4_13_2]>=0.8"'
+        raise UserError(f'{field}: "math_verify" needs an optional package: pip install {package}')
 
 
 @functools.lru_cache(maxsize=4096)

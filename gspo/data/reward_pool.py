@@ -36,10 +36,13 @@ class Job(NamedTuple):
 
 
 class RewardPool:
-    """names: of the rewards. timeout_s: of one call. Processes start with the first jobs."""
+    """names: of the rewards. field: of the config that has them. timeout_s: of one call. Processes start with the first
+    jobs."""
 
-    def __init__(self, names: Sequence[str], example: Example, *, workers: int, timeout_s: float) -> None:
-        self.names, self.example, self.timeout_s = list(names), example, timeout_s
+    def __init__(
+        self, names: Sequence[str], example: Example, field: str = "rewards", *, workers: int, timeout_s: float
+    ) -> None:
+        self.loaded, self.timeout_s = (list(names), example, field), timeout_s
         self._too_long = f"took longer than reward_timeout_s={timeout_s:g}"
         self._size, self._workers = workers, []
         self._close = util.Finalize(self, _end_all, args=(self._workers,), exitpriority=100)
@@ -48,7 +51,7 @@ class RewardPool:
         """What became of each job, in their order. Raises UserError where a process cannot load the rewards."""
         results: list[Called | None] = [None] * len(jobs)
         if not self._workers and jobs:
-            self._workers += [_Worker(self.names, self.example) for _ in range(self._size)]
+            self._workers += [_Worker(*self.loaded) for _ in range(self._size)]
             for worker in self._workers:
                 worker.wait_until_ready()
         waiting = list(reversed(range(len(jobs))))
@@ -82,7 +85,7 @@ class RewardPool:
 
     def _replace(self, worker: "_Worker") -> None:
         worker.kill()
-        fresh = _Worker(self.names, self.example)
+        fresh = _Worker(*self.loaded)
         self._workers[self._workers.index(worker)] = fresh
         fresh.wait_until_ready()
 
@@ -90,16 +93,19 @@ class RewardPool:
 class _Worker:
     """One process and the pipe to it."""
 
-    def __init__(self, names: list[str], example: Example) -> None:
+    def __init__(self, names: list[str], example: Example, field: str) -> None:
         # What the server has imported, a new process need not; "__main__" it would else import by itself each time.
         multiprocessing.set_forkserver_preload(["__main__", __name__])
         self.pipe, theirs = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(target=_serve, args=(theirs, names, example), daemon=True)
+        self.process = _CONTEXT.Process(target=_serve, args=(theirs, names, example, field), daemon=True)
         self.process.start()
         theirs.close()
 
     def wait_until_ready(self) -> None:
-        told = self.pipe.recv() if self.pipe.poll(START_SECONDS) else f"no answer in {START_SECONDS} s"
+        try:
+            told = self.pipe.recv() if self.pipe.poll(START_SECONDS) else f"no answer in {START_SECONDS} s"
+        except (EOFError, OSError):  # a module that crashes where it is imported, or too little memory
+            told = "its process ended"
         if told:
             raise UserError(f"reward_workers: a process that was to load the rewards did not: {told}")
 
@@ -138,7 +144,7 @@ def _failed(job: Job, why: str) -> Called:
     return Called([0.0] * len(job.texts), why)
 
 
-def _serve(pipe: connection.Connection, names: list[str], example: Example) -> None:
+def _serve(pipe: connection.Connection, names: list[str], example: Example, field: str) -> None:
     """What a process does: loads the rewards, says so, answers calls until the pipe closes."""
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -148,7 +154,7 @@ def _serve(pipe: connection.Connection, names: list[str], example: Example) -> N
         for descriptor in (0, 1, 2):
             os.dup2(nowhere.fileno(), descriptor)
     try:
-        rewards = {name: load(name, example) for name in names}
+        rewards = {name: load(name, example, field) for name in names}
     except UserError as error:
         pipe.send(str(error))
         return

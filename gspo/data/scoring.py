@@ -141,7 +141,7 @@ def make_scorer(
         )
     pooled, pool = [reward.name for reward in rewards if reward.by_name], None
     if pooled and judging.workers:
-        pool = RewardPool(pooled, task[0], workers=judging.workers, timeout_s=judging.timeout_s)
+        pool = RewardPool(pooled, task[0], field, workers=judging.workers, timeout_s=judging.timeout_s)
     return Scorer(rewards, weights, max_errors=judging.max_errors, pool=pool)
 
 
@@ -150,7 +150,7 @@ def _reward(name: str, task: Task, field: str) -> Reward:
     if name in known:
         return one_by_one(name, known[name])
     if name == MATH_VERIFY or ":" in name:
-        return load(name, task[0])
+        return load(name, task[0], field)
     raise UserError(
         f"{field}: no reward named {name!r}; choose from {', '.join(known)}, {MATH_VERIFY}, or your own as "
         "'module:function'"

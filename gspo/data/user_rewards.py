@@ -22,11 +22,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gspo.data import math_answers
 from gspo.data.example import Example
 from gspo.types import UserError
 
 MATH_VERIFY = "math_verify"
+LARGEST = float(np.finfo(np.float32).max)  # in which rewards are kept and compared
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,12 @@ def one_by_one(name: str, function: Callable[[str, Example], float], by_name: bo
 # ---------------------------------------------------------------------------------------------------- loading
 
 
-def load(name: str, example: Example) -> Reward:
+def load(name: str, example: Example, field: str = "rewards") -> Reward:
     """The reward of that name, "module:function" or "math_verify". example: one of the data, whose columns the function
-    may ask for. Raises UserError where it cannot be imported, or cannot be called as either form."""
+    may ask for. field: of the config that names it. Raises UserError where it cannot be imported, or cannot be called
+    as either form."""
     if name == MATH_VERIFY:
-        math_answers.check_installed()
+        math_answers.check_installed(field)
         return one_by_one(name, math_answers.math_verify, by_name=True)
     module_name, _, attribute = name.partition(":")
     here = os.getcwd()
@@ -70,11 +74,11 @@ def load(name: str, example: Example) -> Reward:
         with _unheard():
             module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        raise UserError(f"rewards: {name!r}: importing {module_name!r} in {here} failed: {_told(error)}") from None
+        raise UserError(f"{field}: {name!r}: importing {module_name!r} in {here} failed: {_told(error)}") from None
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise UserError(f"rewards: {name!r}: {module.__file__ or module_name} has no function {attribute!r}")
-    return _in_its_form(name, function, example)
+        raise UserError(f"{field}: {name!r}: {module.__file__ or module_name} has no function {attribute!r}")
+    return _in_its_form(name, function, example, field)
 
 
 def columns_of(example: Example) -> dict[str, Any]:
@@ -83,14 +87,14 @@ def columns_of(example: Example) -> dict[str, Any]:
     return columns if example.demonstration is None else columns | {"demonstration": example.demonstration}
 
 
-def _in_its_form(name: str, function: Callable, example: Example) -> Reward:
+def _in_its_form(name: str, function: Callable, example: Example, field: str) -> Reward:
     forms = "def f(completion, example) -> float, or def f(completions, prompts, **columns) -> list[float]"
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        raise UserError(f"rewards: {name!r} does not show its arguments; wrap it: {forms}") from None
+        raise UserError(f"{field}: {name!r} does not show its arguments; wrap it: {forms}") from None
     if inspect.iscoroutinefunction(function):
-        raise UserError(f"rewards: {name!r} is an async function, which is not awaited here; write {forms}")
+        raise UserError(f"{field}: {name!r} is an async function, which is not awaited here; write {forms}")
     parameters = signature.parameters
     any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     try:
@@ -101,11 +105,11 @@ def _in_its_form(name: str, function: Callable, example: Example) -> Reward:
     if ours:
         return one_by_one(name, function, by_name=True)
     if "completions" not in parameters and not any_keyword:
-        raise UserError(f"rewards: {name!r} takes {signature}; write {forms}")
+        raise UserError(f"{field}: {name!r} takes {signature}; write {forms}")
     known = ["prompts", "completions", *columns_of(example)]
     for p in parameters.values():
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in known:
-            raise UserError(f"rewards: {name!r} asks for {p.name!r}; the data has only {', '.join(known)}")
+            raise UserError(f"{field}: {name!r} asks for {p.name!r}; the data has only {', '.join(known)}")
     wanted = None if any_keyword else set(parameters)
     return Reward(name, lambda texts, examples: _as_trl(function, wanted, texts, examples), by_group=True, by_name=True)
 
@@ -137,9 +141,9 @@ def attempt(reward: Reward, texts: Sequence[str], examples: Sequence[Example]) -
     try:
         with _unheard(said) if reward.by_name else contextlib.nullcontext():
             values = [float(value) for value in reward.call(texts, examples)]
-        bad = next((value for value in values if not math.isfinite(value)), None)
+        bad = next((value for value in values if not abs(value) <= LARGEST), None)  # NaN compares as False
         if bad is not None:
-            raise ValueError(f"returned {bad}")
+            raise ValueError(f"returned {bad}{', more than float32 holds' * math.isfinite(bad)}")
     except (Exception, SystemExit) as error:  # whatever a user's function may raise
         return Called([0.0] * len(texts), _told(error), said.first_line())
     return Called(values, "", said.first_line())

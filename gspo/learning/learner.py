@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gspo.checks import not_negative
 from gspo.learning.drift import router_metrics
 from gspo.learning.microbatch import accumulated_gradient
 from gspo.learning.scores import Scores, router_logp, score_completions
@@ -53,9 +54,8 @@ class UpdatePlan:
     def __post_init__(self):
         if self.chunk <= 0:
             raise UserError(f"logp_chunk={self.chunk}: must be positive")
-        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)}: must not be negative (0: no such loss)")
+        not_negative(self, "router_aux_loss_coef", "router_z_loss_coef", off="no such loss")
+        not_negative(self, "entropy_step", off="the coefficient stays as it is")
 
     def check_rows(self, rows: int, what: str) -> None:
         """Raises UserError unless `rows`, those of one update, come out even."""

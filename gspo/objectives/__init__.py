@@ -6,7 +6,7 @@ loss, metrics = objective(LossInputs(logp_BC, old_logp_BC, advantages_BC, mask_B
 
 from gspo.objectives.compose import Loss, Objective, make_objective, negative_log_likelihood, preset
 from gspo.objectives.pairs import DPO, bradley_terry, implicit_rewards
-from gspo.objectives.presets import OBJECTIVES, settings, warnings_of
+from gspo.objectives.presets import OBJECTIVES, clip_range, settings, warnings_of
 from gspo.types import LossInputs
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "LossInputs",
     "Objective",
     "bradley_terry",
+    "clip_range",
     "implicit_rewards",
     "make_objective",
     "negative_log_likelihood",

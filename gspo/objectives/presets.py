@@ -12,7 +12,7 @@ from gspo.objectives.aggregations import AGGREGATIONS
 from gspo.objectives.corrections import SAMPLER_IS
 from gspo.objectives.kl import KL_LOSSES, KL_WEIGHTS
 from gspo.objectives.ratios import LOG_RATIOS
-from gspo.objectives.surrogates import SURROGATES
+from gspo.objectives.surrogates import CONSTANTS, SURROGATES
 from gspo.types import UserError
 
 # Every field of an objective, with its default. None: not set, or decided by another field.
@@ -95,7 +95,8 @@ def settings(name: str | None, **overrides) -> dict[str, Any]:
     """Every field of an objective, checked and with all defaults filled in: what a run's first log line prints.
 
     name: a preset, or None for DEFAULTS alone. An override of None keeps the preset's value. Raises a one-line
-    UserError that names the field and the remedy. Idempotent: settings(None, **settings(name)) equals settings(name).
+    UserError that names the field and the remedy; over a preset also for an override that no part of it would read.
+    Idempotent: settings(None, **settings(name)) equals settings(name).
     """
     for field in overrides:
         if field not in DEFAULTS:
@@ -120,6 +121,8 @@ def settings(name: str | None, **overrides) -> dict[str, Any]:
         s["sampler_is_low"] = low if s["sampler_is_low"] is None else s["sampler_is_low"]
         s["sampler_is_high"] = high if s["sampler_is_high"] is None else s["sampler_is_high"]
     _check_numbers(s)
+    if name is not None:  # else they may be all the fields there are
+        _check_read(s, [field for field, value in overrides.items() if value is not None])
     return s
 
 
@@ -161,6 +164,34 @@ def _check_numbers(s: dict[str, Any]) -> None:
         )
     if s["surrogate"] == "gmpo" and s["importance_sampling_level"] != "token":
         raise UserError("objective.importance_sampling_level: 'gmpo' takes its own mean of token ratios; use 'token'")
+
+
+def _check_read(s: dict[str, Any], fields: list[str]) -> None:
+    """Raises a UserError for the first of the fields that the chosen parts do not read: setting it would do nothing."""
+    for field in fields:
+        readers = [surrogate for surrogate, constants in CONSTANTS.items() if field in constants]
+        if readers and s["surrogate"] not in readers:
+            raise UserError(
+                f"objective.{field}: the surrogate {s['surrogate']!r} does not read it, as {', '.join(readers)} would; "
+                "leave it out"
+            )
+    if "loss_norm_length" in fields and s["loss_agg_mode"] != "seq-mean-token-sum-norm":
+        raise UserError(
+            f"objective.loss_norm_length: loss_agg_mode {s['loss_agg_mode']!r} does not read it, as "
+            "'seq-mean-token-sum-norm' would; leave it out"
+        )
+    for field in ("sampler_is_low", "sampler_is_high"):
+        if field in fields and s["sampler_is"] is None:
+            raise UserError(f"objective.{field}: there is no correction to bound; set sampler_is, or leave it out")
+
+
+def clip_range(s: dict[str, Any]) -> str:
+    """Where the surrogate cuts the ratio off, in words; "" where it does not. s: from `settings`."""
+    if "epsilon" not in CONSTANTS[s["surrogate"]]:
+        return ""
+    if s["surrogate"] == "gmpo":
+        return f"[-{s['epsilon']:g}, {s['epsilon_high']:g}] of the log-ratio"
+    return f"[1 - {s['epsilon']:g}, 1 + {s['epsilon_high']:g}]"
 
 
 def warnings_of(s: dict[str, Any], updates_per_rollout: int) -> list[str]:

@@ -212,14 +212,15 @@ class Checkpointer:
         meta     JSON values; given back by `restore`
         metrics  for `best_metric`
         force    replaces the checkpoint of that step, and waits until that is done
-        Raises: UserError, and saves nothing, where a parameter is NaN or infinite: such a checkpoint would only push
-        out a good one."""
+        Raises: UserError, and saves nothing, where a parameter of the policy or the critic is NaN or infinite: such a
+        checkpoint would only push out a good one."""
         self.wait()
         target = self._root / str(step)
         if target.exists() and not force:
             return False
         named = stored.named(state)
-        finite = jax.device_get(_all_finite({name: leaf for name, leaf in named.items() if name.startswith("params/")}))
+        trained = ("params/", "critic/params/")
+        finite = jax.device_get(_all_finite({name: leaf for name, leaf in named.items() if name.startswith(trained)}))
         if not all(finite.values()):
             raise UserError(
                 f"step {step}: {min(finite, key=finite.get)} is not finite; nothing was saved{self.last_good()}"

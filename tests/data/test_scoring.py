@@ -84,14 +84,15 @@ def grouped(completions, level, **kwargs):
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("pool")
     (path / "slow_of_mine.py").write_text(MODULE)
-    (path / "fickle_of_mine.py").write_text(
-        "import os\nif 'SLOW' in os.environ: raise RuntimeError('not here')\ndef f(completion, example): return 1.0\n"
-    )
+    here = "import multiprocessing, os\nif multiprocessing.parent_process() is not None: "
+    for name, there in (("fickle", "raise RuntimeError('not here')"), ("dying", "os._exit(1)")):
+        (path / f"{name}_of_mine.py").write_text(f"{here}{there}\ndef f(completion, example): return 1.0\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         patch.setattr(sys, "path", list(sys.path))
         yield path
-    sys.modules.pop("slow_of_mine", None)
+    for name in ("slow_of_mine", "fickle_of_mine", "dying_of_mine"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,20 @@ def test_processes_end_with_the_scorer(folder):
     scorer.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("fickle_of_mine:f", "judge: 'fickle_of_mine:f': importing .* failed: RuntimeError: not here"),
+     ("dying_of_mine:f", "its process ended")],
+)  # fmt: skip
+def test_a_process_that_cannot_load_the_rewards_is_one_line(folder, name, why):
+    # Catches: a traceback of the pipe where a module that this process has imported crashes in another; and a field
+    # that does not name the reward.
+    scorer = make_scorer([name], TASK, judging=Judging(workers=1), field="judge")
+    with pytest.raises(UserError, match=f"^reward_workers: a process that was to load the rewards did not: {why}$"):
+        scorer(["a"], [TASK[0]])
+    scorer.close()
 
 
 def test_math_verify_wants_a_process_that_can_be_ended():

@@ -7,6 +7,9 @@ import sys
 import pytest
 
 from gspo.data.example import Example
+from gspo.data.rewards import exact_match
+from gspo.data.scoring import make_scorer
+from gspo.data.tasks import Task
 from gspo.data.user_rewards import attempt, load
 from gspo.types import UserError
 
@@ -81,6 +84,9 @@ def number(completions, **kwargs):
 def infinite(completions, **kwargs):
     return [1.0, float("inf")]
 
+def huge(completions, **kwargs):
+    return [3e38, -1e39]
+
 constant = 3
 """
 
@@ -154,6 +160,16 @@ def test_a_reward_that_cannot_be_had_is_one_line_before_the_run(here, capfd, nam
     assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("field", ["eval.reward", "judge"])
+@pytest.mark.parametrize("name", ["absent_of_mine:f", "rewards_of_mine:missing", "rewards_of_mine:asks",
+                                  "rewards_of_mine:ids", "rewards_of_mine:later", "math_verify"])  # fmt: skip
+def test_a_reward_that_cannot_be_had_is_told_by_the_field_that_names_it(here, monkeypatch, field, name):
+    # Catches: a mistake in eval.reward or in a judge that is sought in `rewards`.
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # of math_verify, where it is installed
+    with pytest.raises(UserError, match=f"""^{field}: ['"]{name}['"]"""):
+        make_scorer([name], Task("mine", 1, lambda _: ROW, exact_match), field=field)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -165,6 +181,7 @@ def test_a_reward_that_cannot_be_had_is_one_line_before_the_run(here, capfd, nam
         ("short", "ValueError: returned 1 values for 2 completions, not a list of as many floats"),
         ("number", "ValueError: returned 1.0 for 2 completions"),
         ("infinite", "ValueError: returned inf"),
+        ("huge", "ValueError: returned -1e+39, more than float32 holds"),
     ],
 )
 def test_whatever_a_reward_does_wrong_is_a_failed_call_worth_zero(here, name, words):

@@ -44,6 +44,28 @@ def test_a_wrong_setting_is_one_line_that_names_field_and_remedy(fields, message
     assert "\n" not in str(error.value)
 
 
+# Catches an override that changes nothing and is taken without a word, and one that is refused without a preset, as by
+# `make_objective`, which is given all the fields there are.
+@pytest.mark.parametrize(
+    "preset, fields, message",
+    [
+        ("sapo", {"epsilon": 0.1}, "epsilon: the surrogate 'sapo' does not read it, as clip, .* would; leave it out"),
+        ("gspo", {"surrogate": "reinforce", "epsilon_high": 0.1}, "epsilon_high: the surrogate 'reinforce' does not"),
+        ("grpo", {"cap": 2.0}, "cap: the surrogate 'clip' does not read it, as minirl would; leave it out"),
+        ("grpo", {"temperature_neg": 2.0}, "temperature_neg: .* as sapo would; leave it out"),
+        ("gspo", {"loss_norm_length": 16}, "loss_norm_length: loss_agg_mode 'seq-mean-token-mean' does not read it"),
+        ("gspo", {"sampler_is_low": 0.5}, "sampler_is_low: .*; set sampler_is, or leave it out"),
+        ("gspo", {"sampler_is_high": 2.0}, "sampler_is_high: .*; set sampler_is, or leave it out"),
+    ],
+)
+def test_an_override_that_no_part_of_the_objective_reads_is_refused(preset, fields, message):
+    with pytest.raises(UserError, match=rf"^objective\.{message}") as error:
+        objectives.preset(preset, **fields)
+    assert "\n" not in str(error.value)
+    objectives.settings(preset, **dict.fromkeys(fields, None))
+    objectives.settings(None, **objectives.settings(preset) | fields)
+
+
 def test_an_unknown_preset_names_the_nearest():  # catches a KeyError at the user
     with pytest.raises(UserError, match=r"objective\.preset: no 'gsop'; did you mean 'gspo'\?"):
         objectives.preset("gsop")

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from gspo import build, reward_model, rl, steps
+from gspo import build, masked, reward_model, rl, steps
 from gspo.run.checkpoint import restore_params
 from gspo.run.writers import read_jsonl
 from gspo.steps import initial_state
-from gspo.types import UserError
+from gspo.types import Diverged, UserError
 from tests.rl.runs import RESULTS, train_logged
 from tests.tiny_runs import assert_bit_equal, reward_model_config, rl_config, state_of
 
@@ -114,6 +114,26 @@ def test_a_warm_up_updates_the_critic_alone_and_takes_the_metrics_of_the_policy(
     state, done = rl.update(parts, state, "rollout", critic_only=True)
     assert state.critic == 13
     assert done == [{"loss": 1, "critic/loss": 10}, {"loss": 2, "critic/loss": 11}]
+
+
+@pytest.mark.parametrize(
+    ("poisoned", "message"),
+    [
+        (["critic/loss"], "gradient of the critic is not finite; step 1 is good; lower critic.learning_rate"),
+        (["critic/grad_norm"], "gradient of the critic is not finite; step 1 is good; lower critic.learning_rate"),
+        (["loss"], "gradient is not finite; step 1 is good; lower optimizer.learning_rate"),
+        (["loss", "critic/loss"], "gradient of the critic is not finite; step 1 is good; lower critic.learning_rate"),
+    ],
+)
+def test_a_critic_that_diverges_stops_the_run_and_its_own_learning_rate_is_named(poisoned, message):
+    # Catches a critic of NaN that is trained to the end of the run, and the policy's learning rate blamed for it: the
+    # values of such a critic make the advantages, and so the policy's loss, NaN as well.
+    names = ("loss", "grad_norm", "critic/loss", "critic/grad_norm")
+    good = {name: masked.over_updates(np.float32(1)) for name in names}
+    bad = good | {name: masked.over_updates(np.float32(np.nan)) for name in poisoned}
+    checkpointer = SimpleNamespace(last_good=lambda: "; step 1 is good")
+    with pytest.raises(Diverged, match=f"^rollout 3, update 1: loss or {message}$"):
+        rl.guard(None, 3, [good, bad], None, checkpointer)
 
 
 @pytest.mark.parametrize("warmup", [-1, 2, 3])

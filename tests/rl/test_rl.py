@@ -178,7 +178,8 @@ def test_tokens_per_second_are_what_was_generated_over_the_time_that_it_took(pla
 def test_the_critic_has_the_optimizer_of_the_run_with_a_learning_rate_of_its_own(folder, tmp_path):
     # Catches a critic without the warm-up of the run: Adam's first step is its learning rate, here a quarter of 0.1.
     changes = {"critic.enable": True, "critic.learning_rate": 0.1, "optimizer.warmup_steps": 4, "optimizer.eps": 1e-30}
-    config = rl_config(folder, **FAST | changes | {"num_rollouts": 1, "updates_per_rollout": 1})
+    changes |= {"num_rollouts": 1, "updates_per_rollout": 1, "scale_rewards": "group"}
+    config = rl_config(folder, **FAST | changes)
     rl.train(build.rl_plan(config), tmp_path)
     critic = state_of(config, tmp_path)[1].critic
     np.testing.assert_allclose(np.abs(critic.params["value"]), 0.025, rtol=1e-4)
@@ -210,12 +211,26 @@ def test_the_first_lines_of_the_log_say_what_runs(plain):
     assert lines[4].startswith("RL 1/3") and not any("warning" in line for line in lines)
 
 
+@pytest.mark.parametrize(("preset", "words"), [
+    ("gspo", "surrogate clip, clip range [1 - 0.0003, 1 + 0.0004], seq-mean-token-mean"),
+    ("cispo", "surrogate cispo, clip range [1 - 1, 1 + 4], token-mean"),
+    ("gmpo", "surrogate gmpo, clip range [-0.4, 0.4] of the log-ratio, seq-mean-token-mean"),
+    ("rspo", "surrogate gmpo, clip range [-0.4, 0.4] of the log-ratio, seq-mean-token-mean"),
+    ("sapo", "surrogate sapo, seq-mean-token-mean"), ("reinforce", "surrogate reinforce, seq-mean-token-sum"),
+])  # fmt: skip
+def test_the_log_tells_the_clip_range_that_the_surrogate_has(folder, preset, words):
+    # Catches a range told of an objective that clips nothing, and one of log-ratios told as one of ratios.
+    told = rl._describe_updates(build.rl_plan(rl_config(folder, **{"objective.preset": preset})))
+    assert told.endswith(f", {words}")
+
+
 @pytest.mark.parametrize(("changes", "words"), [
     ({"objective.epsilon": 0.2, "objective.epsilon_high": 0.27}, "objective.epsilon is 0.2/0.27, a value for token "
                                                                  "ratios"),
     ({"updates_per_rollout": 1}, "GRPO and GSPO are the same algorithm"),
     ({"objective.preset": "grpo", "objective.epsilon": 3e-4}, "nearly everything will be clipped"),
-    ({"model.dtype": "bfloat16"}, "by more than the clip range 0.0003/0.0004 of a sequence; set old_logps='learner'"),
+    ({"model.dtype": "bfloat16"}, "by more than the clip range [1 - 0.0003, 1 + 0.0004] of a sequence; set "
+                                  "old_logps='learner'"),
 ])  # fmt: skip
 def test_settings_that_are_probably_not_meant_are_warned_about(folder, changes, words):
     # Catches ε left at 0.2 for GSPO, one update per rollout, and GSPO's ε on token ratios, all unnoticed.
@@ -226,7 +241,8 @@ def test_settings_that_are_probably_not_meant_are_warned_about(folder, changes, 
 
 
 @pytest.mark.parametrize("changes", [
-    {"old_logps": "learner"}, {"objective.preset": "grpo"}, {"objective.epsilon": 0.02, "objective.epsilon_high": 0.03},
+    {"old_logps": "learner"}, {"objective.preset": "grpo"}, {"objective.surrogate": "sapo"},
+    {"objective.epsilon": 0.02, "objective.epsilon_high": 0.03},
 ])  # fmt: skip
 def test_bfloat16_is_warned_about_only_where_rounding_meets_a_narrow_range(folder, changes):
     # Catches a warning that is always there, which nobody reads.

@@ -163,6 +163,20 @@ def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(tmp_path):
     assert {"2.broken", "3.broken"} <= set(os.listdir(root))
 
 
+@pytest.mark.parametrize("whose", ["policy", "critic"])
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path, whose):
+    # Catches: a policy or a critic of NaN that pushes out the last good checkpoint.
+    good = {"w": jnp.ones(2)}
+    params = {"policy": good, "critic": good} | {whose: {"w": jnp.array([1.0, jnp.inf])}}
+    critic = TrainState(jnp.int32(2), params["critic"], None)
+    with Checkpointer(tmp_path, keep_last=1) as checkpointer:
+        checkpointer.save(1, make_state(1), {})
+        where = "critic/params/w" if whose == "critic" else "params/w"
+        with pytest.raises(UserError, match=f"^step 2: {where} is not finite; nothing was saved; .* is step 1$"):
+            checkpointer.save(2, TrainState(jnp.int32(2), params["policy"], None, critic=critic), {})
+        assert checkpointer.steps() == [1]
+
+
 def test_if_no_checkpoint_is_readable_the_run_stops_and_nothing_is_moved(tmp_path):
     # Catches: starting silently from scratch over a damaged run.
     root = saved_run(tmp_path)

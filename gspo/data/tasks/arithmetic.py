@@ -37,7 +37,7 @@ def make(
     if kind not in RANGES:
         raise UserError(f"task.options.kind={kind!r}: choose one of {', '.join(RANGES)}")
     low, high = (usual if given is None else given for given, usual in zip((low, high), RANGES[kind], strict=True))
-    fewest = NUMBERS + 2 if kind == "largest" else 4  # so that both splits have some
+    fewest = NUMBERS + 2 if kind == "largest" else 4  # so that both splits have some, but for 2 in 100 values of low
     if low < 0 or high - low + 1 < fewest:
         raise UserError(
             f"task.options.low={low}, task.options.high={high}: must be >= 0 and at least {fewest - 1} apart"
@@ -50,13 +50,20 @@ def make(
 
     def largest(index: int) -> Example:
         rng = random.Random(f"{seed}/{split}/{index}")  # a string seeds through SHA-512: the same on every machine
-        drawn = rng.sample(range(low, high + 1), NUMBERS)
-        while _split_of(*drawn) != split:
+        for _ in range(10_000):
             drawn = rng.sample(range(low, high + 1), NUMBERS)
+            if _split_of(*drawn) == split:
+                break
+        else:
+            raise UserError(
+                f"task.options.low={low}, task.options.high={high}: too few numbers for a {split} split of its own; "
+                "choose them further apart"
+            )
         answer = str(max(drawn))
         listed = ", ".join(map(str, drawn))
         return Example(f"Which number is the largest: {listed}?", answer, answer)
 
+    largest(0)  # so that too narrow a range is an error now
     return Task("arithmetic", size or SIZES[split], largest, numeric_answer)
 
 
