@@ -24,6 +24,7 @@ def get_config(arm=""):
         value = base[name]
         cold_start[name] = ConfigDict(value.to_dict()) if isinstance(value, ConfigDict) else value
     cold_start.init_from, cold_start.micro_batch_size = base.init_from, base.micro_batch_size
+    cold_start.batch_size = cold_start.micro_batch_size  # a row for each chip
     paper, arms = Paper(cold_start, base), methods(GRPO, GSPO)
     cold = paper.cold("gsm8k")
     paper.figure(

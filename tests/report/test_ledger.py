@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from configs import base
+from configs import base, paper_cpu, paper_gpu, paper_pod
+from gspo import build
 from gspo.report.arms import laid_over, runs_of, seeds_of_arms, slug
 from gspo.report.campaign import DIVERGED, Run
 from gspo.report.ledger import Ledger, figures_table
@@ -108,6 +109,17 @@ def test_runs_go_seed_by_seed_with_cold_starts_before_what_begins_with_them(tmp_
     first, second = (run for run in runs_of(config, tmp_path) if run.seed == 10 and run.cold)
     assert (first.config.objective.beta, second.config.objective.beta) == (0.0, 0.1)
     assert first.config.init_from == second.config.init_from == str(tmp_path / "cold/small/10")
+
+
+@pytest.mark.parametrize("of", [paper_cpu, paper_gpu, paper_pod])
+def test_every_run_of_the_papers_configs_has_a_plan(of, tmp_path):
+    # Catches a cold start whose batch does not come out even, which a night on a pod would begin with.
+    config = of.get_config()
+    runs = [run for seed in (10, 100) for run in runs_of(config, tmp_path, seeds=[seed])] if of is paper_cpu else (
+        runs_of(config, tmp_path))  # fmt: skip
+    assert {run.arm for run in runs} >= set(config.arms) and len(runs) >= len(config.arms) + len(config.colds)
+    for run in runs:
+        build.run_plan(run.config)
 
 
 def test_an_arm_may_begin_with_a_checkpoint_of_another_one(tmp_path):
