@@ -16,7 +16,6 @@ from gspo import rl
 from gspo.parallel import distributed
 from gspo.report import arms, bands, tables
 from gspo.report.ledger import Curve, Ledger, curve_of
-from gspo.report.plots import COLORS
 from gspo.run import cli, tokens
 
 COLUMNS = (
@@ -64,11 +63,11 @@ def draw(own: dict[str, list[Curve]], ledger: Ledger, out: Path) -> int:
     """Reward of each arm in a panel, over the range of the seeds in the ledger; clipped tokens of all. Returns how many
     seeds there are."""
     figure, axes = bands.new_figure(1, len(own) + 1, width=3.0)
-    known = 0
+    known, colors = 0, bands.colors_of(own)
     for i, (panel, (arm, curves)) in enumerate(zip(axes, own.items(), strict=False)):
         before = ledger.curves(arm)
         known = max(known, len(before))
-        bands.ordinary_panel(panel, dict(enumerate(curves)), before, "reward", arm, color=COLORS[i])
+        bands.ordinary_panel(panel, dict(enumerate(curves)), before, "reward", arm, color=colors[arm])
         panel.set(ylim=(0, 1), ylabel="Training reward" if i == 0 else "")
     clipped = {arm: dict(enumerate(curves)) for arm, curves in own.items()}
     bands.curve_panel(axes[-1], clipped, "clipped", "Clipped tokens [%]", factor=100, log=True)

@@ -27,21 +27,22 @@ def some(curves: Of, arms: dict[str, str]) -> dict[str, Curves]:
 
 
 def figure_1(curves: Of, setting: str, out: Path) -> None:
-    """Fig. 1: training reward against rollouts and tokens, held-out pass@1; the dense twin below."""
+    """Fig. 1: training reward against rollouts and tokens, held-out pass@1; the dense twin below. setting: A, B, or
+    best: B's models, each method at its own best rate and range."""
     moe = some(curves, {m: f"{setting} MoE {m}" for m in METHODS})
     dense = some(curves, {f"dense {m}": f"{setting} dense {m}" for m in ("GRPO", "GSPO")})
     figure, axes = bands.new_figure(2, 2)
     rows = bands.curve_panel(axes[0], moe, "reward", "Training reward, MoE", colors=COLORS)
     rows += bands.curve_panel(axes[1], moe, "reward", "Training reward, MoE", x="tokens", colors=COLORS)
-    rows += bands.curve_panel(axes[2], dense, "reward", "Training reward, dense twin", colors=COLORS)
+    rows += bands.curve_panel(axes[2], dense, "reward", "Training reward, dense", colors=COLORS)
     ends = {label: [(i, own)] for i, (label, own) in enumerate((moe | dense).items())}
     rows += end_panel(axes[3], ends)
     for panel in axes[:3]:
         panel.set_ylim(0, 1)
-    bands.save(figure, axes, rows, out)
+    bands.save(figure, axes, rows, out, one_legend=True)
 
 
-def end_panel(axes, ends: dict[str, list[tuple[float, Curves]]], colors: dict[str, str] = COLORS) -> bands.Rows:
+def end_panel(axes, ends: dict[str, list[tuple[float, Curves]]], colors: dict[str, str] | None = COLORS) -> bands.Rows:
     rows = bands.dial_panel(axes, ends, PASS, "Held-out pass@1 at the end", "arm", colors=colors)
     axes.set_xticks(range(len(ends)), ends, rotation=35, ha="right")
     axes.set(xlabel="", ylabel="Held-out pass@1", ylim=(0, 1))
@@ -85,6 +86,11 @@ def swept(model: str, method: str, rate: str, power: int) -> str:
     return f"{model} {method} lr {rate} clip 2^{power}"
 
 
+def end_of(own: Curves) -> float:
+    """By which a cell of the sweep is judged: training reward at the end, mean over the seeds."""
+    return float(bands.matrix(own, "reward")[:, -LAST:].mean()) if own else float("nan")
+
+
 def heat_maps(curves: Of, rates: tuple[str, ...], clips: tuple[int, ...], out: Path) -> None:
     """Learning rate x clip range, alike for both methods: training reward at the end, mean over the seeds."""
     figure, axes = bands.new_figure(2, 2, width=3.9)
@@ -92,10 +98,7 @@ def heat_maps(curves: Of, rates: tuple[str, ...], clips: tuple[int, ...], out: P
     for panel, (model, method) in zip(axes, itertools.product(("B MoE", "dense"), ("GRPO", "GSPO")), strict=True):
         cells = {(i, j): curves(swept(model, method, rates[i], clips[j]))
                  for i, j in np.ndindex(len(rates), len(clips))}  # fmt: skip
-        table = np.full((len(rates), len(clips)), np.nan)
-        for cell, own in cells.items():
-            if own:
-                table[cell] = bands.matrix(own, "reward")[:, -LAST:].mean()
+        table = np.reshape([end_of(own) for own in cells.values()], (len(rates), len(clips)))
         seeds = sorted({len(own) for own in cells.values() if own})
         names = [f"x {2.0**power:g}" for power in clips]
         labels = ("Learning rate", "Clip range")
@@ -137,7 +140,8 @@ def dose_response(curves: Of, doses: tuple[int, ...], out: Path) -> None:
     placebo = {f"{model} {m}": [(d, curves(f"query x{d} {model} {m}")) for d in doses]
                for model in ("MoE", "dense") for m in ("GRPO", "GSPO")}  # fmt: skip
     rows = bands.dial_panel(axes[0], routers, PASS, "Held-out pass@1 at the end", x)
-    rows += bands.dial_panel(axes[1], routers, "experts changed per update", "Experts changed per update", x)
+    changed = "experts changed per update"
+    rows += bands.dial_panel(axes[1], routers, changed, f"{changed.capitalize()} [%]", x, factor=100)
     rows += bands.dial_panel(axes[2], routers, "collapsed", SAID["collapsed"], x)
     rows += bands.dial_panel(axes[3], placebo, PASS, "Held-out pass@1 at the end", f"{x.replace('routers', 'queries')}")
     for panel in axes:
@@ -194,7 +198,7 @@ def compared(curves: Of, labels: dict[str, str], out: Path) -> None:
     figure, axes = bands.new_figure(1, 3, height=3.4)
     rows = bands.curve_panel(axes[0], arms, "reward", "Training reward")
     rows += bands.curve_panel(axes[1], arms, "clipped", "Clipped tokens [%]", factor=100, log=True)
-    rows += end_panel(axes[2], {label: [(i, own)] for i, (label, own) in enumerate(arms.items())}, colors={})
+    rows += end_panel(axes[2], {label: [(i, own)] for i, (label, own) in enumerate(arms.items())}, colors=None)
     axes[0].set_ylim(0, 1)
     bands.save(figure, axes, rows, out, one_legend=True)
 
@@ -234,7 +238,7 @@ def draw_all(curves: Of, config, folder: Path) -> list[Path]:
         drawn.append(folder / name)
         return drawn[-1]
 
-    for setting in settings:
+    for setting in (*settings, *(["best"] if curves("best MoE GRPO") else [])):
         figure_1(curves, setting, to(f"fig1_{setting.lower()}"))
     if settings:
         figure_2(curves, settings, to("fig2"))
@@ -247,7 +251,7 @@ def draw_all(curves: Of, config, folder: Path) -> list[Path]:
             draw(curves, tuple(rates), tuple(clips), to(name))
     doses = {int(name.split()[1][1:]) for name in names if name.startswith("router x") and curves(name)}
     if len(doses) > 1:
-        dose_response(curves, tuple(sorted(doses)), to("dose"))
+        dose_response(_of_seeds(curves, config.figures["dose"].seeds), tuple(sorted(doses)), to("dose"))
     for name, draw, kind in (
         ("staleness", staleness, "updates"),
         ("length", length, "digits"),

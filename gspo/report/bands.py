@@ -4,7 +4,7 @@ Every panel returns what it has drawn as rows for a CSV; `save` writes a figure 
 """
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,25 @@ from matplotlib.figure import Figure
 
 from gspo.report.evidence import STATISTICS, WINDOW, band, interval, iqm, middle_of, smoothed
 from gspo.report.ledger import Curves
-from gspo.report.plots import COLORS, MARKERS, STYLE
+from gspo.report.plots import MARKERS, STYLE
 
 Rows = list[dict[str, str]]
 LINES = ("-", "--", ":")
+SHADES = {  # of arms whose name holds a method's, in their order; those of other names have other colours
+    "GRPO": ("#D55E00", "#E69F00", "#8C3B00", "#F5C77E"),
+    "GSPO": ("#0072B2", "#56B4E9", "#003F66", "#A9D6F5"),
+    "": ("#009E73", "#CC79A7", "#000000", "#999999"),
+}
+
+
+def colors_of(names: Iterable[str]) -> dict[str, str]:
+    """name -> colour: a method looks alike in every figure."""
+    found, used = {}, dict.fromkeys(SHADES, 0)
+    for name in names:
+        method = next(method for method in SHADES if method in name)
+        found[name] = SHADES[method][used[method] % len(SHADES[method])]
+        used[method] += 1
+    return found
 
 
 def matrix(curves: Curves, column: str, length: int = 0) -> np.ndarray:
@@ -43,19 +58,23 @@ def curve_panel(
     colors: Mapping[str, str] | None = None,
 ) -> Rows:
     """Interquartile mean over seeds with its 95% bootstrap band, each seed as a thin line; all smoothed over `window`
-    rollouts. arms: label -> curves; x: "rollout" or "tokens", in millions then."""
+    rollouts. arms: label -> curves; x: "rollout" or "tokens", in millions then. log: what is 0 leaves a gap."""
     rows: Rows = []
-    for i, (name, curves) in enumerate(arms.items()):
+    shown = (lambda values: np.where(values > 0, values, np.nan)) if log else (lambda values: values)
+    colors = colors or colors_of(name for name, curves in arms.items() if curves)
+    used: dict[str, int] = {}
+    for name, curves in arms.items():
         if not curves:
             continue
-        color = (colors or {}).get(name, COLORS[i % len(COLORS)])
+        color = colors[name]
+        style = LINES[used.setdefault(color, 0) % len(LINES)]  # where colours begin again
+        used[color] += 1
         values_SR = np.stack([smoothed(row, window) for row in factor * matrix(curves, column)])
         at_R = np.arange(1, values_SR.shape[1] + 1) if x == "rollout" else matrix(curves, x).mean(axis=0) / 1e6
         middle_R, low_R, high_R = band(values_SR)
-        axes.plot(at_R, values_SR.T, color=color, alpha=0.22, linewidth=0.5)
+        axes.plot(at_R, shown(values_SR).T, color=color, alpha=0.22, linewidth=0.5)
         axes.fill_between(at_R, low_R, high_R, color=color, alpha=0.2, linewidth=0)
-        style = LINES[i // len(COLORS) % len(LINES)]  # where colours begin again
-        axes.plot(at_R, middle_R, style, color=color, linewidth=1.8, label=f"{name} (n = {len(curves)})")
+        axes.plot(at_R, shown(middle_R), style, color=color, linewidth=1.8, label=f"{name} (n = {len(curves)})")
         rows += [
             {"panel": label, "arm": name, x: f"{a:.6g}", "iqm": f"{m:.6g}", "low": f"{lo:.6g}", "high": f"{hi:.6g}"}
             for a, m, lo, hi in zip(at_R, middle_R, low_R, high_R, strict=True)
@@ -93,12 +112,13 @@ def dial_panel(
     label: str,
     dial: str,
     *,
+    factor: float = 1.0,
     colors: Mapping[str, str] | None = None,
 ) -> Rows:
     """A statistic of runs against a dial: label -> (position, curves)."""
     measure = STATISTICS[statistic]
     values = {
-        name: [(at, np.array([measure(curve) for curve in curves.values()])) for at, curves in places if curves]
+        name: [(at, factor * np.array([measure(own) for own in curves.values()])) for at, curves in places if curves]
         for name, places in arms.items()
     }
     return value_panel(axes, values, label, dial, middle=middle_of(statistic), colors=colors)
@@ -116,10 +136,11 @@ def value_panel(
     """Numbers against a dial: label -> (position, numbers [n]). Points are interquartile means, or another middle, with
     95% bootstrap intervals; the single numbers are small dots."""
     rows: Rows = []
+    colors = colors or colors_of(name for name, places in arms.items() if places)
     for i, (name, places) in enumerate(arms.items()):
         if not places:
             continue
-        color = (colors or {}).get(name, COLORS[i % len(COLORS)])
+        color = colors[name]
         at, middles = [at for at, _ in places], [float(middle(own)) for _, own in places]
         edges = np.array([interval(own, middle=middle) for _, own in places]).T
         counts = sorted({len(own) for _, own in places})
@@ -164,8 +185,9 @@ def save(figure: Figure, panels: Sequence[Axes], rows: Rows, out: Path, one_lege
         axes.annotate(letter, (0, 1), (-28, 8), xycoords="axes fraction", textcoords="offset points", weight="bold",
                       fontsize=11)  # fmt: skip
     if one_legend:
-        handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=min(len(handles[0]), 5), fontsize=8, frameon=False)
+        handles, labels = panels[0].get_legend_handles_labels()
+        columns = min(len(handles), int(figure.get_figwidth() / 1.75))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     for axes in panels if not one_legend else ():
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7.5, framealpha=0.75, edgecolor="none")

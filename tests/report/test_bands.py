@@ -1,17 +1,21 @@
 """Figures over many seeds: what is drawn, from which numbers, and that no figure fails on what is not there."""
 
 import csv
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from configs import paper_cpu
+from configs import base, paper_cpu
 from experiments.paper_claims import CLAIMS
-from experiments.paper_figures import draw_all, gains, labels_of
+from experiments.paper_figures import draw_all, end_of, gains, labels_of, swept
 from gspo.report import bands
 from gspo.report.evidence import smoothed
+from gspo.report.ledger import Ledger
 from tests.report.test_evidence import curve
+
+RESULTS = Path(__file__).parent.parent.parent / "experiments" / "results" / "paper_cpu"
 
 
 def seeds_of(*levels, length=8, **columns):
@@ -52,6 +56,19 @@ def test_a_share_that_is_nothing_everywhere_is_drawn_on_a_plain_axis(tmp_path):
     assert axes.get_yscale() == "linear" and not (tmp_path / "figure.csv").exists()
 
 
+def test_a_method_has_its_colour_in_every_figure_and_nothing_on_a_log_axis_is_a_gap(tmp_path):
+    # Catches GRPO in blue beside a figure where it is orange, two arms of one colour, and a cliff down to the axis.
+    names = ["B MoE GSPO", "GRPO", "rspo", "GRPO+R2", "GSPO", "dapo"]
+    found = bands.colors_of(names)
+    assert len(set(found.values())) == 6
+    assert (found["GRPO"], found["B MoE GSPO"]) == (bands.SHADES["GRPO"][0], bands.SHADES["GSPO"][0])
+    figure, (axes,) = bands.new_figure(1, 1)
+    own = seeds_of(0.5, 0.5, clipped=np.array([0.1] * 4 + [0.0] * 4))
+    bands.curve_panel(axes, {"GRPO": own}, "clipped", "Clipped", log=True, window=1)
+    assert all(np.isnan(line.get_ydata()).tolist() == [False] * 4 + [True] * 4 for line in axes.lines)
+    plt.close(figure)
+
+
 def test_own_curves_lie_over_the_range_of_those_before(tmp_path):
     # Catches a band of other rollouts than the curve's, and one of nothing where nothing was run before.
     figure, (axes, other) = bands.new_figure(1, 2)
@@ -83,7 +100,7 @@ def test_every_figure_of_the_paper_is_drawn_from_what_there_is(tmp_path, all_of_
     drawn = draw_all(curves, config, tmp_path)
     names = {path.name for path in drawn}
     assert names == (
-        {"fig1_a", "fig1_b", "fig2", "fig3", "sweep", "gains", "dose", "staleness", "length", "depth"}
+        {"fig1_a", "fig1_b", "fig1_best", "fig2", "fig3", "sweep", "gains", "dose", "staleness", "length", "depth"}
         | {"clips", "objectives", "old_logps", "again"}
         if all_of_them
         else {"fig1_b", "fig2", "fig3"}
@@ -109,6 +126,19 @@ def test_the_interaction_is_the_gain_on_the_moe_less_that_on_its_twin(tmp_path):
         ("MoE", "0.0001"): 0.3, ("MoE", "0.0002"): 0.4, ("dense twin", "0.0001"): -0.1, ("dense twin", "0.0002"): -0.1,
         ("MoE - dense twin", "0.0001"): 0.4,
     }  # fmt: skip
+
+
+def test_each_method_is_at_its_own_best_of_the_sweep():
+    # Catches a tuned arm that the committed sweep does not choose, or chooses by a seed that is reported elsewhere.
+    config, ledger = paper_cpu.get_config(), Ledger(RESULTS, base.rl(), "")
+    for arm, best in paper_cpu.BEST.items():
+        cells = {(rate, power): ledger.curves(swept(*arm.rsplit(" ", 1), rate, power))
+                 for rate in paper_cpu.SWEEP_RATES for power in paper_cpu.SWEEP_CLIPS}  # fmt: skip
+        assert all(set(own) == set(paper_cpu.SWEPT) for own in cells.values())
+        assert max(cells, key=lambda cell: end_of(cells[cell])) == best, arm
+        changes = config.arms[f"best {arm.removeprefix('B ')}"].changes
+        at = config.arms[swept(*arm.rsplit(" ", 1), *best)].changes
+        assert changes.to_dict() == at.to_dict(), arm
 
 
 def test_every_claim_is_about_arms_of_one_figure_that_runs_them():
