@@ -140,8 +140,7 @@ def dose_response(curves: Of, doses: tuple[int, ...], out: Path) -> None:
     placebo = {f"{model} {m}": [(d, curves(f"query x{d} {model} {m}")) for d in doses]
                for model in ("MoE", "dense") for m in ("GRPO", "GSPO")}  # fmt: skip
     rows = bands.dial_panel(axes[0], routers, PASS, "Held-out pass@1 at the end", x)
-    changed = "experts changed per update"
-    rows += bands.dial_panel(axes[1], routers, changed, f"{changed.capitalize()} [%]", x, factor=100)
+    rows += bands.dial_panel(axes[1], routers, "experts changed per update", "Experts changed [%]", x, factor=100)
     rows += bands.dial_panel(axes[2], routers, "collapsed", SAID["collapsed"], x)
     rows += bands.dial_panel(axes[3], placebo, PASS, "Held-out pass@1 at the end", f"{x.replace('routers', 'queries')}")
     for panel in axes:
