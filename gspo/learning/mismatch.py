@@ -17,6 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from gspo.learning.optim import decays
 from gspo.model.adapters import merged_params
 from gspo.types import Params
 
@@ -27,14 +28,13 @@ def to_bfloat16(x: jax.Array) -> jax.Array:
 
 
 def to_int8(x: jax.Array) -> jax.Array:
-    """Matrices rounded to 255 levels between ± the largest entry of each output column; vectors stay as they are."""
-    if x.ndim < 2:
-        return x
+    """Rounded to 255 levels between ± the largest entry of each output column."""
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-2, keepdims=True), 1e-12) / 127
     return jnp.round(x / scale) * scale
 
 
 ROUNDINGS = {"float32": lambda x: x, "bfloat16": to_bfloat16, "int8": to_int8}
+MATRICES_ALONE = ("int8",)  # scales of norms and biases, which are matrices only by their layers, stay as they are
 
 
 def make_rounding(kind: str, adapter_scale: float | None = None) -> Callable[[Params], Params]:
@@ -42,4 +42,12 @@ def make_rounding(kind: str, adapter_scale: float | None = None) -> Callable[[Pa
     of adapters that are merged first, where there are any."""
     if kind == "float32":
         return lambda params: params
-    return jax.jit(lambda params: jax.tree.map(ROUNDINGS[kind], merged_params(params, adapter_scale)))
+    rounded = ROUNDINGS[kind]
+
+    @jax.jit
+    def sampled(params: Params) -> Params:
+        params = merged_params(params, adapter_scale)
+        matrix = decays(params)
+        return jax.tree.map(lambda x, m: rounded(x) if m or kind not in MATRICES_ALONE else x, params, matrix)
+
+    return sampled

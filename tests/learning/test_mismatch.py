@@ -58,6 +58,10 @@ def test_int8_rounding_keeps_255_levels_per_column_and_half_a_step(params):
     assert np.abs(x - y).max() > 0
     np.testing.assert_allclose(np.round(y / step), y / step, atol=1e-3)
     np.testing.assert_array_equal(params["final_norm"]["scale"], rounded["final_norm"]["scale"])
+    # Catches norms of all layers, [L, D], rounded by the largest of them.
+    uneven = jax.tree.map(lambda x: x, params)
+    scales = uneven["blocks"]["mlp_norm"]["scale"] = 1 + 0.1 * jax.random.normal(jax.random.key(2), (2, 16))
+    np.testing.assert_array_equal(make_rounding("int8")(uneven)["blocks"]["mlp_norm"]["scale"], scales)
 
 
 def test_bfloat16_rounding_changes_values_and_not_dtypes(params):
