@@ -110,20 +110,28 @@ def heat_maps(curves: Of, rates: tuple[str, ...], clips: tuple[int, ...], out: P
 def gains(curves: Of, rates: tuple[str, ...], clips: tuple[int, ...], out: Path) -> None:
     """What GSPO gains over GRPO at each learning rate of the sweep, on the MoE and on its dense twin, and the
     interaction: the one minus the other. A number for each seed and clip range."""
-    gained: dict[str, list[tuple[float, np.ndarray]]] = {"MoE": [], "dense twin": []}
+
+    def gained(model: str, rate: str) -> dict[tuple[int, int], float]:
+        """(clip range, seed) -> the gain."""
+        found = {}
+        for power in clips:
+            grpo, gspo = (curves(swept(model, method, rate, power)) for method in ("GRPO", "GSPO"))
+            found |= {(power, s): final_reward(gspo[s]) - final_reward(grpo[s]) for s in sorted({*grpo} & {*gspo})}
+        return found
+
+    shown: dict[str, list[tuple[float, np.ndarray]]] = {"MoE": [], "dense twin": [], "MoE - dense twin": []}
     for rate in rates:
-        for label, model in (("MoE", "B MoE"), ("dense twin", "dense")):
-            found = []
-            for power in clips:
-                grpo, gspo = (curves(swept(model, method, rate, power)) for method in ("GRPO", "GSPO"))
-                found += [final_reward(gspo[seed]) - final_reward(grpo[seed]) for seed in sorted({*grpo} & {*gspo})]
-            if found:
-                gained[label].append((float(rate), np.array(found)))
-    both = {"MoE - dense twin": [(at, moe - dense) for (at, moe), (_, dense) in zip(*gained.values(), strict=False)
-                                 if len(moe) == len(dense)]}  # fmt: skip
+        moe, dense = gained("B MoE", rate), gained("dense", rate)
+        both = {key: gain - dense[key] for key, gain in moe.items() if key in dense}
+        for values, places in zip((moe, dense, both), shown.values(), strict=True):
+            if values:
+                places.append((float(rate), np.array(list(values.values()))))
+    interaction = {"MoE - dense twin": shown.pop("MoE - dense twin")}
     figure, axes = bands.new_figure(1, 2, width=4.0)
-    rows = bands.value_panel(axes[0], gained, "GSPO - GRPO, reward at the end", "Learning rate")
-    rows += bands.value_panel(axes[1], both, "Interaction", "Learning rate", colors={"MoE - dense twin": "0.25"})
+    rows = bands.value_panel(axes[0], shown, "GSPO - GRPO, reward at the end", "Learning rate")
+    rows += bands.value_panel(
+        axes[1], interaction, "Interaction", "Learning rate", colors=dict.fromkeys(interaction, "0.25")
+    )
     for panel in axes:
         panel.axhline(0, color="0.6", linewidth=0.8)
         panel.set_xscale("log")

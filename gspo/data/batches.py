@@ -154,7 +154,7 @@ class DemonstrationSource:
                 f"task {self.task.name} has no demonstrations, which supervised fine-tuning imitates "
                 f"(the prompt {example.prompt[:40]!r} has none)"
             )
-        return [*self.tokenizer.encode(example.demonstration), self.tokenizer.eos_ids[0]]
+        return [*self.tokenizer.encode(example.demonstration), self.tokenizer.end_id]
 
     def batch(self, cursor: int, num_rows: int, local_B: Sequence[int] | None = None) -> DemonstrationBatch:
         """The rows at positions cursor .. cursor + num_rows - 1 of the run. local_B: which of these rows to read."""

@@ -46,9 +46,8 @@ class HFTokenizer:
       tokenizer_config.json     eos_token, pad_token, bos_token, chat_template
       special_tokens_map.json   the same tokens, where tokenizer_config.json leaves them out
       chat_template.jinja       goes before the chat_template of tokenizer_config.json
-    The eos tokens of all files count. The first of them, which ends what is imitated and pads where there is no pad
-    token, is the one that the chat template writes behind an answer; where there is none, that of
-    generation_config.json.
+    The eos tokens of all files count. Without a pad token, the first eos pads. What is imitated ends with the one that
+    the chat template writes behind an answer; where it writes none, with the first.
 
     A prompt begins with the tokens that the files put before a text, mostly one beginning-of-sequence token: those of
     the post-processor in tokenizer.json, else the bos_token where tokenizer_config.json says add_bos_token. Behind a
@@ -90,7 +89,8 @@ class HFTokenizer:
         self._said = {key: token for key, token in tokens.items() if token is not None} | NOTHING  # to the template
         self._template_source = _template_source(file.parent, config)
         self._template = _compiled(self._template_source, file.parent, self.date)
-        self.eos_ids = self._turn_end_first(self._read_eos_ids(file.parent))
+        self.eos_ids = self._read_eos_ids(file.parent)
+        self.end_id = self._read_end_id()
         pad = self._special["pad_token"]
         self.pad_id = self.eos_ids[0] if pad is None else self._id_of(pad, "pad_token", file.parent)
         self.prefix_ids = self._read_prefix_ids(content.get("post_processor"), config.get("add_bos_token"))
@@ -119,18 +119,18 @@ class HFTokenizer:
             )
         return tuple(dict.fromkeys(ids))
 
-    def _turn_end_first(self, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """With the token in front that the chat template writes behind an answer."""
-        if self._template is None or len(eos_ids) == 1:
-            return eos_ids
-        answer = "An answer."
+    def _read_end_id(self) -> int:
+        """The eos token that the chat template writes behind an answer, else the first of all."""
+        if self._template is None or len(self.eos_ids) == 1:
+            return self.eos_ids[0]
+        answer, behind = "An answer.", ""
         try:
             text = self._rendered([{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}], False)
-        except Exception:  # one that knows no answers, say
-            return eos_ids
-        behind = self.encode(text.rpartition(answer)[2])
-        end = next((i for i in behind if i in eos_ids), eos_ids[0])
-        return (end, *(i for i in eos_ids if i != end))
+            _, found, behind = text.rpartition(answer)
+            behind = behind if found else ""
+        except Exception as error:  # a program of the model's authors, which may know no answers
+            logging.info("tokenizer in %s: the chat template writes no answer: %s", self.file.parent, error)
+        return next((i for i in self.encode(behind) if i in self.eos_ids), self.eos_ids[0])
 
     def _rendered(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._said)

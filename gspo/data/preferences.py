@@ -256,7 +256,7 @@ class PairSource:
         return ""
 
     def _ids(self, pair: Preference) -> tuple[list[int], list[int], list[int]]:
-        encode, end = self.tokenizer.encode, self.tokenizer.eos_ids[0]
+        encode, end = self.tokenizer.encode, self.tokenizer.end_id
         example = Example(pair.prompt, answer="")
         example = with_system_prompt(example, self.system_prompt) if self.system_prompt else example
         prompt = self.tokenizer.prompt_ids(prompt_of(example))

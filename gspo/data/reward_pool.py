@@ -94,8 +94,8 @@ class _Worker:
     """One process and the pipe to it."""
 
     def __init__(self, names: list[str], example: Example, field: str) -> None:
-        # What the server has imported, a new process need not; "__main__" it would else import by itself each time.
-        multiprocessing.set_forkserver_preload(["__main__", __name__])
+        # What the server has imported, a new process need not.
+        multiprocessing.set_forkserver_preload([__name__])
         self.pipe, theirs = _CONTEXT.Pipe()
         self.process = _CONTEXT.Process(target=_serve, args=(theirs, names, example, field), daemon=True)
         self.process.start()

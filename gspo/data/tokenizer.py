@@ -36,7 +36,7 @@ __all__ = [
 
 class Tokenizer(Protocol):
     """vocab_size: ids are 0..vocab_size-1. pad_id: fills the frame.
-    eos_ids: sampling any of them ends a completion; demonstrations end in the first of them.
+    eos_ids: sampling any of them ends a completion. end_id: the one of them that ends demonstrations.
     spec: what `make_tokenizer` was given.
     """
 
@@ -44,6 +44,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     pad_id: int
     eos_ids: tuple[int, ...]
+    end_id: int
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: no beginning-of-sequence, no end-of-sequence."""
@@ -68,7 +69,7 @@ class ByteTokenizer:
 
     def __init__(self) -> None:
         self.spec = "bytes"
-        self.pad_id, self.eos_ids, self.vocab_size = 256, (257,), 258
+        self.pad_id, self.eos_ids, self.end_id, self.vocab_size = 256, (257,), 257, 258
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", errors="replace"))
@@ -100,7 +101,8 @@ class CharTokenizer:
             )
         self.spec, self.alphabet = f"chars:{alphabet}", alphabet
         self._ids = {char: i for i, char in enumerate(alphabet)}
-        self.pad_id, self.eos_ids, self.vocab_size = len(alphabet), (len(alphabet) + 1,), len(alphabet) + 2
+        self.pad_id, self.end_id, self.vocab_size = len(alphabet), len(alphabet) + 1, len(alphabet) + 2
+        self.eos_ids = (self.end_id,)
 
     def encode(self, text: str) -> list[int]:
         try:

@@ -261,10 +261,12 @@ def hf_config(spec: ModelSpec, *, dtype: str = "float32", base: Mapping[str, Any
     token ids and the longest position alone. Raises UserError where the spec is of no known family."""
     name = family_of(spec)
     family = FAMILIES[name]
-    # Without a base no token has a role: the class defaults would name ids that a small vocabulary does not have.
-    kept = dict(max_position_embeddings=32768, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     same = base and [_decoder(given) for given in base.get("architectures", [name])] == [name]
-    kept |= {key: value for key, value in (base or {}).items() if (same or key in OF_TEXTS) and key not in OF_SOURCE}
+    # Without a base no token has a role: the class defaults would name ids that a small vocabulary does not have.
+    nothing = dict(max_position_embeddings=32768, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    kept = ({} if same else nothing) | {
+        key: value for key, value in (base or {}).items() if (same or key in OF_TEXTS) and key not in OF_SOURCE
+    }
     if "layer_types" in kept:
         kept["layer_types"] = ["full_attention"] * spec.num_layers
     config = kept | _keys(family, spec)

@@ -95,7 +95,8 @@ def settings(name: str | None, **overrides) -> dict[str, Any]:
     """Every field of an objective, checked and with all defaults filled in: what a run's first log line prints.
 
     name: a preset, or None for DEFAULTS alone. An override of None keeps the preset's value. Raises a one-line
-    UserError that names the field and the remedy; over a preset also for an override that no part of it would read.
+    UserError that names the field and the remedy; over a preset also for a constant of another surrogate, aggregation
+    or correction.
     Idempotent: settings(None, **settings(name)) equals settings(name).
     """
     for field in overrides:

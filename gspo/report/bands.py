@@ -27,7 +27,8 @@ SHADES = {  # of arms whose name holds a method's, in their order; those of othe
 
 
 def colors_of(names: Iterable[str]) -> dict[str, str]:
-    """name -> colour: a method looks alike in every figure."""
+    """name -> colour, by the first method in a name and by how many of that method came before: a method looks alike in
+    all figures of one kind."""
     found, used = {}, dict.fromkeys(SHADES, 0)
     for name in names:
         method = next(method for method in SHADES if method in name)

@@ -154,7 +154,8 @@ class _Crew:
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [-1]
         self.places = [cores[i % len(cores)] for i in range(workers)]  # free ones
         self.going: dict[int, _Job] = {}  # by the sentinel of its process
-        multiprocessing.set_forkserver_preload(["__main__", __name__])
+        ours = [name for name in sys.modules if name.partition(".")[0] in ("gspo", "configs", "experiments")]
+        multiprocessing.set_forkserver_preload(ours)
 
     def work(self) -> None:
         failure = None

@@ -121,7 +121,8 @@ def figures_table(config: Any, ledger: Ledger) -> tuple[list[list[str]], tuple[s
         whole = {seed for _, seed in pairs} - {seed for arm, seed in pairs if (arm, seed) not in ledger.runs}
         hours = sum(float(run["seconds"]) for run in known) / 3600
         commits, dates = (sorted({run[field] for run in known}) for field in ("commit", "date"))
-        rows.append([name, _spans(sorted(whole)), str(len(known)), str(len(pairs)), f"{hours:.1f}", ", ".join(commits),
+        seeds = "-" if name == "all" else _spans(sorted(whole))
+        rows.append([name, seeds, str(len(known)), str(len(pairs)), f"{hours:.1f}", ", ".join(commits),
                      " to ".join(dict.fromkeys((*dates[:1], *dates[-1:])))])  # fmt: skip
     return rows, columns
 

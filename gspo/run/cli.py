@@ -122,7 +122,7 @@ def run_script(main: Callable[[list[str]], int]) -> None:
 def _parse(argv: list[str]) -> None:
     """absl's own parsing, with each of its failures as a UserError."""
     config = _config_as_written(argv)
-    argv[:] = _with_own_options(argv, config)  # in place: ml_collections looks at sys.argv
+    argv[:] = _with_own_options(_joined(argv), config)  # in place: ml_collections looks at sys.argv
     try:
         rest = FLAGS(argv)[1:]
     except (AttributeError, KeyError):
@@ -155,6 +155,18 @@ def _config_as_written(argv: list[str]) -> Any:
     return config
 
 
+def _joined(argv: list[str]) -> list[str]:
+    """The arguments with --config.a.b VALUE as --config.a.b=VALUE."""
+    joined: list[str] = []
+    for arg in argv:
+        last = joined[-1] if joined else ""
+        if last.lstrip("-").startswith("config.") and "=" not in last and not arg.startswith("--"):
+            joined[-1] = f"{last}={arg}"
+        else:
+            joined.append(arg)
+    return joined
+
+
 def _with_own_options(argv: list[str], config: Any) -> list[str]:
     """The arguments, where they name a task of another kind than the config file's: its options are not those of that
     task, which has the ones that are given, and else its defaults."""
@@ -174,9 +186,9 @@ def _with_own_options(argv: list[str], config: Any) -> list[str]:
 
 
 def _literal(text: str) -> Any:
-    """A value as it is written in Python, else the text itself."""
+    """A value as it is written in Python, or as absl reads a bool, else the text itself."""
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
     except (ValueError, SyntaxError):
         return text
 

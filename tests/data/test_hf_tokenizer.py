@@ -74,11 +74,14 @@ def test_what_is_imitated_ends_as_the_chat_template_ends_an_answer(tmp_path, fir
     generation = {"eos_token_id": [3, 1] if first else [1, 3]}
     config = {"eos_token": "<eos>"}
     folder = write_folder(tmp_path, generation=generation, config=config, jinja=CHAT)
-    assert make_tokenizer(str(folder)).eos_ids == (3, 1) and make_tokenizer(str(folder)).pad_id == 3
-    only_users = "{% for m in messages %}{{ raise_exception('no') if m.role == 'assistant' }}{% endfor %}"
-    for other in (CHAT.replace("<|end|>", ""), only_users):
+    tokenizer = make_tokenizer(str(folder))
+    assert (tokenizer.end_id, list(tokenizer.eos_ids)) == (3, generation["eos_token_id"])
+    assert tokenizer.pad_id == tokenizer.eos_ids[0]  # as in the runs that were made before
+    refuses = "{% for m in messages %}{{ raise_exception('no') if m.role == 'assistant' }}{% endfor %}"
+    only_users = "{% for m in messages %}{{ m.content + '<|end|>' if m.role == 'user' else '' }}{% endfor %}"
+    for other in (CHAT.replace("<|end|>", ""), refuses, only_users):
         (folder / "chat_template.jinja").write_text(other)
-        assert list(make_tokenizer(str(folder)).eos_ids) == generation["eos_token_id"]
+        assert make_tokenizer(str(folder)).end_id == generation["eos_token_id"][0]
 
 
 def test_pad_and_eos_decode_to_nothing_even_where_the_file_does_not_call_them_special(tmp_path):

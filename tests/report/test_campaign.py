@@ -201,14 +201,8 @@ def test_processes_end_with_the_one_that_was_killed(tmp_path):
         parent.kill()
         parent.wait()
 
-    def gone():
-        try:
-            os.kill(int(pid.read_text()), 0)
-        except ProcessLookupError:
-            return True
-        return False
-
-    wait_for(gone)
+    stat = Path("/proc") / pid.read_text() / "stat"  # there may be nobody who takes note of its end: Z then
+    wait_for(lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
 def wait_for(true, seconds=60):

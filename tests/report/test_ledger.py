@@ -90,7 +90,7 @@ def test_a_table_says_how_much_of_each_figure_has_run(tmp_path):
     assert rows == [
         ["one", "10 to 11", "6", "8", "3.0", "abc", "2026-11-10 to 2026-11-14"],
         ["two", "10 to 12", "3", "3", "1.5", "abc", "2026-11-10 to 2026-11-12"],
-        ["all", "10 to 11", "6", "8", "3.0", "abc", "2026-11-10 to 2026-11-14"],
+        ["all", "-", "6", "8", "3.0", "abc", "2026-11-10 to 2026-11-14"],
     ]
     assert len(columns) == len(rows[0])
     assert figures_table(config, Ledger(tmp_path / "none", base.rl()))[0][0] == ["one", "-", "0", "8", "0.0", "", ""]

@@ -284,7 +284,9 @@ def test_a_process_ends_with_exit_code_2_and_without_a_traceback(tmp_path):
     (["task.name=jsonl:a/{split}.jsonl"], {}),
     (["task.name=jsonl:a.jsonl", "task.options.prompt_field=question", "task.options.size=8"],
      {"prompt_field": "question", "size": 8}),
-    (["task.name=jsonl:a.jsonl", "task.options={'size': 9}"], {"size": 9}),
+    (["task.name=jsonl:a.jsonl", "task.options={'size':9}"], {"size": 9}),
+    (["task.name jsonl:a.jsonl", "task.options.size 8", "task.options.sure=false"], {"size": 8, "sure": False}),
+    (["task.name running_sum"], {"num_digits": 12, "modulus": 10, "error_rate": 0.12}),
     (["task.name=running_sum", "task.options.num_digits=5"], {"num_digits": 5, "modulus": 10, "error_rate": 0.12}),
     (["task.options.num_digits=5"], {"num_digits": 5, "modulus": 10, "error_rate": 0.12}),
 ])  # fmt: skip
@@ -293,7 +295,7 @@ def test_the_options_of_a_config_are_those_of_its_own_task(given, options, comma
     seen = []
     monkeypatch.setattr(cli, "run", lambda main, needs, run=cli.run: run(
         lambda: seen.append(cli.FLAGS.config.task.options.to_dict()), needs=needs))  # fmt: skip
-    flags = [f"--config.{field}" for field in given]
+    flags = [part for field in given for part in f"--config.{field}".split(" ")]
     told = command("rl", f"--config={ROOT / 'configs' / 'gspo_running_sum.py'}", f"--workdir={tmp_path}", *flags)
     assert told[0] == 0 and seen == [options]
     assert cli._with_own_options(["x", "--config.a=1"], ConfigDict({"a": 2})) == ["x", "--config.a=1"]
