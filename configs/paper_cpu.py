@@ -55,6 +55,11 @@ def lr_scale(text: str) -> dict:
     return {"optimizer": {"lr_scale": text}}
 
 
+def ranged(power: int) -> dict[str, dict]:
+    """The methods with their ranges times this power of 2."""
+    return methods(scaled(GRPO, 2.0**power), scaled(GSPO, 2.0**power))
+
+
 def digits(number: int) -> dict:
     options = {"num_digits": number, "error_rate": LENGTHS[number]}
     return {"task": {"options": options}, "max_prompt_length": number + 1, "max_completion_length": number + 1}
@@ -109,7 +114,7 @@ def get_config():
         arms = []
         for text in SWEEP_RATES:
             for power in SWEEP_CLIPS:
-                at = methods(scaled(GRPO, 2.0**power), scaled(GSPO, 2.0**power))
+                at = ranged(power)
                 arms += [
                     paper.arm(f"{model} {m} lr {text} clip 2^{power}", cold, rate(float(text)), more, at[m], alone=True)
                     for m in ("GRPO", "GSPO")
@@ -120,10 +125,10 @@ def get_config():
     paper.figure("sweep_dense", SWEPT, swept("dense", dense, {}))
 
     # ------------------------------------------------------------------ Fig. 1 again, each method at its own best
-    def tuned(swept: str, replay: str = "") -> str:
-        (model, method), (text, power) = swept.rsplit(" ", 1), BEST[swept]
+    def tuned(name: str, replay: str = "") -> str:
+        (model, method), (text, power) = name.rsplit(" ", 1), BEST[name]
         cold, more = (dense, {}) if model == "dense" else (fine, lr_scale("router=20"))
-        at = methods(scaled(GRPO, 2.0**power), scaled(GSPO, 2.0**power))[method + replay]
+        at = ranged(power)[method + replay]
         return paper.arm(f"best {model.removeprefix('B ')} {method}{replay}", cold, rate(float(text)), more, at)
 
     paper.figure("best", SEEDS, [*map(tuned, BEST), tuned("B MoE GRPO", "+R2")])
@@ -131,7 +136,7 @@ def get_config():
     # ------------------------------------------------------------------ clip ranges
     arms = []
     for power in (-2, 2):
-        at = methods(scaled(GRPO, 2.0**power), scaled(GSPO, 2.0**power))
+        at = ranged(power)
         arms += [paper.arm(f"B MoE {m} clip 2^{power}", fine, setting("B"), at[m]) for m in ("GRPO", "GSPO")]
     paper.figure("clips", FEWER, arms)
 

@@ -12,7 +12,7 @@ from gspo.report.ledger import Curves
 
 Of = Callable[[str], Curves]  # arm -> its curves
 METHODS = ("GRPO", "GRPO+R2", "GSPO", "GSPO+R2")
-COLORS = {"GRPO": "#D55E00", "GRPO+R2": "#E69F00", "GSPO": "#0072B2", "GSPO+R2": "#56B4E9"}
+COLORS = bands.colors_of(METHODS)
 COLORS |= {f"dense {name}": color for name, color in COLORS.items()}
 PASS = "held-out pass@1"
 SAID = {

@@ -71,8 +71,8 @@ def open_model(args: argparse.Namespace) -> tuple[Tokenizer, Callable[[str, int]
 
 def raw_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """The text as it stands, behind a beginning-of-sequence token where the model wants one and it has none."""
-    begin, ids = tokenizer.prefix_ids if isinstance(tokenizer, HFTokenizer) else (), tokenizer.encode(text)
-    return ids if tuple(ids[: len(begin)]) == begin else [*begin, *ids]
+    ids = tokenizer.encode(text)
+    return tokenizer.begun(ids) if isinstance(tokenizer, HFTokenizer) else ids
 
 
 def questions(given: str | None) -> Iterator[str]:

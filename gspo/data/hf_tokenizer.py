@@ -176,8 +176,12 @@ class HFTokenizer:
 
     def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
         ids = self.encode(self.format_prompt(prompt))
-        begun = self._template is not None or tuple(ids[: len(self.prefix_ids)]) == self.prefix_ids
-        return ids if begun else [*self.prefix_ids, *ids]
+        return self.begun(ids) if self._template is None else ids
+
+    def begun(self, ids: list[int]) -> list[int]:
+        """The ids of a text behind those that the files put before one, where they do not stand there already."""
+        there = tuple(ids[: len(self.prefix_ids)]) == self.prefix_ids
+        return ids if there else [*self.prefix_ids, *ids]
 
     def contents(self) -> dict[str, Any]:
         return {

@@ -73,10 +73,10 @@ def curve_panel(
         values_SR = np.stack([smoothed(row, window) for row in factor * matrix(curves, column)])
         at_R = np.arange(1, values_SR.shape[1] + 1) if x == "rollout" else matrix(curves, x).mean(axis=0) / 1e6
         middle_R, low_R, high_R = band(values_SR)
+        line_R = shown(middle_R)
         axes.plot(at_R, shown(values_SR).T, color=color, alpha=0.22, linewidth=0.5)
-        there_R = ~np.isnan(shown(middle_R))
-        axes.fill_between(at_R, low_R, high_R, where=there_R, color=color, alpha=0.2, linewidth=0)
-        axes.plot(at_R, shown(middle_R), style, color=color, linewidth=1.8, label=f"{name} (n = {len(curves)})")
+        axes.fill_between(at_R, low_R, high_R, where=~np.isnan(line_R), color=color, alpha=0.2, linewidth=0)
+        axes.plot(at_R, line_R, style, color=color, linewidth=1.8, label=f"{name} (n = {len(curves)})")
         rows += [
             {"panel": label, "arm": name, x: f"{a:.6g}", "iqm": f"{m:.6g}", "low": f"{lo:.6g}", "high": f"{hi:.6g}"}
             for a, m, lo, hi in zip(at_R, middle_R, low_R, high_R, strict=True)

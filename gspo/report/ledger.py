@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gspo.report.arms import slug
+from gspo.report.arms import seeds_of_arms, slug
 from gspo.report.campaign import Run
 from gspo.run import disk
 from gspo.run.identity import HOW_IT_RUNS
@@ -109,16 +109,12 @@ def figures_table(config: Any, ledger: Ledger) -> tuple[list[list[str]], tuple[s
     """Rows and columns of a table: how much of each figure of a paper's config has run, the seeds that all its arms
     have, and all together, where a run that stands in several figures counts once."""
     columns = ("figure", "seeds of all arms", "runs", "of", "core hours", "commits", "dates")
-    wanted = {
-        name: [(config.same.get(arm, arm), seed) for arm in figure.arms for seed in figure.seeds]
-        for name, figure in config.figures.items()
-    }
-    wanted["all"] = [pair for pairs in wanted.values() for pair in pairs]
+    wanted = {name: seeds_of_arms(config, [name]) for name in config.figures} | {"all": seeds_of_arms(config)}
     rows = []
-    for name, named in wanted.items():
-        pairs = dict.fromkeys(named)
+    for name, arms in wanted.items():
+        pairs = [(arm, seed) for arm, seeds in arms.items() for seed in seeds]
         known = [ledger.runs[pair] for pair in pairs if pair in ledger.runs]
-        whole = {seed for _, seed in pairs} - {seed for arm, seed in pairs if (arm, seed) not in ledger.runs}
+        whole = {seed for _, seed in pairs} - {pair[1] for pair in pairs if pair not in ledger.runs}
         hours = sum(float(run["seconds"]) for run in known) / 3600
         commits, dates = (sorted({run[field] for run in known}) for field in ("commit", "date"))
         seeds = "-" if name == "all" else _spans(sorted(whole))

@@ -19,6 +19,7 @@ from gspo import build, rl
 from gspo.report import campaign
 from gspo.report.campaign import DIVERGED, LOG, Run
 from gspo.types import UserError
+from tests import launchers, processes
 from tests.tiny_runs import kept_compiles, rl_config, sft_config  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parent.parent.parent
@@ -192,24 +193,13 @@ def crew_of_one(folder):
 
 def test_processes_end_with_the_one_that_was_killed(tmp_path):
     code = f"import pathlib, tests.report.test_campaign as t; t.crew_of_one(pathlib.Path({str(tmp_path)!r}))"
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     pid = tmp_path / "cold" / "0" / "pid"
-    try:
-        wait_for(lambda: pid.exists() and pid.read_text())
-        os.kill(int(pid.read_text()), 0)  # it is there
-    finally:
+    with processes.started([sys.executable, "-c", code], cwd=ROOT) as parent:
+        launchers.wait_for(lambda: pid.exists() and pid.read_text(), seconds=60)
+        assert launchers.runs(pid.read_text())
         parent.kill()
         parent.wait()
-
-    stat = Path("/proc") / pid.read_text() / "stat"  # there may be nobody who takes note of its end: Z then
-    wait_for(lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z")
-
-
-def wait_for(true, seconds=60):
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.05)
+        launchers.wait_for(lambda: not launchers.runs(pid.read_text()), seconds=60)
 
 
 def test_a_run_whose_loss_is_no_number_has_ended_and_says_why(tmp_path):
